@@ -1,0 +1,205 @@
+"""What a run shows while it goes on and when it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from llmkit import figures
+from llmkit.module import LanguageModel
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress(ProgressBar):
+    """One line of progress: step, loss, tokens a second, time left; rewritten in place on a terminal.
+
+    Args:
+        seconds: time between two lines on a terminal; elsewhere (a log file) a line comes every ten times that.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._enabled = True
+        self._open_line = False
+
+    def disable(self) -> None:
+        """Show nothing (every process but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print below the progress line."""
+        if self._enabled:
+            self._end_line()
+            print(*args, flush=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clocks."""
+        self._started = self._last = time.monotonic()
+        self._first_step = self._last_step = trainer.global_step
+        self._tokens = 0
+        if isinstance(pl_module, LanguageModel) and self._enabled:
+            counts = pl_module.network.num_parameters()
+            assert pl_module.tokenizer is not None
+            print(
+                f"{type(pl_module.head).__name__} with {counts['total']:,} parameters "
+                f"({counts['embedding']:,} in embeddings), vocabulary {pl_module.tokenizer.vocab_size:,}; "
+                f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
+                flush=True,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch's positions and, when it is time, show the line."""
+        self._tokens += sum(batch[name].numel() for name in ("ids", "source") if name in batch)
+        now = time.monotonic()
+        tty = sys.stderr.isatty()
+        due = now - self._last >= self.seconds * (1 if tty else 10)
+        if not self._enabled or not (due or trainer.global_step == trainer.max_steps):
+            return
+        rate = self._tokens * trainer.world_size / (now - self._last)
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        left = ""
+        if total != float("inf") and step > self._first_step:
+            seconds = (now - self._started) / (step - self._first_step) * (float(total) - step)
+            left = f"  {duration(max(0.0, seconds))} left"
+        of = "" if total == float("inf") else f"/{int(total)}"
+        line = f"step {step}{of}  loss {float(outputs['loss']):.4f}  {rate:,.0f} tokens/s{left}"
+        self._last, self._tokens = now, 0
+        print(f"\r{line:<78}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        self._open_line = tty
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the validation metrics of a running fit."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._enabled:
+            values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+            text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+            self.print(f"step {trainer.global_step}: {text}", file=sys.stderr)
+        self._last = time.monotonic()
+
+    def _end_line(self) -> None:
+        if self._open_line:
+            print(file=sys.stderr)
+            self._open_line = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the line."""
+        self._end_line()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """End the line."""
+        self._end_line()
+
+
+class RunReport(Callback):
+    """Writes the run folder's results and pictures, and tells where everything is."""
+
+    def finish_fit(self, trainer: pl.Trainer, model: LanguageModel) -> None:
+        """Print the closing report of a fit: metrics of the best checkpoint, a sample, the paths."""
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer)
+        self._write_results(folder, model, "val")
+        curve = folder / "loss.png"
+        drawn = (folder / "metrics.csv").exists() and figures.loss_curve(folder / "metrics.csv", curve)
+        print("\nResults of the best checkpoint on the validation data:")
+        self._print_results(model, "val")
+        sample = self._sample(trainer, model)
+        if sample:
+            print(f"\nSample:\n{sample}")
+        print("\nRun folder:")
+        paths = {"config": folder / "config.yaml", "metrics": folder / "metrics.csv", "results": folder / "results.json"}
+        if drawn:
+            paths["loss curve"] = curve
+        for path in sorted((folder / "checkpoints").glob("*.ckpt")):
+            paths[f"checkpoint ({path.stem})"] = path
+        for name, path in paths.items():
+            if path.exists():
+                print(f"  {name + ':':<20} {path}")
+        best = folder / "checkpoints" / "best.ckpt"
+        checkpoint = best if best.exists() else folder / "checkpoints" / "last.ckpt"
+        print(f"\nUse it:  llmkit infer {checkpoint} {'TEXT'!r}", flush=True)
+
+    def finish_test(self, trainer: pl.Trainer, model: LanguageModel) -> None:
+        """Write and print the test results, and draw the confusion matrix."""
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer)
+        self._write_results(folder, model, "test")
+        self._print_results(model, "test")
+        matrix = model.results.get("test_confusion_matrix")
+        if matrix is not None:
+            path = folder / "confusion_matrix.png"
+            figures.confusion_matrix(matrix.tolist(), model.head.info()["labels"], path)
+            print(f"  confusion matrix: {path}")
+        print(f"  results: {folder / 'results.json'}", flush=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save on Ctrl-C and say how to go on."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and trainer.global_step > 0:
+            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                print(f"llmkit: interrupted at step {trainer.global_step}; saved {path}", file=sys.stderr)
+                print("Go on with the same command and --ckpt_path last", file=sys.stderr, flush=True)
+
+    def _print_results(self, model: LanguageModel, prefix: str) -> None:
+        for name, value in _scalars(model, prefix).items():
+            print(f"  {name:<20} {value:.4f}" if isinstance(value, float) else f"  {name:<20} {value}")
+
+    def _write_results(self, folder: Path, model: LanguageModel, prefix: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {f"{prefix}_{name}": value for name, value in _scalars(model, prefix).items()}
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    def _sample(self, trainer: pl.Trainer, model: LanguageModel) -> str | None:
+        loaders = trainer.val_dataloaders
+        assert model.tokenizer is not None
+        if loaders is None:
+            return None
+        batch = {name: value.to(model.device) for name, value in next(iter(loaders)).items()}
+        model.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            return model.head.sample(model.network, batch, model.tokenizer)
+
+
+def _scalars(model: LanguageModel, prefix: str) -> dict[str, Any]:
+    """Return the scalar results and, where a metric has one, the signature of how it was computed."""
+    values: dict[str, Any] = {
+        name.removeprefix(f"{prefix}_"): float(value)
+        for name, value in model.results.items()
+        if name.startswith(f"{prefix}_") and value.numel() == 1
+    }
+    metrics = model.val_metrics if prefix == "val" else model.test_metrics
+    for name, metric in metrics.items():
+        signature = getattr(metric, "signature", None)
+        if callable(signature):
+            values[f"{name}_signature"] = signature()
+    return values
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of this run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            return Path(logger.log_dir)
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,0 +1,333 @@
+"""The DataModule: settings to loaders, by way of the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+from llmkit import registry
+from llmkit.contracts import Head, Stage, Tokenizer
+from llmkit.data import cache
+from llmkit.data.batches import EvaluationOrder, Loader, Progress, TrainingOrder, world
+from llmkit.data.corpus import Corpus, Reader
+from llmkit.data.examples import Examples, Features
+from llmkit.data.prepare import Columns, features, grouped, pieces, texts
+from llmkit.data.sources import Files, Format, Options
+from llmkit.data.stream import SAMPLE, Stream, take
+from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
+from llmkit.errors import UserError
+
+STAGES: dict[str | None, tuple[Stage, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+class DataModule(pl.LightningDataModule):
+    """Rows from files or the hub, tokenized once, cached by content, served in finished batches.
+
+    Args:
+        train: training data: a file, a glob pattern, a list of them, or ``{field: file}`` for parallel line files
+            (line n of each file is row n). With ``source``: the name of a split.
+        validation: likewise; without it a share of ``train`` is set aside.
+        test: likewise.
+        predict: likewise; only the head's inputs are read, and rows keep their order.
+        source: a data set for Hugging Face ``datasets``: its name on the hub, or a folder. The splits default to
+            ``train``, ``validation`` and ``test``, where it has them.
+        subset: which configuration of ``source``.
+        format: how files are read; ``auto`` goes by the suffix (unknown ones are text), or is ``lines`` with a
+            ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object a line, or one list.
+        pattern: regular expression that a whole line of format ``lines`` matches; its named groups are the columns.
+        column_names: the columns of CSV or TSV files without a header.
+        columns: the column of each of the head's fields; default: the field's name.
+        encoding: encoding of text files.
+        documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
+            each non-empty line. For other heads each non-empty line is a row.
+        validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
+            the end of the text when it is only one. 0: no validation.
+        tokenizer: builds the tokenizer; it is trained on the training part, unless it comes trained.
+        pack: for a head that joins its rows: each document begins with ``bos`` and sees no other one.
+        streaming: do not tokenize ``train`` ahead, but as it is read; set ``trainer.max_steps``. Tokenizer and labels
+            are then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first
+            1,000 rows (2 million characters) are set aside before that.
+        shuffle_buffer: rows (or blocks) of a stream that are shuffled together.
+        batch_size: rows of a batch.
+        batch_tokens: most tokens of a batch, padding included; replaces ``batch_size`` in training and evaluation.
+        num_workers: worker processes of each loader (a hub stream is read by at most one).
+        seed: seed of the order of training data.
+        cache_dir: folder of the cache; default $LLMKIT_CACHE, else ~/.cache/llmkit.
+
+    Raises:
+        UserError: data that is missing, malformed or does not have the head's fields.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # fewer rows than ranks are no reason to stop
+
+    def __init__(
+        self,
+        train: str | list[str] | dict[str, str] | None = None,
+        validation: str | list[str] | dict[str, str] | None = None,
+        test: str | list[str] | dict[str, str] | None = None,
+        predict: str | list[str] | dict[str, str] | None = None,
+        source: str | None = None,
+        subset: str | None = None,
+        format: Format = "auto",
+        pattern: str | None = None,
+        column_names: list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        encoding: str = "utf-8",
+        documents: Literal["file", "line"] = "file",
+        validation_share: float = 0.1,
+        tokenizer: Callable[[], Tokenizer] | None = None,
+        pack: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 4096,
+        batch_size: int = 32,
+        batch_tokens: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens, "shuffle_buffer": shuffle_buffer}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        if not 0 <= validation_share < 1:
+            raise UserError(f"data.validation_share must be 0 or more and below 1, got {validation_share}")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
+        self._folder = cache.root(cache_dir)
+        given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        options = Options(format, pattern, column_names, encoding)
+        self._corpus = Corpus(
+            given, source, subset, options, columns, documents, validation_share, streaming, self._folder
+        )
+        self._factory = tokenizer
+        self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
+        self.batch_size, self.batch_tokens, self.num_workers, self.seed = batch_size, batch_tokens, num_workers, seed
+        self._head: Head | None = None
+        self._context = 0
+        self._tokenizer: Tokenizer | None = None
+        self._head_ready = self._learned = False
+        self._splits: dict[Stage, Blocks | Examples] = {}
+
+    def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
+        """Say what the data is for. Unbound, it is taken from the trainer's module (attributes of these names).
+
+        Args:
+            head: encodes and collates rows.
+            context: most tokens of one row.
+            tokenizer: a trained one, from a checkpoint; None: build and train the configured one.
+            head_ready: the head knows what it has to learn from training rows, from a checkpoint.
+        """
+        self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
+        self._learned = False
+        self._splits = {}
+
+    @property
+    def head(self) -> Head:
+        """The head this data is for. Raises RuntimeError before ``bind``."""
+        if self._head is None:
+            module = getattr(self.trainer, "lightning_module", None)
+            if module is None:
+                raise RuntimeError("call bind(head, context) before using the data")
+            self.bind(module.head, module.context, module.tokenizer, module.head_ready)
+        assert self._head is not None
+        return self._head
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The trained tokenizer; there after ``setup``."""
+        if not self._learned or self._tokenizer is None:
+            raise RuntimeError("the tokenizer is there after setup()")
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Fill the cache with all that the stage needs."""
+        state = self.trainer.state.fn if self.trainer else None
+        self.setup(None if state is None else str(state.value))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer, what the head learns, and the splits of a stage (all, when None) from the cache.
+
+        What is not there yet is made first.
+        """
+        self._learn()
+        for name in STAGES.get(stage, ("train", "validation", "test", "predict")):
+            if self._corpus.has(name) and not (name == "train" and self.streaming):
+                self.split(name)
+
+    def bytes_per_token(self, stage: Stage) -> float:
+        """Return the UTF-8 bytes of text for each target of a split; NaN where rows are not joined to a stream."""
+        split = None if stage == "train" and self.streaming else self.split(stage)
+        return split.bytes_per_token if isinstance(split, Blocks) else float("nan")
+
+    def _learn(self) -> None:
+        """Train or load the tokenizer, and let the head learn its labels."""
+        if self._learned:
+            return
+        head = self.head
+        if self._tokenizer is None:
+            self._tokenizer = (self._factory or registry.resolve("tokenizer", None))()
+        train_tokenizer = not self._tokenizer.trained
+        learn_head = not self._head_ready and type(head).learn is not Head.learn
+        if train_tokenizer or learn_head:
+            reader = self._corpus.reader("train", head)
+            if self.streaming:
+                reader = Reader(reader.rows, lambda: take(reader.read(), SAMPLE), [*reader.identity, SAMPLE])
+            if train_tokenizer:
+                self._train_tokenizer(self._tokenizer, reader)
+            if learn_head:
+                self._learn_head(head, reader)
+        self._learned = True
+
+    def _train_tokenizer(self, tokenizer: Tokenizer, reader: Reader) -> None:
+        names = [name for name in self.head.texts if name in (*self.head.inputs, *self.head.targets)]
+
+        def write(folder: Path) -> None:
+            reader.check()
+            tokenizer.train(texts(reader.read, names))
+            cache.write_text(folder / "state.json", tokenizer.to_state())
+
+        key = cache.digest(["tokenizer", reader.identity, names, cache.identity(tokenizer, self._folder), self._spec()])
+        path = cache.entry(self._folder, key, write)
+        if not tokenizer.trained:
+            tokenizer.from_state((path / "state.json").read_text())
+
+    def _spec(self) -> str:
+        try:
+            return repr(registry.spec_of(self._factory)) if self._factory else ""
+        except UserError:  # some other callable: what it built is known by its settings
+            return ""
+
+    def _learn_head(self, head: Head, reader: Reader) -> None:
+        learned = False
+
+        def write(folder: Path) -> None:
+            nonlocal learned
+            reader.check()
+            head.learn(Columns(reader.read, head.targets))
+            cache.write_text(folder / "info.json", json.dumps(head.info()))
+            learned = True
+
+        key = cache.digest(["head", reader.identity, cache.identity(head, self._folder)])
+        path = cache.entry(self._folder, key, write)
+        if not learned:
+            head.set_info(json.loads((path / "info.json").read_text()))
+
+    def split(self, stage: Stage) -> Blocks | Examples:
+        """Return the prepared rows of a stage."""
+        if stage not in self._splits:
+            self._learn()
+            self._splits[stage] = self._prepare(stage)
+        return self._splits[stage]
+
+    def _prepare(self, stage: Stage) -> Blocks | Examples:
+        head, tokenizer, joins = self.head, self.tokenizer, self._corpus.joins(stage, self.head)
+        reader = self._corpus.reader(stage, head)
+        encode = partial(pieces if joins else features, head=head, tokenizer=tokenizer, context=self._context)
+
+        def write(folder: Path) -> None:
+            reader.check()
+            bar = tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False)
+
+            def groups() -> Iterator[Any]:
+                for group in grouped(reader.read()):
+                    yield encode(group)
+                    bar.update(len(group))
+
+            if joins:
+                write_tokens(folder, chain.from_iterable(groups()), tokenizer, self.pack)
+            else:
+                Features.of(groups()).write(folder)
+            bar.close()
+
+        used = [cache.identity(head, self._folder), head.info(), self._context]
+        state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
+        key = cache.digest([stage == "predict", joins, self.pack, reader.identity, used, state])
+        path = cache.entry(self._folder, key, write)
+        if not joins:
+            return Examples(Features.read(path), head, tokenizer, self.batch_size, self.batch_tokens)
+        tokens = read_tokens(path)
+        if tokens.targets == 0:
+            raise UserError(f"{reader.rows.key}: fewer than two tokens in {', '.join(reader.rows.names)}")
+        kind = Packed if self.pack else Blocks
+        return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
+
+    @property
+    def _rows_of_a_batch(self) -> int:
+        """Rows of a batch of blocks."""
+        return self.batch_size if self.batch_tokens is None else max(1, self.batch_tokens // self._context)
+
+    # Loaders
+
+    def train_dataloader(self) -> Loader:
+        """Return the loader of training batches, which can be resumed."""
+        trainer = self.trainer
+        epoch = trainer.fit_loop.epoch_progress.current.processed if trainer else 0
+        overfit = bool(trainer and trainer.overfit_batches)
+        if self.streaming:
+            loader = self._stream(Progress(epoch))
+        else:
+            split = self.split("train")
+            order = TrainingOrder(split.training_order, split.num_batches, self.seed, epoch, fixed=overfit)
+            loader = Loader(split, self.num_workers, sampler=order)
+            loader.order = order
+        loader.done = self._done if trainer else None
+        return loader
+
+    def _stream(self, progress: Progress) -> Loader:
+        reader = self._corpus.reader("train", self.head)
+        reader.check()
+        rank, size = world()
+        if size > 1 and self.trainer and self.trainer.max_steps == -1:
+            raise UserError("trainer.max_steps is needed with data.streaming and several processes")
+        if self.trainer and self.trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches does not go with data.streaming")
+        batch = self.batch_size if self.head.layout == "examples" else self._rows_of_a_batch
+        stream = Stream(
+            reader.read, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,
+            self.shuffle_buffer, self.seed, progress, rank, size, endless=size > 1,
+        )  # fmt: skip
+        # The library would deal out its files to the workers a second time.
+        workers = min(self.num_workers, 1) if self._corpus.source is not None else self.num_workers
+        loader = Loader(stream, workers)
+        loader.order = progress
+        loader.sampler.set_epoch = progress.set_epoch  # type: ignore[attr-defined]  # where Lightning looks for it
+        return loader
+
+    def _done(self) -> tuple[int, bool]:
+        """Return how many batches of the epoch were trained on, and whether these were all."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        progress = loop.epoch_loop.batch_progress
+        count = progress.current.processed
+        return count, count >= loop.max_batches or (progress.is_last_batch and count >= progress.current.ready)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Return the loader of the validation split; an empty list when there is none."""
+        return self._evaluation("validation") if self._corpus.has("validation") else []
+
+    def test_dataloader(self) -> Loader:
+        """Return the loader of the test split."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Return the loader of the rows to predict, in their order."""
+        split = self.split("predict")
+        assert isinstance(split, Examples)
+        return Loader(split, self.num_workers, sampler=EvaluationOrder(split.reading_order))
+
+    def _evaluation(self, stage: Stage) -> Loader:
+        split = self.split(stage)
+        return Loader(split, self.num_workers, sampler=EvaluationOrder(split.evaluation_order))

@@ -1,0 +1,306 @@
+"""Rows from local files (text, lines, CSV, TSV, JSON, Parquet, parallel files) and from Hugging Face ``datasets``."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from llmkit.errors import UserError, nearest
+
+Files = str | list[str] | dict[str, str] | None
+Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines"]
+
+CHUNK = 256 * 1024  # characters of a large text that are read as one row
+SUFFIXES: dict[str, Format] = {
+    ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One row as it was read, and where it stands."""
+
+    data: Mapping[str, Any]
+    file: str
+    number: int
+    """Line of a text file, or row of a table, from 1."""
+    first: bool = True
+    """Whether a document begins here; False for the later chunks of a large text."""
+
+    @property
+    def place(self) -> str:
+        """``file:number``, for messages."""
+        return f"{self.file}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How files are read; see the arguments of the same names of ``DataModule``."""
+
+    format: Format = "auto"
+    pattern: str | None = None
+    column_names: list[str] | None = None
+    encoding: str = "utf-8"
+    chunks: bool = False  # a text file is one document, in chunks; otherwise each non-empty line is a row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split: rows that can be read again and again."""
+
+    key: str  # the config key it came from, for messages
+    names: list[str]  # files, or the split of a data set
+    read: Callable[[], Iterator[Row]]
+    single: bool = False  # plain text: one column, which serves whatever single field the head asks for
+    files: list[str] = field(default_factory=list)  # their contents say whether a cached result is still right
+    identity: Any = None  # what else does
+    sharded: Callable[[int, int], Iterator[Row]] | None = None  # (rank, world): the reader splits itself
+
+
+def files_of(key: str, value: str | list[str]) -> list[str]:
+    """Return the sorted files of paths and glob patterns. Raises UserError when one matches nothing."""
+    found: set[str] = set()
+    for path in [value] if isinstance(value, str) else value:
+        path = os.path.expanduser(path)
+        matches = [path] if os.path.isfile(path) else [m for m in glob.glob(path, recursive=True) if os.path.isfile(m)]
+        if not matches:
+            raise UserError(f"{key}: no file '{path}'{_data_hint(path)}")
+        found.update(matches)
+    return sorted(found)
+
+
+def _data_hint(path: str) -> str:
+    folder = os.environ.get("LLMKIT_DATA", "../shared/data")
+    if os.path.isdir(folder) or not os.path.abspath(path).startswith(os.path.abspath(folder)):
+        return ""
+    return (
+        ". The folder named by the environment variable LLMKIT_DATA (default ../shared/data) is missing; "
+        "the config's comments say how to get the data"
+    )
+
+
+def local(key: str, value: str | list[str] | dict[str, str], options: Options) -> Rows:
+    """Return the rows of local files. Raises UserError for missing files; reading raises it for malformed ones."""
+    if isinstance(value, dict):
+        paths = {name: files_of(key, path) for name, path in value.items()}
+        for name, files in paths.items():
+            if len(files) != 1:
+                raise UserError(f"{key}.{name}: parallel files come one by field, '{value[name]}' gives {len(files)}")
+        columns = {name: files[0] for name, files in paths.items()}
+        names = [Path(path).name for path in columns.values()]
+        identity = [list(columns), options.encoding]
+        files = list(columns.values())
+        return Rows(key, names, lambda: _parallel(key, columns, options), files=files, identity=identity)
+    files = files_of(key, value)
+    formats = [_format_of(path, options) for path in files]
+    if "lines" in formats and options.pattern is None:
+        raise UserError("data.format: 'lines' needs data.pattern, a regular expression with named groups")
+
+    def read() -> Iterator[Row]:
+        for path, format in zip(files, formats, strict=True):
+            try:
+                yield from _READERS[format](path, options)
+            except UnicodeDecodeError as error:
+                raise UserError(_bad_encoding(key, path, options.encoding, error)) from error
+            except (OSError, ValueError, csv.Error, LookupError) as error:
+                text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+                raise UserError(f"{key}: " + " ".join(text.split())) from error
+
+    single = all(format == "text" for format in formats)
+    names = [Path(path).name for path in files]
+    identity: list[Any] = [names, formats, options.pattern, options.column_names, options.encoding, options.chunks]
+    return Rows(key, names, read, single, files, identity)
+
+
+def _format_of(path: str, options: Options) -> Format:
+    if options.format != "auto":
+        return options.format
+    if options.pattern is not None:
+        return "lines"
+    return SUFFIXES.get(Path(path).suffix.lower(), "text")
+
+
+def _open(path: str, options: Options, newline: str | None = None) -> Any:
+    encoding = "utf-8-sig" if options.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else options.encoding
+    return open(path, encoding=encoding, newline=newline)
+
+
+def _bad_encoding(key: str, path: str, encoding: str, error: UnicodeDecodeError) -> str:
+    """Return a message with the line of the first bytes that cannot be decoded, where lines can be told apart."""
+    place = path
+    with open(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            try:
+                content.decode(encoding)
+            except UnicodeDecodeError:
+                place = f"{path}:{number}"
+                break
+    return f"{key}: {place} is not {encoding} ({error.reason}). Set data.encoding to the encoding of the file."
+
+
+def _text(path: str, options: Options) -> Iterator[Row]:
+    with _open(path, options) as file:
+        if options.chunks:
+            # Cut at a line's end, but do not look for it forever.
+            number = 1
+            while chunk := file.read(CHUNK) + file.readline(CHUNK):
+                yield Row({"text": chunk}, path, number, first=number == 1)
+                number += chunk.count("\n") or 1
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Row({"text": line.rstrip("\n")}, path, number)
+
+
+def _lines(path: str, options: Options) -> Iterator[Row]:
+    try:
+        pattern = re.compile(options.pattern or "")
+    except re.error as error:
+        raise UserError(f"data.pattern is not a regular expression: {error}") from error
+    if not pattern.groupindex:
+        raise UserError("data.pattern has no named group; a column is written (?P<name>...)")
+    with _open(path, options) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                match = pattern.fullmatch(line.rstrip("\n"))
+                if match is None:
+                    raise UserError(f"{path}:{number} does not match data.pattern: {line.strip()[:60]!r}")
+                yield Row(match.groupdict(), path, number)
+
+
+def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield rows of a table with a header, or without one where the column names are given; cells stay strings."""
+    csv.field_size_limit(2**31 - 1)
+    with _open(path, options, newline="") as file:
+        reader = csv.reader(file, strict=True, **dialect)
+        header = options.column_names or next(reader, [])
+        for cells in reader:
+            if len(cells) == len(header):
+                yield Row(dict(zip(header, cells, strict=True)), path, reader.line_num)
+            elif cells:
+                raise UserError(f"{path}:{reader.line_num} has {len(cells)} cells, expected {len(header)}: {header}")
+
+
+def _csv(path: str, options: Options) -> Iterator[Row]:
+    return _table(path, options, {})
+
+
+def _tsv(path: str, options: Options) -> Iterator[Row]:
+    # In tab-separated files a quotation mark is text.
+    return _table(path, options, {"delimiter": "\t", "quoting": csv.QUOTE_NONE})
+
+
+def _json(path: str, options: Options) -> Iterator[Row]:
+    """Yield objects, one a line or from one list."""
+    with _open(path, options) as file:
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        items: Iterable[tuple[int, Any]]
+        if start == "[":
+            try:
+                items = enumerate(json.load(file), 1)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+        else:
+            items = ((number, _json_line(path, number, line)) for number, line in enumerate(file, 1) if line.strip())
+        for number, item in items:
+            if not isinstance(item, dict):
+                raise UserError(f"{path}:{number} holds {type(item).__name__}, expected an object")
+            yield Row(item, path, number)
+
+
+def _json_line(path: str, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = ". Expected one object a line, or one list of objects" if number == 1 else ""
+        raise UserError(f"{path}:{number} is not JSON: {error.msg}{hint}") from error
+
+
+def _parquet(path: str, options: Options) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for item in batch.to_pylist():
+            number += 1
+            yield Row(item, path, number)
+
+
+_READERS: dict[str, Callable[[str, Options], Iterator[Row]]] = {
+    "text": _text, "lines": _lines, "csv": _csv, "tsv": _tsv, "json": _json, "parquet": _parquet,
+}  # fmt: skip
+
+
+def _parallel(key: str, columns: dict[str, str], options: Options) -> Iterator[Row]:
+    """Yield one row a line from files whose lines belong together."""
+    file = ""
+    try:
+        files = {name: _open(path, options) for name, path in columns.items()}
+        try:
+            for number, lines in enumerate(zip_longest(*files.values()), 1):
+                if None in lines:
+                    counts = [sum(1 for _ in _open(path, options)) for path in columns.values()]
+                    told = ", ".join(f"{path}: {count}" for path, count in zip(columns.values(), counts, strict=True))
+                    raise UserError(f"{key}: parallel files have unequal numbers of lines ({told})")
+                yield Row({name: line.rstrip("\n") for name, line in zip(files, lines, strict=True)}, file, number)
+        finally:
+            for opened in files.values():
+                opened.close()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {list(columns.values())} are not all {options.encoding}: {error.reason}") from error
+
+
+class Hub:
+    """A data set that Hugging Face ``datasets`` loads: a name on the hub or a folder.
+
+    Raises UserError, with the cause, when it cannot be loaded.
+    """
+
+    def __init__(self, source: str, subset: str | None, streaming: bool) -> None:
+        self.source, self.subset, self.streaming = source, subset, streaming
+        self._builder = self._try(lambda datasets: datasets.load_dataset_builder(source, subset))
+        self.splits = [str(name) for name in self._builder.info.splits or self._builder.config.data_files or {}]
+
+    def _try(self, load: Callable[[Any], Any]) -> Any:
+        try:
+            import datasets
+
+            return load(datasets)
+        except Exception as error:  # the library and what it stands on raise dozens of kinds
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"data.source: '{self.source}' cannot be loaded: {text}") from error
+
+    def rows(self, key: str, split: str) -> Rows:
+        """Return the rows of a split; ``train[:10%]`` and the like are splits too."""
+        if split.partition("[")[0].partition("+")[0] not in self.splits:
+            hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
+            raise UserError(f"{key}: '{self.source}' has no split '{split}'.{hint}")
+        load = partial(self._load, split)
+        # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
+        identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
+        return Rows(key, [split], load, identity=identity, sharded=load if self.streaming else None)
+
+    def _load(self, split: str, rank: int = 0, world: int = 1) -> Iterator[Row]:
+        def load(datasets: Any) -> Any:
+            data = datasets.load_dataset(self.source, self.subset, split=split, streaming=self.streaming)
+            return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
+
+        data = self._try(load)
+        # Class numbers become class names: those are what a prediction should say.
+        names = {name: kind.names for name, kind in (data.features or {}).items() if hasattr(kind, "names")}
+        for number, item in enumerate(data, 1):
+            for name in names.keys() & item.keys():
+                if isinstance(item[name], int) and item[name] >= 0:
+                    item[name] = names[name][item[name]]
+            yield Row(item, split, number)

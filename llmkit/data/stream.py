@@ -1,0 +1,136 @@
+"""Training batches straight from a stream of rows, for data too large to be tokenized ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from llmkit.contracts import Batch, Head, Tokenizer
+from llmkit.data.batches import Progress
+from llmkit.data.examples import Examples, Features
+from llmkit.data.prepare import Item, features, grouped, pieces
+from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
+
+HELD_OUT = (1000, 2_000_000)  # rows and characters at the head of a stream that serve as validation
+SAMPLE = (10_000, 20_000_000)  # rows and characters after them that tokenizer and labels are learned from
+
+
+def take(items: Iterable[Item], limits: tuple[int, int]) -> Iterator[Item]:
+    """Yield the first items, up to so many rows and characters, at least one."""
+    rows, characters = limits
+    for item in items:
+        yield item
+        rows -= 1
+        characters -= sum(len(value) for value in item.fields.values() if isinstance(value, str))
+        if rows <= 0 or characters <= 0:
+            return
+
+
+@dataclass
+class Stream(IterableDataset[Batch]):
+    """Training batches of a stream.
+
+    Rows are read into a pool, which is encoded, put into batches as a prepared split would be, and shuffled. Each
+    worker of each rank reads its own rows. A resumed run reads what it has seen again, without using it.
+
+    Args:
+        read: gives the rows of one shard, from (shard, number of shards).
+        pool: rows, or blocks of ``context`` tokens, that are shuffled together.
+        endless: begin again at the end, because ranks that run out early would leave the others waiting.
+    """
+
+    read: Callable[[int, int], Iterator[Item]]
+    head: Head
+    tokenizer: Tokenizer
+    context: int
+    batch_size: int
+    batch_tokens: int | None
+    pack: bool
+    pool: int
+    seed: int
+    progress: Progress
+    rank: int
+    world: int
+    endless: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        start = self.progress.start
+        # The loader asks worker 0 first: after a resumption that one stands for the worker whose turn it is.
+        worker = ((info.id if info else 0) + start) % workers
+        shard = self.rank * workers + worker
+        rounds: Iterable[int] = count() if self.endless else (0,)
+        batches = chain.from_iterable(self._batches(shard, self.world * workers, number) for number in rounds)
+        return islice(batches, (start - worker + workers - 1) // workers, None)
+
+    def _batches(self, shard: int, shards: int, number: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([self.seed, self.progress.epoch, number, shard])
+        items = self.read(shard, shards)
+        if self.head.layout == "examples":
+            return self._examples(items, rng)
+        groups = grouped(items)
+        encoded = (piece for group in groups for piece in pieces(group, self.head, self.tokenizer, self.context))
+        ids = joined(encoded, self.tokenizer, self.pack)
+        return self._packed(ids, rng) if self.pack else self._blocks(ids, rng)
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a pool: whole batches."""
+        return max(1, self.pool // self.batch_size) * self.batch_size
+
+    def _examples(self, items: Iterator[Item], rng: np.random.Generator) -> Iterator[Batch]:
+        while pool := list(islice(items, self._rows)):
+            encoded = (features(group, self.head, self.tokenizer, self.context) for group in grouped(pool))
+            split = Examples(Features.of(encoded), self.head, self.tokenizer, self.batch_size, self.batch_tokens)
+            yield from (split[indices] for indices in split.training_order(rng))
+
+    def _blocks(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
+        size = self._rows * self.context
+        tokens = np.empty(0, np.int64)
+        seen = num_bytes = 0
+        yielded = False
+        for ids, length, _ in chain(stream, [([], 0, True)]):
+            tokens = np.append(tokens, np.array(ids, np.int64))
+            seen, num_bytes = seen + len(ids), num_bytes + length
+            last = not ids
+            while tokens.size > size or (last and tokens.size > 1):
+                blocks = min(self._rows, (tokens.size - 1) // self.context)
+                blocks -= blocks % self.batch_size
+                if blocks == 0 and yielded:
+                    return
+                # All there is may be less than a batch: then it is padded.
+                starts = rng.permutation(blocks or -(-(tokens.size - 1) // self.context)) * self.context
+                part = tokens[: blocks * self.context + 1 if blocks else None]
+                found = self._tokens(part, num_bytes / seen)
+                split = Blocks(found, self.context, self.batch_size, self.tokenizer.pad_id)
+                yield from (split[indices] for indices in split_batches(starts, self.batch_size))
+                yielded = True
+                tokens = tokens[part.size - 1 :]
+
+    def _packed(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
+        pool: list[int] = []
+        starts: list[int] = []
+        num_bytes = 0
+        for ids, length, begins in chain(stream, [([], 0, True)]):
+            if pool and (not ids or (begins and len(pool) >= self._rows * self.context)):
+                bounds = np.array([*starts, len(pool)])
+                ratio = num_bytes / max(1, len(pool) - len(starts))
+                tokens = self._tokens(np.array(pool), ratio, bounds)
+                split = Packed(tokens, self.context, self.batch_size, self.tokenizer.pad_id)
+                order = rng.permutation(split.num_rows)
+                yield from (split[rows] for rows in split_batches(order, self.batch_size))
+                pool, starts, num_bytes = [], [], 0
+            if begins:
+                starts.append(len(pool))
+            pool += ids
+            num_bytes += length
+
+    def _tokens(self, data: Any, bytes_per_token: float, starts: Any = None) -> Tokens:
+        targets = data.size - 1 if starts is None else data.size - len(starts) + 1
+        return Tokens(data, "int64", data.size, bytes_per_token * targets, starts)

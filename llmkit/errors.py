@@ -1,0 +1,24 @@
+"""Errors that a user can act on, and the nearest valid name for a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line on stderr, exit code 2, no traceback."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the valid name closest to ``name``, or an empty string."""
+    names = sorted(allowed)
+    folded = {candidate.lower(): candidate for candidate in names}
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.55)
+    return f" Did you mean '{folded[match[0]]}'?" if match else ""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """Return the standard sentence for a name that is not among ``allowed``."""
+    names = sorted(allowed)
+    return f"unknown {kind} '{name}'.{nearest(name, names)} Allowed: {', '.join(names) or '(none)'}."

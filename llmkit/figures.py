@@ -1,0 +1,75 @@
+"""Pictures of a run: the loss curve and the confusion matrix, as PNG files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[int, float]]
+
+
+def read_metrics(csv_file: Path) -> dict[str, Curve]:
+    """Return each metric of a run's ``metrics.csv`` as (step, value) pairs."""
+    curves: dict[str, Curve] = {}
+    with csv_file.open(newline="") as handle:
+        for row in csv.DictReader(handle):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    return curves
+
+
+def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def loss_curve(csv_file: Path, png_file: Path) -> bool:
+    """Draw training and validation loss against the step; returns whether there was anything to draw."""
+    curves = read_metrics(csv_file)
+    lines = {"train_loss": "training", "val_loss": "validation"}
+    found = {label: curves[name] for name, label in lines.items() if name in curves}
+    if not found:
+        return False
+    comparison_curves(found, png_file)
+    return True
+
+
+def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str = "loss (nats)") -> None:
+    """Draw several curves by label into one picture."""
+    figure, axes = _axes()
+    for label, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        few = len(points) < 60
+        axes.plot(steps, values, label=label, linewidth=1.6, marker="o" if few else None, markersize=3)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(png_file, dpi=150)
+
+
+def confusion_matrix(counts: list[list[int]], labels: list[str], png_file: Path) -> None:
+    """Draw how often each true label (rows) was predicted as each label (columns)."""
+    size = max(4.0, 0.6 * len(labels) + 2)
+    figure, axes = _axes(size + 1, size)
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, labels, rotation=45, ha="right")
+    axes.set_yticks(ticks, labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(labels) <= 20:
+        for row in ticks:
+            for column in ticks:
+                colour = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(column, row, counts[row][column], ha="center", va="center", color=colour, fontsize=9)
+    figure.savefig(png_file, dpi=150)

@@ -1,0 +1,90 @@
+"""Cross-entropy straight from hidden states: the scores over a large vocabulary never exist whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.contracts import IGNORE, Loss
+
+CHUNK_ELEMENTS = 2**22  # scores held at once: 512 rows at a vocabulary of 8192
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0
+) -> Loss:
+    """Return the summed cross-entropy of ``hidden @ weight.T`` and the number of targets that count.
+
+    The gradient is computed chunk by chunk during the forward pass, so that memory does not grow with N x V.
+
+    Args:
+        hidden_ND: hidden states, (N, D).
+        weight_VD: output matrix, (V, D).
+        targets_N: target ids, ``IGNORE`` where nothing is to be predicted.
+        label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy et al. 2016,
+            arXiv:1512.00567).
+    """
+    keep = targets_N != IGNORE
+    count = keep.sum()
+    # Skipping padded rows saves their arithmetic; on an accelerator the row count would force a synchronisation.
+    if hidden_ND.device.type == "cpu" and int(count) < len(targets_N):
+        hidden_ND, targets_N = hidden_ND[keep], targets_N[keep]
+    # Inside an autograd function gradients always look switched off, so it is told.
+    total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled()
+    )
+    return Loss(total, count)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, training: bool) -> Tensor:
+        need_hidden, need_weight = (training and need for need in ctx.needs_input_grad[:2])
+        device = hidden.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        hidden_low, weight_low = hidden.to(low), weight.to(low)
+        exact = torch.promote_types(low, torch.float32)  # softmax and sums are never done in half precision
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        vocab = weight.shape[0]
+        with torch.autocast(device, enabled=False):
+            rows = max(1, CHUNK_ELEMENTS // vocab)
+            for start in range(0, len(targets), rows):
+                span = slice(start, start + rows)
+                scores = (hidden_low[span] @ weight_low.T).to(exact)
+                kept = targets[span] != IGNORE
+                wanted = targets[span].clamp(min=0)[:, None]
+                norm = scores.logsumexp(-1, keepdim=True)
+                losses = norm - (1 - smoothing) * scores.gather(-1, wanted)
+                if smoothing:
+                    losses -= smoothing * scores.mean(-1, keepdim=True)
+                total += (losses * kept[:, None]).sum()
+                if not (need_hidden or need_weight):
+                    continue
+                # d loss / d scores = softmax - smoothed one-hot target
+                grad = scores.sub_(norm).exp_()
+                if smoothing:
+                    grad -= smoothing / vocab
+                grad.scatter_add_(-1, wanted, torch.full_like(norm, smoothing - 1))
+                grad_low = (grad * kept[:, None]).to(low)
+                if grad_hidden is not None:
+                    grad_hidden[span] = (grad_low @ weight_low).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad_low.T @ hidden_low[span]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )

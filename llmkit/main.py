@@ -1,0 +1,92 @@
+"""The ``llmkit`` command: a table of commands, each imported only when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+from llmkit import __version__
+from llmkit.errors import UserError, unknown
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("llmkit.cli:run", "train a model as a config says"),
+    "validate": ("llmkit.cli:run", "measure a checkpoint on the validation data"),
+    "test": ("llmkit.cli:run", "measure a checkpoint on the test data"),
+    "predict": ("llmkit.cli:run", "write a checkpoint's answers for a data set"),
+    "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
+    "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
+    "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
+}
+"""Command -> where its ``run(command, argv) -> exit code`` is, and one line of help."""
+
+USAGE = """\
+usage: llmkit COMMAND [options] [--debug]
+
+Language model experiments: one YAML file, every part a plugin.
+
+commands:
+{commands}
+
+options:
+  -h, --help  this text; 'llmkit COMMAND --help' shows a command's own options
+  --version   print the version
+  --debug     show the traceback of an error, whatever the command
+
+examples:
+  llmkit fit --config configs/quickstart.yaml
+  llmkit fit --config configs/quickstart.yaml --model.attention lstm
+  llmkit plugins attention
+"""
+
+
+def usage() -> str:
+    """Return the text of ``llmkit --help``."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 2 for a user's mistake, which is told in one line on stderr.
+
+    Any other exception is a bug, of ours or of a plugin, and leaves with its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        code = _dispatch([argument for argument in argv if argument != "--debug"])
+        sys.stdout.flush()  # here, so that a closed pipe is noticed here too
+        return code
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"llmkit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("llmkit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`llmkit plugins | head -1`). Python flushes once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
+    command, *rest = argv
+    if command == "--version":
+        print(f"llmkit {__version__}")
+        return 0
+    if command.startswith("-"):
+        raise UserError(f"the command comes first, before '{command}'. Allowed: {', '.join(COMMANDS)}.")
+    if command not in COMMANDS:
+        raise UserError(unknown("command", command, COMMANDS))
+    module, _, function = COMMANDS[command][0].partition(":")
+    code: int = getattr(importlib.import_module(module), function)(command, rest)
+    return code

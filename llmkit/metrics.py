@@ -1,0 +1,98 @@
+"""Metrics weighted by token or example, never by batch, and equal over any number of processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from llmkit.contracts import Loss
+
+
+class MeanLoss(Metric):
+    """Mean loss in nats a token or example."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Loss) -> None:
+        """Add a summed loss."""
+        self.total += loss.total.detach()
+        self.count += loss.count
+
+    def compute(self) -> Tensor:
+        """Return total / count."""
+        return self.total / self.count
+
+
+class Perplexity(MeanLoss):
+    """exp of the mean loss a token."""
+
+    def compute(self) -> Tensor:
+        """Return exp(total / count)."""
+        return super().compute().exp()
+
+
+class BitsPerByte(MeanLoss):
+    """Loss in bits for each UTF-8 byte of the text, comparable between tokenizers."""
+
+    def update(self, loss: Loss, num_bytes: Tensor | None = None) -> None:
+        """Add a summed loss and the number of bytes it covers."""
+        assert num_bytes is not None
+        super().update(Loss(loss.total / math.log(2), num_bytes.sum()))
+
+
+class _CorpusScore(Metric):
+    """A sacrebleu corpus score from summed sufficient statistics, so that processes add up exactly."""
+
+    full_state_update = False
+    statistics: Tensor
+
+    def __init__(self, scorer: Any) -> None:
+        super().__init__()
+        self.scorer = scorer
+        # The statistics are plain counts; their number follows from one example.
+        width = len(scorer._extract_corpus_statistics(["a"], [["a"]])[0])
+        self.add_state("statistics", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, predictions: list[str], references: list[str]) -> None:
+        """Add sentences and their references, detokenised."""
+        rows = self.scorer._extract_corpus_statistics(predictions, [references])
+        self.statistics += torch.tensor(rows, dtype=torch.float64, device=self.statistics.device).sum(0)
+
+    def compute(self) -> Tensor:
+        """Return the corpus score, 0 to 100."""
+        score = self.scorer._compute_score_from_stats([int(value) for value in self.statistics.tolist()]).score
+        return torch.tensor(score, dtype=torch.float64)
+
+    def signature(self) -> str:
+        """Return sacrebleu's signature of how the score is computed (Post 2018, arXiv:1804.08771)."""
+        self.scorer.num_refs = 1
+        return str(self.scorer.get_signature())
+
+
+class BLEU(_CorpusScore):
+    """BLEU as sacrebleu computes it (Papineni et al. 2002; Post 2018, arXiv:1804.08771)."""
+
+    def __init__(self, tokenize: str = "13a") -> None:
+        from sacrebleu.metrics.bleu import BLEU as Scorer
+
+        super().__init__(Scorer(tokenize=tokenize))
+
+
+class ChrF(_CorpusScore):
+    """chrF as sacrebleu computes it (Popovic 2015)."""
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics.chrf import CHRF as Scorer
+
+        super().__init__(Scorer())

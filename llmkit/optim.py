@@ -1,0 +1,177 @@
+"""Optimizers and schedules with good defaults. Any class of torch.optim works in their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW in its fused form (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        params: parameters or groups.
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decay of matrices; vectors are in a group without it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        groups = list(params)
+        devices = {p.device.type for g in groups for p in (g["params"] if isinstance(g, dict) else [g])}
+        fused = devices <= {"cpu", "cuda", "xpu", "mps"}
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for hidden matrices, AdamW for everything else (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast.
+
+    Args:
+        params: groups that say their ``kind`` (``matrix``, ``embedding`` or ``vector``).
+        lr: learning rate of the matrices.
+        momentum: decay of the matrices' momentum (Nesterov).
+        weight_decay: decay of the matrices and embeddings.
+        adam_lr: learning rate of embeddings and vectors.
+        betas: decay rates of their two moments.
+        num_iterations: Newton-Schulz iterations.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        adam_lr: float = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        num_iterations: int = 5,
+    ) -> None:
+        groups: list[dict[str, Any]] = [g if isinstance(g, dict) else {"params": [g]} for g in params]
+        for group in groups:
+            # Matrices of a group without a kind (plain parameters) cannot be told from embeddings: AdamW takes them.
+            group["lr"] = lr if group.get("kind") == "matrix" else adam_lr
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": 1e-8}
+        )
+        self.num_iterations = num_iterations
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; returns the closure's loss if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            (self._orthogonal if group.get("kind") == "matrix" else self._adam)(group, parameters)
+        return loss
+
+    def _orthogonal(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, members in shapes.items():
+            grads = [p.grad for p in members if p.grad is not None]
+            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in members]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            matrices = torch.stack(updates).flatten(2)
+            scale = math.sqrt(max(1.0, shape[0] / matrices[0].shape[1]))
+            directions = orthogonalise(matrices, self.num_iterations).reshape(len(members), *shape)
+            if group["weight_decay"]:
+                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(members, list(directions.to(members[0].dtype)), alpha=-group["lr"] * scale)
+
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=parameters[0].device.type in {"cpu", "cuda", "xpu", "mps"},
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+    """Return approximately U V^T of each matrix U S V^T, (K, rows, columns), by a quintic Newton-Schulz iteration.
+
+    The singular values land near 1 (about 0.7 to 1.2), which is all that Muon needs.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(torch.bfloat16 if fast_bf16(matrices.device) else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies bf16 matrices faster than fp32 ones."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warmup, then a cosine down to a share of the peak (Loshchilov and Hutter 2017, arXiv:1608.03983).
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup_steps: steps of the linear warmup.
+        min_lr_ratio: share of the peak at the end.
+        total_steps: length of the schedule; None: the run's number of optimizer steps.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 100, min_lr_ratio: float = 0.1, total_steps: int | None = None
+    ) -> None:
+        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
+        self.total_steps = total_steps
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.total_steps is None:
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

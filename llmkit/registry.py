@@ -1,0 +1,224 @@
+"""Plugins by family and short name. Discovery reads entry points only: no plugin is imported before it is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from llmkit.errors import UserError, nearest, unknown
+
+DEFAULTS: dict[str, str] = {
+    "tokenizer": "bpe",
+    "attention": "multi_head",
+    "position": "rotary",
+    "feedforward": "squared_relu",
+    "norm": "rms",
+    "head": "generation",
+}
+"""The families, with the name that is used when a config says nothing."""
+
+CONTRACTS: dict[str, str] = {family: family.capitalize() for family in DEFAULTS}
+"""The class of ``llmkit.contracts`` that every plugin of a family derives from."""
+
+T = TypeVar("T", bound=type)
+Spec = dict[str, Any]
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered plugin: where its class is, and which distribution brought it."""
+
+    family: str
+    name: str
+    target: str
+    """``module:Class``."""
+    distribution: str
+
+    @property
+    def class_path(self) -> str:
+        """The dotted path, ``module.Class``."""
+        return self.target.replace(":", ".")
+
+    def load(self) -> type:
+        """Import the class. Raises UserError, with the cause, when that fails or the class breaks its contract."""
+        found = self.find()
+        check_contract(self.family, self.name, found)
+        return found
+
+    def find(self) -> type:
+        """Import the class, whatever its contract. Raises UserError, with the cause, when that fails."""
+        module, _, qualname = self.target.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in qualname.split("."):
+                found = getattr(found, part)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.family} '{self.name}' ({self.target}) cannot be imported: {text}") from error
+        return found  # type: ignore[no-any-return]
+
+
+_local: dict[str, dict[str, Entry]] = {family: {} for family in DEFAULTS}
+
+
+@functools.cache
+def _installed(family: str) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for point in entry_points(group=f"llmkit.{family}"):
+        distribution = point.dist.name if point.dist else "?"
+        entry = Entry(family, point.name, point.value, distribution)
+        other = found.setdefault(point.name, entry)
+        if other.target != entry.target:
+            raise UserError(
+                f"two installed plugins are called {family} '{point.name}': {other.target} of {other.distribution} "
+                f"and {entry.target} of {distribution}. Uninstall one of them."
+            )
+    return found
+
+
+def check_family(family: str) -> None:
+    """Raise UserError unless ``family`` is one of the families."""
+    if family not in DEFAULTS:
+        raise UserError(unknown("family", family, DEFAULTS))
+
+
+def entries(family: str) -> dict[str, Entry]:
+    """Return every registered plugin of a family by name."""
+    check_family(family)
+    return dict(sorted({**_installed(family), **_local[family]}.items()))
+
+
+def find(family: str, name: str) -> Entry:
+    """Return the plugin called ``name``. Raises UserError naming the nearest one when there is none."""
+    known = entries(family)
+    if name not in known:
+        raise UserError(unknown(family, name, known))
+    return known[name]
+
+
+def contract(family: str) -> type:
+    """Return the class that plugins of the family derive from."""
+    check_family(family)
+    found: type = getattr(importlib.import_module("llmkit.contracts"), CONTRACTS[family])
+    return found
+
+
+def check_contract(family: str, name: str, cls: Any) -> None:
+    """Raise UserError unless ``cls`` is a concrete class of the family's contract."""
+    base = contract(family)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"{family} '{name}': {cls!r} does not derive from llmkit.contracts.{base.__name__}")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+        raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
+
+
+def register(family: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make a local class available as ``family: name``.
+
+    Raises:
+        UserError: unknown family, a class that breaks the contract, or a name that another class holds.
+    """
+    check_family(family)
+
+    def decorate(cls: T) -> T:
+        check_contract(family, name, cls)
+        entry = Entry(family, name, f"{cls.__module__}:{cls.__qualname__}", "(local)")
+        holder = entries(family).get(name)
+        if holder is not None and holder.target != entry.target:
+            raise UserError(f"{family} '{name}' is taken by {holder.target} ({holder.distribution})")
+        _local[family][name] = entry
+        return cls
+
+    return decorate
+
+
+def plugin(family: str, name: str, **init_args: Any) -> Factory:
+    """Return a factory of a registered plugin with some arguments set: ``plugin("attention", "lstm")``."""
+    return resolve(family, {"name": name, **init_args})
+
+
+def expand(family: str, value: Any) -> Any:
+    """Return ``{class_path, init_args}`` for a short form (``lstm``, or ``{name: lstm, ...}``); else ``value``.
+
+    Raises UserError for a name that is not registered.
+    """
+    if isinstance(value, str) and "." not in value:
+        return {"class_path": find(family, value).class_path}
+    if isinstance(value, Mapping) and "name" in value:
+        rest = {key: item for key, item in value.items() if key != "name"}
+        if "class_path" in rest or "init_args" in rest:
+            raise UserError(f"{family}: 'name' stands beside its arguments; 'class_path' has 'init_args'. Use one form.")
+        spec = expand(family, str(value["name"]))
+        if not isinstance(spec, dict):
+            spec = {"class_path": spec}
+        return {**spec, "init_args": rest} if rest else spec
+    return value
+
+
+def resolve(family: str, value: Any) -> Factory:
+    """Return a factory from a short name, a spec, a class or a factory; None gives the family's default.
+
+    Raises UserError when the name is unknown, the class cannot be imported or an argument does not exist.
+    """
+    value = expand(family, DEFAULTS[family] if value is None else value)
+    if isinstance(value, str):
+        value = {"class_path": value}
+    return factory_of(value, family) if isinstance(value, Mapping) else value
+
+
+def factory_of(spec: Mapping[str, Any], what: str = "class") -> Factory:
+    """Return the factory of a plain ``{class_path, init_args}``: the inverse of ``spec_of``.
+
+    Raises UserError when the class cannot be imported, breaks its family's contract or lacks an argument.
+    """
+    path = str(spec["class_path"])
+    module, _, qualname = path.rpartition(".")
+    entry = Entry(what, qualname, f"{module}:{qualname}", "?")
+    cls = entry.load() if what in DEFAULTS else entry.find()
+    init_args = dict(spec.get("init_args") or {})
+    parameters = inspect.signature(cls).parameters
+    for key in init_args:
+        if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise UserError(f"{cls.__name__} has no argument '{key}'.{nearest(key, parameters)} It takes: {_arguments(cls)}.")
+    return functools.partial(cls, **init_args)
+
+
+def _arguments(cls: type) -> str:
+    """Return the names a config may set: what the framework passes by itself is left out."""
+    own = {"dim", "role", "max_length", "params", "optimizer"}
+    return ", ".join(name for name in inspect.signature(cls).parameters if name not in own) or "(no arguments)"
+
+
+def target_of(factory: Factory) -> Any:
+    """Return the class behind a class or a partial of one."""
+    if not isinstance(factory, functools.partial):
+        return factory
+    # jsonargparse hands out partial(instantiate, Class, ...).
+    return next((item for item in (factory.func, *factory.args) if isinstance(item, type)), factory.func)
+
+
+def spec_of(factory: Factory) -> Spec:
+    """Return the plain ``{class_path, init_args}`` of a class or a partial of one.
+
+    Raises UserError for anything else, because it could not be written into a checkpoint.
+    """
+    target = target_of(factory)
+    if not isinstance(target, type):
+        raise UserError(f"expected a class or functools.partial of a class, got {factory!r}")
+    init_args = dict(factory.keywords) if isinstance(factory, functools.partial) else {}
+    return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": init_args}
+
+
+def spec_of_instance(instance: Any) -> Spec:
+    """Return the plain spec that builds a like instance: its class and the attributes named as its arguments."""
+    cls = type(instance)
+    names = [name for name in inspect.signature(cls).parameters if hasattr(instance, name)]
+    spec = spec_of(cls)
+    return {**spec, "init_args": {name: getattr(instance, name) for name in names}}

@@ -1,0 +1,1 @@
+"""Ways to mix information along the sequence: softmax attention and recurrent networks."""

@@ -1,0 +1,179 @@
+"""Recurrent networks in the place of attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from llmkit.contracts import Attention, Memory, Role, Sequence, State, positions_in_segments
+from llmkit.errors import UserError
+
+
+class Documents(NamedTuple):
+    """The documents of a batch as one packed sequence: longest document first, then time by time.
+
+    M is the number of documents.
+    """
+
+    columns_N: Tensor
+    """Where each packed element stands in the flattened (B, T)."""
+    batch_sizes: Tensor
+    """How many documents still run at each time, on the CPU."""
+    row_M: Tensor
+    number_M: Tensor
+    """Row and segment number of each document."""
+    first_M: Tensor
+    last_M: Tensor
+    """Whether it is the first or the last document of its row."""
+
+
+def documents(segments_BT: Tensor) -> Documents:
+    """Find the documents of a batch; padding may stand anywhere."""
+    real_BT = segments_BT > 0
+    previous_BT = F.pad(segments_BT.cummax(-1).values[:, :-1], (1, 0))
+    start_BT = real_BT & (segments_BT > previous_BT)
+    columns = real_BT.flatten().nonzero().squeeze(1)
+    document = (start_BT.flatten().cumsum(0) - 1)[columns]
+    place = positions_in_segments(segments_BT).flatten()[columns]
+
+    order_M = document.bincount().argsort(descending=True)
+    rank_M = order_M.argsort()
+    packed = (place * len(order_M) + rank_M[document]).argsort()
+
+    row_M, column_M = start_BT.nonzero()[order_M].unbind(1)
+    count_BT = start_BT.cumsum(-1)
+    count_M = count_BT[row_M, column_M]
+    return Documents(
+        columns_N=columns[packed],
+        batch_sizes=place.bincount().cpu(),
+        row_M=row_M,
+        number_M=segments_BT[row_M, column_M],
+        first_M=count_M == 1,
+        last_M=count_M == count_BT[row_M, -1],
+    )
+
+
+class Recurrent(Attention):
+    """A recurrent network along the sequence that starts afresh with every document."""
+
+    roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional"})
+    names: ClassVar[tuple[str, ...]]
+    """What the recurrence carries on from one position to the next."""
+
+    def __init__(self, dim: int, role: Role, network: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__(dim, role)
+        both = role == "bidirectional"
+        if both and dim % 2:
+            raise UserError(f"dim {dim} must be even for two directions; nearest widths: {dim - 1}, {dim + 1}")
+        self.rnn = network(dim, dim // 2 if both else dim, batch_first=True, bidirectional=both)
+
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the outputs of the recurrence, (B, T, D), zero at padding; see ``Attention.forward``."""
+        if seq.segments_BT is not None:
+            return self._packed(x_BTD, seq, seq.segments_BT, state)
+        if state is None:
+            return self._run(x_BTD, None)[0]
+        y_BTD, last = self._run(x_BTD, [state[name] for name in self.names])
+        state.update(zip(self.names, last, strict=True))
+        if "segment" in state:
+            state["segment"].fill_(1)
+        state.length += x_BTD.shape[1]
+        return y_BTD
+
+    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
+        """Return zeros for what is carried on, (B, D) each; there is no limit on the length."""
+        if self.role != "causal":
+            return None
+        return State({name: like.new_zeros(batch_size, self.dim) for name in self.names})
+
+    def _packed(self, x_BTD: Tensor, seq: Sequence, segments_BT: Tensor, state: State | None) -> Tensor:
+        """Run all documents of the batch side by side, each from its own start."""
+        if "documents" not in seq.memo:
+            seq.memo["documents"] = documents(segments_BT)
+        docs: Documents = seq.memo["documents"]
+        if state is not None:
+            state.length += x_BTD.shape[1]
+        if not len(docs.batch_sizes):
+            return torch.zeros_like(x_BTD)
+
+        start = None
+        if state is not None:
+            if "segment" not in state:
+                state["segment"] = torch.ones_like(segments_BT[:, 0])
+            # Only the first document of a row can go on from the columns before.
+            goes_on = (docs.first_M & (docs.number_M == state["segment"][docs.row_M]))[:, None]
+            start = [state[name][docs.row_M] * goes_on for name in self.names]
+
+        packed = PackedSequence(x_BTD.flatten(0, 1)[docs.columns_N], docs.batch_sizes)
+        y_ND, end = self._run(packed, start)
+
+        if state is not None:
+            rows = docs.row_M[docs.last_M]  # rows of padding alone keep what they had
+            for name, value_MD in zip(self.names, end, strict=True):
+                state[name] = state[name].index_copy(0, rows, value_MD[docs.last_M].to(state[name].dtype))
+            state["segment"] = state["segment"].index_copy(0, rows, docs.number_M[docs.last_M])
+        y_ZD = y_ND.new_zeros(segments_BT.numel(), self.dim)
+        return y_ZD.index_copy(0, docs.columns_N, y_ND).view(x_BTD.shape)
+
+    def _run(self, x: Tensor | PackedSequence, start: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried on."""
+        hidden: Tensor | tuple[Tensor, ...] | None = None
+        if start is not None:
+            dtype = x.data.dtype
+            hidden = tuple(value[None].to(dtype) for value in start)
+            if len(self.names) == 1:
+                hidden = hidden[0]
+        y, end = self.rnn(x, hidden)
+        ends = [end] if isinstance(end, Tensor) else end
+        return y.data if isinstance(y, PackedSequence) else y, [value[0] for value in ends]
+
+
+class LSTM(Recurrent):
+    """A long short-term memory network instead of attention; the state does not grow with the length.
+
+    Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735. The forget gate starts out open (Jozefowicz et
+    al. 2015, proceedings.mlr.press/v37/jozefowicz15). A bidirectional one has two directions of half the width each,
+    so that it has 6 dim^2 weights beside the 8 dim^2 of a causal one and needs no projection.
+
+    Args:
+        dim: model width; must be even for the role ``bidirectional``.
+        role: ``causal`` or ``bidirectional``.
+
+    Raises:
+        UserError: when a bidirectional one has an odd width.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("h", "c")
+
+    def __init__(self, dim: int, role: Role) -> None:
+        super().__init__(dim, role, nn.LSTM)
+        with torch.no_grad():
+            for name, parameter in self.rnn.named_parameters():
+                if name.startswith("bias_hh"):
+                    parameter[self.rnn.hidden_size : 2 * self.rnn.hidden_size] = 1.0
+
+
+class GRU(Recurrent):
+    """A gated recurrent unit instead of attention: an LSTM with one gate and one state less.
+
+    Cho et al. 2014, arXiv:1406.1078. A bidirectional one has two directions of half the width each, so that it has
+    4.5 dim^2 weights beside the 6 dim^2 of a causal one and needs no projection.
+
+    Args:
+        dim: model width; must be even for the role ``bidirectional``.
+        role: ``causal`` or ``bidirectional``.
+
+    Raises:
+        UserError: when a bidirectional one has an odd width.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("h",)
+
+    def __init__(self, dim: int, role: Role) -> None:
+        super().__init__(dim, role, nn.GRU)

@@ -1,0 +1,257 @@
+"""Softmax attention with one head, several heads, or several heads that share keys and values.
+
+Here K is the number of key/value heads and C the number of columns a decoding state has room for.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.errors import UserError
+
+
+class GroupedQuery(Attention):
+    """Several query heads share one key/value head, which makes the decoding cache smaller; one is multi-query.
+
+    Ainslie et al. 2023, arXiv:2305.13245; with ``num_kv_heads=1`` it is Shazeer 2019, arXiv:1911.02150. Normalised
+    queries and keys: Henry et al. 2020, arXiv:2010.04245, here with RMS normalisation and one scale per channel of a
+    head that all heads, queries and keys share.
+
+    Args:
+        dim: model width; must be divisible by ``num_heads``.
+        role: ``causal``, ``bidirectional`` or ``cross``.
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads; must divide ``num_heads``.
+        qk_norm: whether each head's queries and keys are normalised, which keeps the scores bounded.
+        bias: whether the projections have biases.
+        dropout: probability that an attention weight is dropped in training.
+
+    Raises:
+        UserError: when the heads do not divide the width or each other.
+    """
+
+    roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
+
+    def __init__(
+        self,
+        dim: int,
+        role: Role,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        qk_norm: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim, role)
+        check_heads(dim, num_heads, num_kv_heads)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = dim // num_heads
+        self.dropout = dropout
+        kv_dim = 2 * num_kv_heads * self.head_dim
+        if role == "cross":
+            self.q = nn.Linear(dim, dim, bias=bias)
+            self.kv = nn.Linear(dim, kv_dim, bias=bias)
+        else:
+            self.qkv = nn.Linear(dim, dim + kv_dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qk_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the mixed sequence, (B, T, D); see ``Attention.forward``.
+
+        Raises:
+            ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
+        """
+        cross = self.role == "cross"
+        y_BHTE = self._cross(x_BTD, seq, memory, state) if cross else self._self(x_BTD, seq, state)
+        y: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
+        return y
+
+    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
+        """Return an empty cache of keys and values, (B, K, C, E); a ``cross`` one is filled from the memory at once."""
+        if self.role == "bidirectional":
+            return None
+        state = State()
+        if self.role == "causal":
+            shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
+            state["k"], state["v"] = like.new_zeros(shape), like.new_zeros(shape)
+        return state
+
+    def mixing_flops(self, length: int) -> float:
+        """Scores and weighted sum: 4 * length * dim; half of it when causal, the average over the positions."""
+        return 4.0 * length * self.dim * (0.5 if self.role == "causal" else 1.0)
+
+    def _self(self, x_BTD: Tensor, seq: Sequence, state: State | None) -> Tensor:
+        H, K = self.num_heads, self.num_kv_heads
+        qk_BHTE, v_BKTE = torch.split(self._heads(self.qkv(x_BTD)), [H + K, K], dim=1)
+        q_BHTE, k_BKTE = torch.split(seq.rotate(self._norm(qk_BHTE)), [H, K], dim=1)
+        if state is not None:
+            start, end = state.length, state.length + x_BTD.shape[1]
+            self._store(state, k_BKTE, v_BKTE, seq)
+            if start > 0:
+                mask = self._cached_mask(state, seq, q_BHTE.dtype)
+                return self._attend(q_BHTE, state["k"][:, :, :end], state["v"][:, :, :end], mask)
+        mask, is_causal = self._own_mask(seq, q_BHTE.dtype)
+        return self._attend(q_BHTE, k_BKTE, v_BKTE, mask, is_causal)
+
+    def _cross(self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None) -> Tensor:
+        q_BHTE = self._norm(self._heads(self.q(x_BTD)))
+        if state is not None:
+            state.length += x_BTD.shape[1]
+        if state is not None and "k" in state:
+            # The state's rows follow the beams; the memory that is passed along need not.
+            k_BKSE, v_BKSE, segments_BS = state["k"], state["v"], state.get("segments")
+            if seq.segments_BT is None and segments_BS is None:
+                return self._attend(q_BHTE, k_BKSE, v_BKSE, None)
+            key = Sequence(torch.arange(k_BKSE.shape[2], device=x_BTD.device)[None], segments_BS)
+        elif memory is not None:
+            k_BKSE, v_BKSE = self._heads(self.kv(memory.x_BSD)).chunk(2, dim=1)
+            k_BKSE, key = self._norm(k_BKSE), memory.seq
+            if state is not None:
+                state["k"], state["v"] = k_BKSE, v_BKSE
+                if key.segments_BT is not None:
+                    state["segments"] = key.segments_BT
+        else:
+            raise ValueError("cross-attention needs the memory of an encoder")
+        return self._attend(q_BHTE, k_BKSE, v_BKSE, seq.mask(key, causal=False))
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        return x_BTD.view(B, T, -1, self.head_dim).transpose(1, 2)
+
+    def _norm(self, x_BHTE: Tensor) -> Tensor:
+        if self.qk_scale is None:
+            return x_BHTE
+        return F.rms_norm(x_BHTE, (self.head_dim,), self.qk_scale.to(x_BHTE.dtype), eps=1e-6)
+
+    def _attend(
+        self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+
+    def _own_mask(self, seq: Sequence, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
+        """Return the mask of a sequence that looks at itself, and whether plain causal order says it all."""
+        memo_key = ("scores", self.num_heads, self.role, dtype)
+        if memo_key not in seq.memo:
+            causal = self.role == "causal"
+            plain = causal and seq.segments_BT is None and not self._biased(seq)
+            seq.memo[memo_key] = (None, True) if plain else (self._mask(seq, seq, dtype), False)
+        mask, is_causal = seq.memo[memo_key]
+        return mask, is_causal
+
+    def _mask(self, seq: Sequence, key: Sequence, dtype: torch.dtype) -> Tensor | None:
+        """Return the boolean mask, or with a position bias what is added to the scores."""
+        mask = seq.mask(key, causal=self.role == "causal")
+        bias = seq.bias(key, self.num_heads)
+        if bias is None:
+            return mask
+        bias = bias.to(dtype)
+        return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+    def _cached_mask(self, state: State, seq: Sequence, dtype: torch.dtype) -> Tensor | None:
+        """Return the mask of the newest columns against all cached ones."""
+        length, end = seq.positions_BT.shape[1], state.length
+        if length == 1 and "segments" not in state and "positions" not in state:
+            return None
+        if "positions" in state:
+            positions = state["positions"][:, :end]
+        else:
+            positions = torch.arange(end, device=seq.positions_BT.device)[None]  # only their number matters
+        segments = state["segments"][:, :end] if "segments" in state else None
+        return self._mask(seq, Sequence(positions, segments), dtype)
+
+    def _biased(self, seq: Sequence) -> bool:
+        first = Sequence(seq.positions_BT[:, :1], position=seq.position)
+        return first.bias(first, self.num_heads) is not None
+
+    def _store(self, state: State, k_BKTE: Tensor, v_BKTE: Tensor, seq: Sequence) -> None:
+        """Write new columns into the cache; segments only once padding was seen, positions only for a bias."""
+        rows, _, room, _ = state["k"].shape
+        start, end = state.length, state.length + k_BKTE.shape[2]
+        if end > room:
+            raise ValueError(f"the decoding state has room for {room} columns, got {end}")
+        state["k"][:, :, start:end] = k_BKTE
+        state["v"][:, :, start:end] = v_BKTE
+        if seq.segments_BT is not None and "segments" not in state:
+            state["segments"] = seq.positions_BT.new_ones(rows, room)
+        if "segments" in state:
+            state["segments"][:, start:end] = 1 if seq.segments_BT is None else seq.segments_BT
+        if start == 0 and self._biased(seq):
+            state["positions"] = seq.positions_BT.new_zeros(rows, room)
+        if "positions" in state:
+            state["positions"][:, start:end] = seq.positions_BT
+        state.length = end
+
+
+class MultiHead(GroupedQuery):
+    """Several heads, each with its own queries, keys and values (the usual choice).
+
+    Vaswani et al. 2017, arXiv:1706.03762.
+
+    Args:
+        dim: model width; must be divisible by ``num_heads``.
+        role: ``causal``, ``bidirectional`` or ``cross``.
+        num_heads: number of heads.
+        qk_norm: whether each head's queries and keys are normalised (arXiv:2010.04245).
+        bias: whether the projections have biases.
+        dropout: probability that an attention weight is dropped in training.
+
+    Raises:
+        UserError: when the heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        role: Role,
+        num_heads: int = 4,
+        qk_norm: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim, role, num_heads, num_heads, qk_norm, bias, dropout)
+
+
+class Standard(GroupedQuery):
+    """One head over the whole width: scaled dot-product attention as it is written down.
+
+    Vaswani et al. 2017, arXiv:1706.03762, equation 1.
+
+    Args:
+        dim: model width.
+        role: ``causal``, ``bidirectional`` or ``cross``.
+        qk_norm: whether queries and keys are normalised (arXiv:2010.04245).
+        bias: whether the projections have biases.
+        dropout: probability that an attention weight is dropped in training.
+    """
+
+    def __init__(self, dim: int, role: Role, qk_norm: bool = True, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__(dim, role, 1, 1, qk_norm, bias, dropout)
+
+
+def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise UserError when ``num_heads`` does not divide ``dim`` or ``num_kv_heads`` does not divide ``num_heads``."""
+    if num_heads < 1 or num_kv_heads < 1:
+        raise UserError(f"num_heads and num_kv_heads must be at least 1, got {num_heads} and {num_kv_heads}")
+    if dim % num_heads:
+        below = dim // num_heads * num_heads
+        widths = ", ".join(str(width) for width in (below, below + num_heads) if width)
+        raise UserError(f"dim {dim} is not divisible by num_heads {num_heads}; nearest widths: {widths}")
+    if num_heads % num_kv_heads:
+        allowed = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+        raise UserError(f"num_heads {num_heads} is not divisible by num_kv_heads {num_kv_heads}; allowed: {allowed}")

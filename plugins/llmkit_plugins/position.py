@@ -1,0 +1,128 @@
+"""Ways to tell a network the order of positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.contracts import Position, Sequence
+from llmkit.errors import UserError
+
+
+class Sinusoidal(Position):
+    """Fixed sine and cosine waves added to the embeddings; any length.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+
+    Args:
+        dim: model width.
+        max_length: the context; not a limit here.
+    """
+
+    def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Add the waves: sine in even channels, cosine in odd ones."""
+        angles = _angles(positions_BT, self.dim, 10000.0)
+        waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
+        return x_BTD + waves_BTD.to(x_BTD.dtype)
+
+
+class Learned(Position):
+    """One learned vector per position added to the embeddings; no longer than the context.
+
+    Devlin et al. 2018, arXiv:1810.04805; Radford et al. 2019 (GPT-2).
+
+    Args:
+        dim: model width.
+        max_length: the context: how many positions have a vector.
+    """
+
+    def __init__(self, dim: int, max_length: int) -> None:
+        super().__init__(dim, max_length)
+        self.table = nn.Embedding(max_length, dim)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Add each position's vector. Raises UserError for positions outside the context."""
+        # Only the CPU reports a bad index as an exception; the width tells without waiting for the device.
+        if positions_BT.shape[-1] <= self.max_length:
+            try:
+                vectors_BTD: Tensor = self.table(positions_BT)
+                return x_BTD + vectors_BTD
+            except IndexError:
+                pass
+        longest = max(positions_BT.shape[-1], int(positions_BT.max()) + 1)
+        raise UserError(f"learned positions end at context {self.max_length}, got {longest} positions")
+
+
+class Rotary(Position):
+    """Queries and keys turned by their position, so that scores depend on distance (RoPE); any length.
+
+    Su et al. 2021, arXiv:2104.09864. Channel i of a head is turned together with channel i + E / 2.
+
+    Args:
+        dim: model width.
+        max_length: the context; not a limit here.
+        base: the slowest channel turns once in about ``2 pi base`` positions.
+    """
+
+    def __init__(self, dim: int, max_length: int, base: float = 10000.0) -> None:
+        super().__init__(dim, max_length)
+        self.base = base
+
+    def rotate(self, x_BHTE: Tensor, seq: Sequence) -> Tensor:
+        """Turn queries or keys. Raises UserError when the width of a head is odd."""
+        width = x_BHTE.shape[-1]
+        if width % 2:
+            raise UserError(f"rotary positions need an even width of each head, got {width}")
+        if ("rotary", width) not in seq.memo:
+            # Float32 whatever the model's dtype: bfloat16 cannot tell large angles apart.
+            angles_B1TE = _angles(seq.positions_BT, width, self.base)[:, None]
+            cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
+            seq.memo["rotary", width] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cos, sin = seq.memo["rotary", width]
+        left, right = x_BHTE.chunk(2, -1)
+        return torch.addcmul(x_BHTE * cos, torch.cat([right, left], -1), sin).to(x_BHTE.dtype)
+
+
+class Alibi(Position):
+    """A penalty on the scores that grows with distance, at another rate for each head; any length.
+
+    Press et al. 2021, arXiv:2108.12409; symmetric in distance where a network looks both ways.
+
+    Args:
+        dim: model width.
+        max_length: the context; not a limit here.
+    """
+
+    def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
+        """Return minus slope times distance, (B or 1, H, T, S), in float32."""
+        distance_B1TS = (query_BT[:, None, :, None] - key_BS[:, None, None, :]).abs()
+        slopes_H11 = torch.tensor(slopes(num_heads), device=query_BT.device)[:, None, None]
+        return distance_B1TS * -slopes_H11
+
+
+class NoPosition(Position):
+    """No position encoding: a causal network can still tell the order from what it sees.
+
+    Haviv et al. 2022, arXiv:2203.16634.
+
+    Args:
+        dim: model width.
+        max_length: the context; not a limit here.
+    """
+
+
+def slopes(num_heads: int) -> list[float]:
+    """Return ALiBi's slope of each head: a geometric sequence from 2 ** (-8 / n) on when n is a power of two.
+
+    For other numbers: the slopes of the power of two below, then every other slope of the power of two above.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    steps = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(num_heads - power)]
+    return [2.0**-step for step in steps]
+
+
+def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:
+    """Return position * base ** (-2 i / width) for each pair i of channels, (B, T, ceil(width / 2)), float32."""
+    pairs = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32)
+    return positions_BT[..., None] * base ** (-pairs / width)

@@ -1,0 +1,46 @@
+"""What all tests share: no network, one torch thread, caches in a temporary folder, and where real data is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Callable[[str], Path]:
+    """Return a function from the name of a data set to its folder; the test is skipped where there is none."""
+    base = Path(os.environ.get("LLMKIT_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name: str) -> Path:
+        folder = base / name
+        if not folder.is_dir():
+            pytest.skip(f"needs the data set '{name}': {folder} does not exist (LLMKIT_DATA says where data sets are)")
+        return folder
+
+    return find

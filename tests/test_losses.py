@@ -1,0 +1,58 @@
+"""The chunked loss against torch's own cross-entropy on whole scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmkit import losses
+from llmkit.contracts import IGNORE
+
+
+def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, dim, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [7, 40, 10**6])
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_equals_torch_value_and_gradient(
+    smoothing: float, chunk: int, ignored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, targets = inputs(23, 6, 11)
+    targets[:ignored] = IGNORE
+    loss = losses.linear_cross_entropy(hidden, weight, targets, smoothing)
+    (loss.total * 3).backward()
+    got = (hidden.grad, weight.grad)
+    hidden.grad = weight.grad = None
+    wanted = F.cross_entropy(
+        hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+    )
+    (wanted * 3).backward()
+    assert int(loss.count) == 23 - ignored
+    torch.testing.assert_close(loss.total, wanted)
+    torch.testing.assert_close(got, (hidden.grad, weight.grad))
+
+
+def test_all_ignored_is_zero() -> None:
+    hidden, weight, targets = inputs(4, 3, 5)
+    loss = losses.linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
+    loss.total.backward()
+    assert loss.total == 0 and loss.count == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+
+
+def test_bf16_autocast_is_close_to_fp32() -> None:
+    hidden, weight, targets = inputs(64, 32, 100, torch.float32)
+    exact = losses.linear_cross_entropy(hidden, weight, targets).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = losses.linear_cross_entropy(hidden, weight, targets).total
+    low.backward()
+    assert low.dtype == torch.float32 and weight.grad is not None and weight.grad.dtype == torch.float32
+    torch.testing.assert_close(low, exact, rtol=2e-2, atol=0)

@@ -1,0 +1,106 @@
+"""Optimizers and schedule against torch's own and plain formulas."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llmkit.optim import AdamW, Muon, WarmupCosine, orthogonalise
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(32, 8)).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_fused_adamw_equals_plain_adamw() -> None:
+    model = small_model()
+    twin = copy.deepcopy(model)
+    got = train(model, AdamW(model.parameters(), lr=0.01))
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+    torch.testing.assert_close(got, train(twin, plain), rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_are_not_decayed() -> None:
+    weight, bias = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [weight], "kind": "matrix"}, {"params": [bias], "kind": "vector", "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=0.1, weight_decay=0.5)
+    weight.grad, bias.grad = torch.zeros(3, 3), torch.zeros(3)
+    optimizer.step()
+    assert torch.allclose(weight, torch.full((3, 3), 0.95)) and torch.equal(bias, torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_orthogonalise_against_svd(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
+    got = orthogonalise(matrices, 8).float()
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    # The iteration keeps the singular vectors and brings every singular value near 1.
+    values = torch.einsum("kri,krc,kic->ki", u, got, vh)
+    assert values.min() > 0.5 and values.max() < 1.35
+    assert (got - u @ torch.diag_embed(values) @ vh).abs().max() < 0.05
+
+
+def test_muon_agrees_with_torchs_muon_on_one_matrix() -> None:
+    torch.manual_seed(3)
+    start = torch.randn(16, 8)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = Muon([{"params": [ours], "kind": "matrix"}], lr=0.1, weight_decay=0.0)
+    other = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95)
+    for step in range(3):
+        gradient = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        other.step()
+    # Both iterate in low precision; a step of 0.1 per singular direction is what they must agree on.
+    assert (ours - theirs).norm() < 0.05 * (ours - start).norm()
+
+
+def test_muon_uses_adamw_for_everything_else() -> None:
+    model = small_model()
+    twin = copy.deepcopy(model)
+    groups = [{"params": list(model.parameters()), "kind": "embedding"}]
+    got = train(model, Muon(groups, adam_lr=0.01, weight_decay=0.1))
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    torch.testing.assert_close(got, train(twin, plain), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_state_survives_a_state_dict() -> None:
+    model = small_model()
+    groups = lambda m: [  # noqa: E731
+        {"params": [p for p in m.parameters() if p.dim() == 2], "kind": "matrix"},
+        {"params": [p for p in m.parameters() if p.dim() == 1], "kind": "vector", "weight_decay": 0.0},
+    ]
+    optimizer = Muon(groups(model))
+    train(model, optimizer)
+    twin = copy.deepcopy(model)
+    restored = Muon(groups(twin))
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    torch.testing.assert_close(train(model, optimizer), train(twin, restored), rtol=0, atol=0)
+
+
+def test_schedule_is_the_formula() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    schedule = WarmupCosine(optimizer, warmup_steps=4, min_lr_ratio=0.1, total_steps=20)
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    middle = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 8 / 16)))
+    assert rates[12] == pytest.approx(middle) and rates[20] == pytest.approx(0.2)
