@@ -48,15 +48,34 @@ class Parser(LightningArgumentParser):
 
 
 def _gist(message: str) -> str:
-    """Return key, value and expectation out of jsonargparse's nested message."""
-    key = re.search(r'(?:Parser|Validation failed: Key|Key) (?:key )?"([^"]+)"', message)
-    got = re.search(r"(?:Got value|value): (.+)", message)
-    wanted = re.search(r"Expected an? (?:<class '([^']+)'>|([^.\n]+))", message)
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    if key and wanted and got:
-        kind = (wanted.group(1) or wanted.group(2)).strip()
-        return f"{key.group(1)}: expected {kind}, got {got.group(1).strip()}"
-    return " ".join(lines)[:400]
+    """Return key, value, what is allowed and the nearest valid value out of jsonargparse's nested message."""
+    keys = re.findall(r'(?:Parser key|Key) "([^"]+)"', message)
+    inner = re.search(r"([\w.]+: expected [^\n]+?, got '[^']*'\.[^\n]*)", message)
+    if keys and inner:  # the parser of a nested class has spoken already
+        return f"{keys[0]}.{inner.group(1)}"
+    got = re.findall(r"(?:Got value|Given value): ([^\n]+?)(?=$|\n|\. | - )", message)
+    literals = [item for group in re.findall(r"Literal\[([^\]]*)\]", message) for item in group.split(", ")]
+    kinds = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.|collections\.abc\.)?(\w+)\[[^\n]*)", message)
+    names = [KINDS.get(kind.rpartition(".")[2], kind.rpartition(".")[2]) for pair in kinds for kind in pair if kind]
+    allowed = list(dict.fromkeys([*(item.strip("'") for item in literals), *(name for name in names if name)]))
+    if not (keys and got and allowed):
+        return " ".join(message.split())[:400]
+    value = got[0].strip().strip("'\"")
+    return f"{'.'.join(dict.fromkeys(keys))}: expected {' or '.join(allowed)}, got '{value}'.{nearest(value, allowed)}"
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "dict": "keys with values",
+    "Iterable": "a list",
+    "Literal": "",
+    "NoneType": "",
+}
+"""What jsonargparse calls a type, as people call it."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -110,7 +129,11 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, and give the model what the checkpoint carries."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
+            # Nothing has run yet: what fails here are the values of the config.
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
         self._dump_config()
         drop = ("config", "ckpt_path", "weights_only", "verbose")
         self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
@@ -229,9 +252,10 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI) -> int:
             content = config.prepare(content, where)
             imports = [*(content.pop("imports", None) or []), *imports]
             tree = config.merge(tree, content)
-    args = _expanded_words(words, problems)
     if problems:
         raise UserError(" | ".join(problems))
+    tree = config.merge(config.defaults(), tree)
+    args = _expanded_words(words, tree)
     if imports:
         tree["imports"] = list(dict.fromkeys(imports))
     tree.pop("ckpt_path", None)
@@ -305,27 +329,43 @@ def _list(text: str) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [text]
 
 
-def _expanded_words(words: list[tuple[str, str | None]], problems: list[str]) -> list[str]:
-    """Return the options for the typed parser, short names written out; misspelled keys go to ``problems``."""
-    args = []
+def _expanded_words(words: list[tuple[str, str | None]], tree: dict[str, Any]) -> list[str]:
+    """Return the options for the typed parser, keys checked and short names written out.
+
+    Raises UserError for all unknown keys together.
+    """
+    args, problems = [], []
+    current = {key: _class_path(tree, key) for key in config.SPEC_KEYS}
     for key, value in words:
         name = key.removeprefix("--")
         if key in ("--config", "-c", "--imports"):
             continue
-        group, _, rest = name.partition(".")
-        problems += unknown_keys(
-            {group.rstrip("+"): {rest.partition(".")[0].rstrip("+"): None}} if rest else {group.rstrip("+"): None},
-            "command line",
-        ) if not key.startswith("--print_config") and not name.endswith(".help") else []
-        if value is not None and (name in config.PLUGIN_KEYS or name in ("model.optimizer", "model.scheduler")):
-            value = config.expand_argument(name, value)
+        if not name.startswith("print_config") and not name.endswith(".help"):
+            group, _, rest = name.partition(".")
+            leaf = rest.partition(".")[0].rstrip("+")
+            problems += unknown_keys({group: {leaf: None}} if rest else {group: None}, "command line")
+            spec_key = f"{group}.{leaf}"
+            argument = rest.partition(".")[2].removeprefix("init_args.").partition(".")[0]
+            if spec_key in current and argument not in ("", "class_path"):
+                config.check_plugin(spec_key, {"class_path": current[spec_key], "init_args": {argument: value}}, "command line")
+        if value is not None and name in config.SPEC_KEYS:
+            value, current[name] = config.expand_argument(name, value)
         args.append(key if value is None else f"{key}={value}")
+    if problems:
+        raise UserError(" | ".join(problems))
     return args
+
+
+def _class_path(tree: dict[str, Any], key: str) -> str:
+    group, _, leaf = key.partition(".")
+    spec = tree.get(group, {}).get(leaf)
+    return str(spec["class_path"] if isinstance(spec, dict) else spec)
 
 
 def _quiet() -> None:
     """Keep Lightning's hints out of the way; warnings that a user can act on stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",

@@ -28,6 +28,9 @@ PLUGIN_KEYS = {
 }
 """Config keys whose value may be a short name, and the family it is of."""
 
+SPEC_KEYS = (*PLUGIN_KEYS, "model.optimizer", "model.scheduler")
+"""Every config key whose value is a class with arguments."""
+
 DEFAULT_VARIABLES: dict[str, Callable[[], str]] = {
     "LLMKIT_DATA": lambda: "../shared/data",
     "STDLIB": lambda: sysconfig.get_path("stdlib"),
@@ -86,17 +89,12 @@ def prepare(tree: dict[str, Any], where: str) -> dict[str, Any]:
     Raises UserError, naming ``where`` and the key, for an unknown variable or plugin name.
     """
     tree = _fill_variables(tree, where)
-    for key, family in PLUGIN_KEYS.items():
+    for key in SPEC_KEYS:
         group, _, leaf = key.partition(".")
         part = tree.get(group)
         if isinstance(part, dict) and part.get(leaf) is not None:
-            part[leaf] = expand_value(key, part[leaf], where, family)
+            part[leaf] = expand_value(key, part[leaf], where)
             check_plugin(key, part[leaf], where)
-    model = tree.get("model")
-    for leaf in ("optimizer", "scheduler"):
-        if isinstance(model, dict) and model.get(leaf) is not None:
-            model[leaf] = expand_value(f"model.{leaf}", model[leaf], where)
-            check_plugin(f"model.{leaf}", model[leaf], where)
     return tree
 
 
@@ -111,9 +109,10 @@ def check_plugin(key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {key}: {error}") from error
 
 
-def expand_value(key: str, value: Any, where: str, family: str | None = None) -> Any:
+def expand_value(key: str, value: Any, where: str) -> Any:
     """Return the ``{class_path, init_args}`` of a short form. Raises UserError naming ``where`` and ``key``."""
     try:
+        family = PLUGIN_KEYS.get(key)
         return registry.expand(family, value) if family else _expand_torch(key.rpartition(".")[2], value)
     except UserError as error:
         raise UserError(f"{where}: {key}: {error}") from error
@@ -207,16 +206,29 @@ def import_modules(names: str | list[str] | None, folder: str | Path = ".") -> l
     return absolute
 
 
-def expand_argument(key: str, text: str) -> str:
-    """Return a command-line value of a plugin, optimizer or scheduler key with its short name written out."""
+def expand_argument(key: str, text: str) -> tuple[str, str]:
+    """Return a command-line value with its short name written out, and the class it names."""
     value = yaml.load(text, Loader=_Loader) if text.lstrip().startswith("{") else text
-    if text in {"null", "None", ""}:
-        return text
-    expanded = expand_value(key, value, "command line", PLUGIN_KEYS.get(key))
+    if text in ("null", "None"):
+        return "null", ""
+    expanded = expand_value(key, value, "command line")
     check_plugin(key, expanded, "command line")
-    if isinstance(expanded, dict):
-        return expanded["class_path"] if set(expanded) == {"class_path"} else json.dumps(expanded)
-    return str(expanded)
+    if isinstance(expanded, str):
+        return expanded, expanded
+    path = str(expanded["class_path"])
+    return path if set(expanded) == {"class_path"} else json.dumps(expanded), path
+
+
+def defaults() -> dict[str, Any]:
+    """Return a tree with the default plugin of every key that must have one."""
+    tree: dict[str, Any] = {}
+    for key, family in PLUGIN_KEYS.items():
+        if key != "model.cross_attention":
+            group, _, leaf = key.partition(".")
+            tree.setdefault(group, {})[leaf] = registry.expand(family, registry.DEFAULTS[family])
+    for leaf, name in {"optimizer": "adamw", "scheduler": "cosine"}.items():
+        tree["model"][leaf] = _expand_torch(leaf, name)
+    return tree
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

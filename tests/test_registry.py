@@ -244,7 +244,10 @@ def test_resolve_gives_fresh_objects() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        ({"name": SHIFT, "amuont": 2}, "position Shift has no argument 'amuont'. Did you mean 'amount'?"),
+        (
+            {"name": SHIFT, "amuont": 2},
+            "Shift has no argument 'amuont'. Did you mean 'amount'? It takes: amount, sign.",
+        ),
         (f"{__name__}.Shfit", "cannot be imported: AttributeError: "),
         ("no_such_package.Position", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
         ("torch.nn.Linear", "does not derive from llmkit.contracts.Position"),

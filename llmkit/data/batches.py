@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 from llmkit.data.tokens import Index
 
@@ -23,53 +23,87 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-class Progress:
-    """Where a training order stands: the epoch, and the batches of it that a resumed run leaves out.
+class Position:
+    """Where training stands in its data: the epoch, and how many batches of it are done.
 
-    Lightning counts an epoch that ``max_steps`` cut short as done. Therefore the first epoch number it announces is
-    only a reference: that one is the epoch we were told to begin with, the next one is the next.
+    It goes by the batches that the trainer has trained on, neither by what workers have fetched ahead nor by the
+    epochs that Lightning counts: for Lightning an epoch that ``max_steps`` cuts short is over, and one that a resumed
+    run begins may be a single batch. Training goes on with the next batch in all these cases.
+
+    Args:
+        trainer: tells how many batches it has trained on; None: all that the loader has handed out.
     """
 
-    def __init__(self, epoch: int = 0) -> None:
-        self.epoch, self.start = epoch, 0
-        self._first: tuple[int, int] | None = None  # (announced, ours)
+    def __init__(self, trainer: Any = None) -> None:
+        self.trainer = trainer
+        self.length: int | None = None  # batches of an epoch, where that is known
+        self.resume(0, 0)
 
-    def set_epoch(self, announced: int) -> None:
-        """Take over Lightning's announcement that this epoch begins."""
-        if self._first is None:
-            self._first = (announced, self.epoch)
-        epoch = announced - self._first[0] + self._first[1]
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
-    def resume(self, epoch: int, start: int) -> None:
+    def resume(self, epoch: int, batches: int) -> None:
         """Go to a batch of an epoch."""
-        self.epoch, self.start, self._first = epoch, start, None
+        self._epoch, self._start = epoch, batches
+        self._trained: int | None = None  # before this iteration
+        self._delivered, self._exhausted = 0, False
+
+    def now(self) -> tuple[int, int]:
+        """Return the epoch and the number of its batches that are done."""
+        done = 0 if self._trained is None else self._count() - self._trained
+        if self.length is not None:
+            epochs, batches = divmod(self._start + done, self.length)
+            return self._epoch + epochs, batches
+        if self._exhausted and done >= self._delivered:
+            return self._epoch + 1, 0
+        return self._epoch, self._start + done
+
+    def state(self) -> dict[str, int]:
+        """Return ``now`` as the arguments of ``resume``."""
+        epoch, batches = self.now()
+        return {"epoch": epoch, "batches": batches}
+
+    def iterate(self, batches: Callable[[int, int], Iterator[Any]]) -> Iterator[Any]:
+        """Yield what ``batches(epoch, start)`` gives for the present position, and keep account of it."""
+        self.resume(*self.now())
+        self._trained = self._count()
+        for batch in batches(self._epoch, self._start):
+            self._delivered += 1
+            yield batch
+        self._exhausted = True
+
+    def _count(self) -> int:
+        if self.trainer is None:
+            return self._delivered
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
-class TrainingOrder(Progress, Sampler[Index]):
+class TrainingOrder(SequentialSampler):
     """The batches of each epoch for this rank: every rank gets equally many, a remainder of the epoch is left out.
+
+    One iteration is as long as an epoch, from ``start`` on into the next epoch. (It is a SequentialSampler for
+    Lightning, which would exchange it for one that counts rows when ``overfit_batches`` is set.)
 
     Args:
         plan: gives the index arrays of an epoch, always ``count`` of them.
-        fixed: every epoch is as the first one (Lightning's ``overfit_batches``).
+        fixed: every iteration is as the first one (for ``overfit_batches``).
     """
 
-    def __init__(self, plan: Plan, count: int, seed: int, epoch: int = 0, fixed: bool = False) -> None:
-        super().__init__(epoch)
+    def __init__(self, plan: Plan, count: int, seed: int, fixed: bool = False) -> None:
         self.plan, self.count, self.seed, self.fixed = plan, count, seed, fixed
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return max(1, self.count // world()[1])
 
-    def __iter__(self) -> Iterator[Index]:
+    def __iter__(self) -> Iterator[Any]:
         rank, size = world()
-        batches = self.plan(np.random.default_rng([self.seed, 0 if self.fixed else self.epoch]))
-        for number in range(self.start, len(self)):
-            yield batches[(number * size + rank) % len(batches)]
+        epoch, start = (0, 0) if self.fixed else (self.epoch, self.start)
+        for part in (range(start, len(self)), range(start)):
+            batches = self.plan(np.random.default_rng([self.seed, epoch])) if part else []
+            for number in part:
+                yield batches[(number * size + rank) % len(batches)]
+            epoch += 1
 
 
-class EvaluationOrder(Sampler[Index]):
+class EvaluationOrder(SequentialSampler):
     """The batches of an evaluation for this rank; each one is seen by exactly one rank.
 
     Batches are halved until every rank gets equally many, where there are rows enough: ranks that run out early
@@ -94,7 +128,7 @@ class EvaluationOrder(Sampler[Index]):
         rank, size = world()
         return len(range(rank, len(self._batches), size))
 
-    def __iter__(self) -> Iterator[Index]:
+    def __iter__(self) -> Iterator[Any]:
         rank, size = world()
         yield from self._batches[rank::size]
 
@@ -102,26 +136,29 @@ class EvaluationOrder(Sampler[Index]):
 class Loader(DataLoader[Any]):
     """A loader of finished batches. Its own generator keeps it from touching the global random state.
 
-    With ``order``, its state is where training stands. ``done`` tells how many batches of the current epoch the
-    training loop has processed, and whether that was all of them; what workers have fetched ahead does not count.
+    With a ``position`` it is a training loader: an iteration begins where training stands. The position is its
+    state, which Lightning keeps in checkpoints.
     """
 
-    order: Progress | None = None
-    done: Callable[[], tuple[int, bool]] | None = None
+    position: Position | None = None
 
     def __init__(self, dataset: Any, num_workers: int = 0, **kwargs: Any) -> None:
         kwargs = {"batch_size": None, "generator": torch.Generator(), **kwargs}
         super().__init__(dataset, num_workers=num_workers, **kwargs)
 
+    def __iter__(self) -> Any:
+        return super().__iter__() if self.position is None else self.position.iterate(self._batches)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Any]:
+        order: Any = self.sampler if isinstance(self.sampler, TrainingOrder) else self.dataset
+        order.epoch, order.start = epoch, start
+        return super().__iter__()
+
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that are done; a complete epoch is the next one's start."""
-        if self.order is None or self.done is None:
-            return {}
-        count, complete = self.done()
-        epoch = self.order.epoch
-        return {"epoch": epoch + 1, "batches": 0} if complete else {"epoch": epoch, "batches": count}
+        """Return the epoch and the number of its batches that are done."""
+        return {} if self.position is None else self.position.state()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where ``state_dict`` was taken."""
-        if self.order is not None and state:
-            self.order.resume(state["epoch"], state["batches"])
+        if self.position is not None:
+            self.position.resume(**state)

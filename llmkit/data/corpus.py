@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from llmkit.contracts import Head, Stage
 from llmkit.data import cache
-from llmkit.data.prepare import Fields, Item, cut
-from llmkit.data.sources import Files, Hub, Options, Rows, local
+from llmkit.data.hub import Hub
+from llmkit.data.prepare import Fields, Item, cut, measure
+from llmkit.data.sources import Files, Options, Rows, local
 from llmkit.data.stream import HELD_OUT, take
 from llmkit.errors import UserError
 
@@ -45,6 +46,7 @@ class Corpus:
     validation_share: float
     streaming: bool
     folder: Path
+    _sizes: dict[str | None, tuple[int, int]] = field(default_factory=dict, init=False)
 
     @cached_property
     def hub(self) -> Hub:
@@ -80,10 +82,19 @@ class Corpus:
             if stage == "validation":
                 return Reader(rows, lambda: take(read(), HELD_OUT), identity)
             size = sum(1 for _ in take(read(), HELD_OUT))
+            if size and next(islice(read(), size, None), None) is None:
+                raise UserError(f"{rows.key}: all {size} rows would be set aside for validation. Set data.validation.")
             return Reader(rows, lambda shard=0, shards=1: islice(read(), size + shard, None, shards), identity)
         text = next((name for name in fields.needed if name in fields.texts), None) if self.joins(stage, head) else None
         identity += [stage, self.validation_share]
-        return Reader(rows, lambda: cut(read, rows.key, self.validation_share, stage, text), identity)
+        share = self.validation_share
+        return Reader(rows, lambda: cut(read, self._size(read, text), rows.key, share, stage, text), identity)
+
+    def _size(self, read: Callable[[], Iterator[Item]], text: str | None) -> tuple[int, int]:
+        """Return the size of the training rows, measured once for both of their parts."""
+        if text not in self._sizes:
+            self._sizes[text] = measure(read, text)
+        return self._sizes[text]
 
     def _cut(self) -> bool:
         """Whether validation rows are taken from the training ones."""

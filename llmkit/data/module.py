@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache
-from llmkit.data.batches import EvaluationOrder, Loader, Progress, TrainingOrder, world
+from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus, Reader
 from llmkit.data.examples import Examples, Features
-from llmkit.data.prepare import Columns, features, grouped, pieces, texts
+from llmkit.data.learn import learn_head, train_tokenizer
+from llmkit.data.prepare import features, grouped, pieces
 from llmkit.data.sources import Files, Format, Options
 from llmkit.data.stream import SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
@@ -120,6 +120,7 @@ class DataModule(pl.LightningDataModule):
         self._tokenizer: Tokenizer | None = None
         self._head_ready = self._learned = False
         self._splits: dict[Stage, Blocks | Examples] = {}
+        self._position: Position | None = None
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
         """Say what the data is for. Unbound, it is taken from the trainer's module (attributes of these names).
@@ -179,51 +180,18 @@ class DataModule(pl.LightningDataModule):
         head = self.head
         if self._tokenizer is None:
             self._tokenizer = (self._factory or registry.resolve("tokenizer", None))()
-        train_tokenizer = not self._tokenizer.trained
-        learn_head = not self._head_ready and type(head).learn is not Head.learn
-        if train_tokenizer or learn_head:
+        untrained = not self._tokenizer.trained
+        unlearned = not self._head_ready and type(head).learn is not Head.learn
+        if untrained or unlearned:
             reader = self._corpus.reader("train", head)
             if self.streaming:
-                reader = Reader(reader.rows, lambda: take(reader.read(), SAMPLE), [*reader.identity, SAMPLE])
-            if train_tokenizer:
-                self._train_tokenizer(self._tokenizer, reader)
-            if learn_head:
-                self._learn_head(head, reader)
+                read = reader.read
+                reader = Reader(reader.rows, lambda: take(read(), SAMPLE), [*reader.identity, SAMPLE])
+            if untrained:
+                train_tokenizer(self._tokenizer, self._factory, head, reader, self._folder)
+            if unlearned:
+                learn_head(head, reader, self._folder)
         self._learned = True
-
-    def _train_tokenizer(self, tokenizer: Tokenizer, reader: Reader) -> None:
-        names = [name for name in self.head.texts if name in (*self.head.inputs, *self.head.targets)]
-
-        def write(folder: Path) -> None:
-            reader.check()
-            tokenizer.train(texts(reader.read, names))
-            cache.write_text(folder / "state.json", tokenizer.to_state())
-
-        key = cache.digest(["tokenizer", reader.identity, names, cache.identity(tokenizer, self._folder), self._spec()])
-        path = cache.entry(self._folder, key, write)
-        if not tokenizer.trained:
-            tokenizer.from_state((path / "state.json").read_text())
-
-    def _spec(self) -> str:
-        try:
-            return repr(registry.spec_of(self._factory)) if self._factory else ""
-        except UserError:  # some other callable: what it built is known by its settings
-            return ""
-
-    def _learn_head(self, head: Head, reader: Reader) -> None:
-        learned = False
-
-        def write(folder: Path) -> None:
-            nonlocal learned
-            reader.check()
-            head.learn(Columns(reader.read, head.targets))
-            cache.write_text(folder / "info.json", json.dumps(head.info()))
-            learned = True
-
-        key = cache.digest(["head", reader.identity, cache.identity(head, self._folder)])
-        path = cache.entry(self._folder, key, write)
-        if not learned:
-            head.set_info(json.loads((path / "info.json").read_text()))
 
     def split(self, stage: Stage) -> Blocks | Examples:
         """Return the prepared rows of a stage."""
@@ -272,47 +240,49 @@ class DataModule(pl.LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> Loader:
-        """Return the loader of training batches, which can be resumed."""
-        trainer = self.trainer
-        epoch = trainer.fit_loop.epoch_progress.current.processed if trainer else 0
-        overfit = bool(trainer and trainer.overfit_batches)
+        """Return the loader of training batches, which goes on where training stands."""
+        position = self._training_position()
         if self.streaming:
-            loader = self._stream(Progress(epoch))
+            loader = self._stream()
+            position.length = None
         else:
             split = self.split("train")
-            order = TrainingOrder(split.training_order, split.num_batches, self.seed, epoch, fixed=overfit)
+            overfit = bool(getattr(self.trainer, "overfit_batches", 0))
+            order = TrainingOrder(split.training_order, split.num_batches, self.seed, fixed=overfit)
             loader = Loader(split, self.num_workers, sampler=order)
-            loader.order = order
-        loader.done = self._done if trainer else None
+            position.length = len(order)
+        loader.position = position
         return loader
 
-    def _stream(self, progress: Progress) -> Loader:
+    def _training_position(self) -> Position:
+        if self._position is None or self._position.trainer is not self.trainer:
+            self._position = Position(self.trainer)
+        return self._position
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where training stands in its data, for the checkpoint."""
+        return {} if self._position is None else self._position.state()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where ``state_dict`` was taken. (Lightning does not always restore a loader's own state.)"""
+        self._training_position().resume(**state)
+
+    def _stream(self) -> Loader:
         reader = self._corpus.reader("train", self.head)
         reader.check()
         rank, size = world()
         if size > 1 and self.trainer and self.trainer.max_steps == -1:
             raise UserError("trainer.max_steps is needed with data.streaming and several processes")
-        if self.trainer and self.trainer.overfit_batches:
+        if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("trainer.overfit_batches does not go with data.streaming")
         batch = self.batch_size if self.head.layout == "examples" else self._rows_of_a_batch
         stream = Stream(
             reader.read, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,
-            self.shuffle_buffer, self.seed, progress, rank, size, endless=size > 1,
+            self.shuffle_buffer, self.seed, rank, size, endless=size > 1,
         )  # fmt: skip
         # The library would deal out its files to the workers a second time.
         workers = min(self.num_workers, 1) if self._corpus.source is not None else self.num_workers
-        loader = Loader(stream, workers)
-        loader.order = progress
-        loader.sampler.set_epoch = progress.set_epoch  # type: ignore[attr-defined]  # where Lightning looks for it
-        return loader
-
-    def _done(self) -> tuple[int, bool]:
-        """Return how many batches of the epoch were trained on, and whether these were all."""
-        assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        progress = loop.epoch_loop.batch_progress
-        count = progress.current.processed
-        return count, count >= loop.max_batches or (progress.is_last_batch and count >= progress.current.ready)
+        return Loader(stream, workers)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Return the loader of the validation split; an empty list when there is none."""

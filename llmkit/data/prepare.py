@@ -79,16 +79,23 @@ def _missing(rows: Rows, row: Row, name: str, column: str) -> UserError:
     )
 
 
-def cut(read: Read, key: str, share: float, part: Stage, text: str | None) -> Iterator[Item]:
-    """Yield the training or the validation part of a split that has to serve for both.
-
-    Of several documents (or rows) a random share is validation, at least one and the same for every ``data.seed``.
-    Of a single text the last share of the characters is (``text``: the field it is in; None: rows cannot be cut).
-    """
+def measure(read: Read, text: str | None) -> tuple[int, int]:
+    """Return the number of documents of a split, and of the characters in field ``text``."""
     count = characters = 0
     for item in read():
         count = item.document + 1
         characters += len(item.fields[text]) if text else 0
+    return count, characters
+
+
+def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None) -> Iterator[Item]:
+    """Yield the training or the validation part of a split that has to serve for both.
+
+    Of several documents (or rows) a random share is validation, at least one and the same for every ``data.seed``.
+    Of a single text the last share of the characters is (``text``: the field it is in; None: rows cannot be cut).
+    ``size`` is what ``measure`` gave.
+    """
+    count, characters = size
     if count == 1 and text:
         left = int(characters * (1 - share))
         if part == "validation":
@@ -103,10 +110,8 @@ def cut(read: Read, key: str, share: float, part: Stage, text: str | None) -> It
         return
     if count == 1:
         raise UserError(f"{key}: has one row only, none is left for validation. Set data.validation.")
-    size = min(max(1, round(count * share)), count - 1)
-    chosen = np.zeros(max(count, 0), bool)
-    if count:
-        chosen[np.random.default_rng(0).permutation(count)[:size]] = True
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(0).permutation(count)[: max(0, min(max(1, round(count * share)), count - 1))]] = True
     for item in read():
         if chosen[item.document] == (part == "validation"):
             yield item

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llmkit.errors import UserError, nearest
+from llmkit.errors import UserError
 
 Files = str | list[str] | dict[str, str] | None
 Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines"]
@@ -96,9 +96,9 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
                 raise UserError(f"{key}.{name}: parallel files come one by field, '{value[name]}' gives {len(files)}")
         columns = {name: files[0] for name, files in paths.items()}
         names = [Path(path).name for path in columns.values()]
-        identity = [list(columns), options.encoding]
         files = list(columns.values())
-        return Rows(key, names, lambda: _parallel(key, columns, options), files=files, identity=identity)
+        parallel = partial(_parallel, key, columns, options)
+        return Rows(key, names, parallel, files=files, identity=[list(columns), options.encoding])
     files = files_of(key, value)
     formats = [_format_of(path, options) for path in files]
     if "lines" in formats and options.pattern is None:
@@ -259,48 +259,3 @@ def _parallel(key: str, columns: dict[str, str], options: Options) -> Iterator[R
                 opened.close()
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {list(columns.values())} are not all {options.encoding}: {error.reason}") from error
-
-
-class Hub:
-    """A data set that Hugging Face ``datasets`` loads: a name on the hub or a folder.
-
-    Raises UserError, with the cause, when it cannot be loaded.
-    """
-
-    def __init__(self, source: str, subset: str | None, streaming: bool) -> None:
-        self.source, self.subset, self.streaming = source, subset, streaming
-        self._builder = self._try(lambda datasets: datasets.load_dataset_builder(source, subset))
-        self.splits = [str(name) for name in self._builder.info.splits or self._builder.config.data_files or {}]
-
-    def _try(self, load: Callable[[Any], Any]) -> Any:
-        try:
-            import datasets
-
-            return load(datasets)
-        except Exception as error:  # the library and what it stands on raise dozens of kinds
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data.source: '{self.source}' cannot be loaded: {text}") from error
-
-    def rows(self, key: str, split: str) -> Rows:
-        """Return the rows of a split; ``train[:10%]`` and the like are splits too."""
-        if split.partition("[")[0].partition("+")[0] not in self.splits:
-            hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
-            raise UserError(f"{key}: '{self.source}' has no split '{split}'.{hint}")
-        load = partial(self._load, split)
-        # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
-        identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
-        return Rows(key, [split], load, identity=identity, sharded=load if self.streaming else None)
-
-    def _load(self, split: str, rank: int = 0, world: int = 1) -> Iterator[Row]:
-        def load(datasets: Any) -> Any:
-            data = datasets.load_dataset(self.source, self.subset, split=split, streaming=self.streaming)
-            return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
-
-        data = self._try(load)
-        # Class numbers become class names: those are what a prediction should say.
-        names = {name: kind.names for name, kind in (data.features or {}).items() if hasattr(kind, "names")}
-        for number, item in enumerate(data, 1):
-            for name in names.keys() & item.keys():
-                if isinstance(item[name], int) and item[name] >= 0:
-                    item[name] = names[name][item[name]]
-            yield Row(item, split, number)

@@ -11,7 +11,6 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llmkit.contracts import Batch, Head, Tokenizer
-from llmkit.data.batches import Progress
 from llmkit.data.examples import Examples, Features
 from llmkit.data.prepare import Item, features, grouped, pieces
 from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
@@ -53,15 +52,16 @@ class Stream(IterableDataset[Batch]):
     pack: bool
     pool: int
     seed: int
-    progress: Progress
     rank: int
     world: int
     endless: bool
+    epoch: int = 0
+    start: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         workers = info.num_workers if info else 1
-        start = self.progress.start
+        start = self.start
         # The loader asks worker 0 first: after a resumption that one stands for the worker whose turn it is.
         worker = ((info.id if info else 0) + start) % workers
         shard = self.rank * workers + worker
@@ -70,7 +70,7 @@ class Stream(IterableDataset[Batch]):
         return islice(batches, (start - worker + workers - 1) // workers, None)
 
     def _batches(self, shard: int, shards: int, number: int) -> Iterator[Batch]:
-        rng = np.random.default_rng([self.seed, self.progress.epoch, number, shard])
+        rng = np.random.default_rng([self.seed, self.epoch, number, shard])
         items = self.read(shard, shards)
         if self.head.layout == "examples":
             return self._examples(items, rng)

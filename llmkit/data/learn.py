@@ -1,0 +1,52 @@
+"""What is learned from the training rows before training: the tokenizer's vocabulary and the head's labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from llmkit import registry
+from llmkit.contracts import Head, Tokenizer
+from llmkit.data import cache
+from llmkit.data.corpus import Reader
+from llmkit.data.prepare import Columns, texts
+from llmkit.errors import UserError
+
+
+def train_tokenizer(
+    tokenizer: Tokenizer, factory: Callable[[], Tokenizer] | None, head: Head, reader: Reader, folder: Path
+) -> None:
+    """Train the tokenizer that ``factory`` built on the head's texts, or load it from the cache."""
+    names = [name for name in head.texts if name in (*head.inputs, *head.targets)]
+
+    def write(path: Path) -> None:
+        reader.check()
+        tokenizer.train(texts(reader.read, names))
+        cache.write_text(path / "state.json", tokenizer.to_state())
+
+    try:
+        spec = repr(registry.spec_of(factory)) if factory else ""
+    except UserError:  # some other callable: what it built is known by its settings
+        spec = ""
+    key = cache.digest(["tokenizer", reader.identity, names, cache.identity(tokenizer, folder), spec])
+    path = cache.entry(folder, key, write)
+    if not tokenizer.trained:
+        tokenizer.from_state((path / "state.json").read_text(encoding="utf-8"))
+
+
+def learn_head(head: Head, reader: Reader, folder: Path) -> None:
+    """Let the head learn from the training rows, or give it what one like it has learned from them."""
+    learned = False
+
+    def write(path: Path) -> None:
+        nonlocal learned
+        reader.check()
+        head.learn(Columns(reader.read, head.targets))
+        cache.write_text(path / "info.json", json.dumps(head.info()))
+        learned = True
+
+    key = cache.digest(["head", reader.identity, cache.identity(head, folder)])
+    path = cache.entry(folder, key, write)
+    if not learned:
+        head.set_info(json.loads((path / "info.json").read_text(encoding="utf-8")))

@@ -1,0 +1,165 @@
+"""Position encodings against their formulas, and how positions and masks follow from segments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmkit.contracts import Position, Sequence, positions_in_segments
+from llmkit.errors import UserError
+from llmkit_plugins.position import Alibi, Learned, NoPosition, Rotary, Sinusoidal, slopes
+
+
+@pytest.mark.parametrize("dim", [8, 7])
+def test_sinusoidal_is_the_formula(dim: int) -> None:
+    positions = torch.tensor([[0, 1, 5], [300, 2, 4999]])
+    added = Sinusoidal(dim, 16).add(torch.ones(2, 3, dim), positions)
+    for b in range(2):
+        for t in range(3):
+            for channel in range(dim):
+                angle = positions[b, t].item() / 10000 ** ((channel - channel % 2) / dim)
+                wave = math.cos(angle) if channel % 2 else math.sin(angle)
+                assert added[b, t, channel].item() == pytest.approx(1 + wave, abs=1e-3)
+
+
+def test_learned_reads_its_table() -> None:
+    position = Learned(4, 6)
+    x, positions = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [5, 0, 0]])
+    table = position.table.weight
+    expected = torch.stack([x[b, t] + table[positions[b, t]] for b in range(2) for t in range(3)]).view(2, 3, 4)
+    torch.testing.assert_close(position.add(x, positions), expected)
+    assert table.std() < 0.05
+
+
+@pytest.mark.parametrize("positions", [torch.arange(7)[None], torch.tensor([[6]])])
+def test_learned_ends_at_the_context(positions: Tensor) -> None:
+    with pytest.raises(UserError, match="learned positions end at context 6, got 7 positions"):
+        Learned(4, 6).add(torch.zeros(1, positions.shape[1], 4), positions)
+
+
+def complex_rotary(x_BHTE: Tensor, positions_BT: Tensor, base: float) -> Tensor:
+    half = x_BHTE.shape[-1] // 2
+    frequency = torch.tensor([base ** (-2 * i / x_BHTE.shape[-1]) for i in range(half)], dtype=torch.float64)
+    angle = positions_BT[:, None, :, None].double() * frequency
+    pairs = torch.complex(x_BHTE[..., :half].double(), x_BHTE[..., half:].double())
+    spun = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([spun.real, spun.imag], -1)
+
+
+@pytest.mark.parametrize("base", [10000.0, 500.0])
+@pytest.mark.parametrize("width", [2, 6, 32])
+def test_rotary_is_complex_multiplication(width: int, base: float) -> None:
+    x = torch.randn(2, 3, 5, width)
+    for positions in (torch.arange(5)[None], torch.tensor([[0, 1, 2, 0, 1], [0, 0, 90, 91, 700]])):
+        seq = Sequence(positions, position=Rotary(64, 16, base=base))
+        expected = complex_rotary(x, positions, base)
+        torch.testing.assert_close(seq.rotate(x).double(), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(seq.rotate(x[:, :1]).double(), expected[:, :1], atol=2e-4, rtol=0)  # from the memo
+        assert seq.rotate(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_rotary_scores_depend_on_distance() -> None:
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+
+    def score(query: int, key: int) -> Tensor:
+        rotary = Rotary(32, 16)
+        q_turned, k_turned = (
+            Sequence(torch.tensor([[at]]), position=rotary).rotate(x) for x, at in ((q, query), (k, key))
+        )
+        return (q_turned * k_turned).sum(-1)
+
+    torch.testing.assert_close(score(7, 3), score(1007, 1003), atol=1e-3, rtol=0)
+    torch.testing.assert_close(score(3, 7), score(0, 4), atol=1e-5, rtol=0)
+    assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-2)
+
+
+def test_rotary_shares_its_table_in_one_pass_only() -> None:
+    rotary, x = Rotary(8, 4), torch.randn(1, 1, 3, 8)
+    seq = Sequence.dense(3)
+    seq.position = rotary
+    seq.rotate(x)
+    (table,) = seq.memo.values()
+    seq.rotate(x)
+    assert next(iter(seq.memo.values())) is table
+    assert not rotary.state_dict()
+    half = rotary.bfloat16()
+    later = Sequence(torch.tensor([[1000, 1001, 1002]]), position=half)
+    torch.testing.assert_close(later.rotate(x).double(), complex_rotary(x, later.positions_BT, 1e4), atol=1e-3, rtol=0)
+
+
+def test_rotary_needs_even_heads() -> None:
+    seq = Sequence(torch.arange(3)[None], position=Rotary(9, 4))
+    with pytest.raises(UserError, match="even width of each head, got 3"):
+        seq.rotate(torch.randn(1, 3, 3, 3))
+
+
+def test_alibi_slopes_of_the_paper() -> None:
+    assert slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert slopes(16) == pytest.approx([2 ** (-(i + 1) / 2) for i in range(16)])
+    assert slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert slopes(1) == [1 / 256]
+    # Twelve heads: those of eight, then the first, third, fifth and seventh of sixteen.
+    assert slopes(12) == pytest.approx([*slopes(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    assert slopes(3) == pytest.approx([1 / 16, 1 / 256, 1 / 4])
+    assert all(len(set(slopes(n))) == n for n in range(1, 40))
+
+
+def test_alibi_bias_is_distance_times_slope() -> None:
+    query, key = torch.tensor([[4, 5], [0, 1]]), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 1]])
+    bias = Alibi(8, 16).bias(query, key, 3)
+    assert bias is not None and bias.shape == (2, 3, 2, 6) and bias.dtype is torch.float32
+    for b in range(2):
+        for h, slope in enumerate([1 / 16, 1 / 256, 1 / 4]):
+            for i in range(2):
+                for j in range(6):
+                    assert bias[b, h, i, j].item() == pytest.approx(-slope * abs(query[b, i] - key[b, j]).item())
+
+
+def test_no_position_does_nothing() -> None:
+    position, x = NoPosition(8, 4), torch.randn(2, 3, 8)
+    seq = Sequence(torch.arange(3)[None], position=position)
+    assert seq.rotate(x) is x and position.add(x, seq.positions_BT) is x and seq.bias(seq, 2) is None
+
+
+@pytest.mark.parametrize("kind", [Sinusoidal, Learned, Rotary, Alibi, NoPosition])
+def test_each_kind_does_one_thing(kind: type[Position]) -> None:
+    x, heads, seq = torch.randn(1, 3, 8), torch.randn(1, 2, 3, 4), Sequence.dense(3)
+    position: nn.Module = kind(8, 4)
+    assert isinstance(position, Position)
+    seq.position = position
+    adds = not torch.equal(position.add(x, seq.positions_BT), x)
+    turns = not torch.equal(seq.rotate(heads), heads)
+    biases = seq.bias(seq, 2) is not None
+    assert (adds, turns, biases) == (kind in (Sinusoidal, Learned), kind is Rotary, kind is Alibi)
+
+
+def test_positions_count_real_positions_of_each_document() -> None:
+    for _ in range(20):
+        segments = (torch.rand(4, 17) < 0.3).long().cumsum(-1) * (torch.rand(4, 17) < 0.7)
+        expected = torch.zeros_like(segments)
+        for b in range(4):
+            seen: dict[int, int] = {}
+            for t, number in enumerate(segments[b].tolist()):
+                if number:
+                    expected[b, t] = seen.get(number, 0)
+                    seen[number] = seen.get(number, 0) + 1
+        assert torch.equal(positions_in_segments(segments), expected)
+
+
+def test_mask_entry_by_entry() -> None:
+    query = Sequence.from_segments(torch.tensor([[1, 1, 2, 0], [0, 1, 1, 2]]))
+    for causal in (True, False):
+        mask = query.mask(causal=causal)
+        assert mask is not None and query.segments_BT is not None
+        for b in range(2):
+            for i in range(4):
+                for j in range(4):
+                    same = query.segments_BT[b, i] == query.segments_BT[b, j]
+                    assert mask[b, 0, i, j].item() == bool(same and (j <= i or not causal))
+    assert Sequence.dense(4).mask(causal=False) is None
+    assert Sequence.dense(1, start=4).mask(Sequence.dense(5), causal=True) is None
+    late = Sequence.dense(2, start=3).mask(Sequence.dense(5), causal=True)
+    assert late is not None and late[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
