@@ -118,7 +118,7 @@ class RunReport(Callback):
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        self._write_results(folder, model, "val")
+        self._write_results(folder, trainer, model, "val")
         curve = folder / "loss.png"
         drawn = (folder / "metrics.csv").exists() and figures.loss_curve(folder / "metrics.csv", curve)
         print("\nResults of the best checkpoint on the validation data:")
@@ -144,7 +144,7 @@ class RunReport(Callback):
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        self._write_results(folder, model, "test")
+        self._write_results(folder, trainer, model, "test")
         self._print_results(model, "test")
         matrix = model.results.get("test_confusion_matrix")
         if matrix is not None:
@@ -166,9 +166,10 @@ class RunReport(Callback):
         for name, value in _scalars(model, prefix).items():
             print(f"  {name:<20} {value:.4f}" if isinstance(value, float) else f"  {name:<20} {value}")
 
-    def _write_results(self, folder: Path, model: LanguageModel, prefix: str) -> None:
+    def _write_results(self, folder: Path, trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        results = {f"{prefix}_{name}": value for name, value in _scalars(model, prefix).items()}
+        results: dict[str, Any] = {f"{prefix}_{name}": value for name, value in _scalars(model, prefix).items()}
+        results["precision"] = str(trainer.precision)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
     def _sample(self, trainer: pl.Trainer, model: LanguageModel) -> str | None:

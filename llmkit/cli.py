@@ -23,6 +23,7 @@ from llmkit.callbacks import Progress, RunReport, run_folder
 from llmkit.data import DataModule
 from llmkit.errors import UserError, nearest
 from llmkit.module import LanguageModel
+from llmkit.optim import fast_bf16
 
 TOP_KEYS = ("name", "output", "imports", "seed_everything", "model", "data", "trainer", "ckpt_path", "weights_only")
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -205,11 +206,11 @@ class CLI(LightningCLI):
 
 
 def fast_precision(accelerator: str) -> str:
-    """Return the precision that the hardware does fast: bf16 mixed on a GPU with bf16 units, else fp32."""
+    """Return the precision that the hardware does fast: bf16 mixed where it multiplies bf16 natively, else fp32."""
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16-mixed"
-    return "32-true"
+    if accelerator not in ("auto", "gpu", "cuda", "cpu"):
+        return "32-true"
+    return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
 
 
 def run(command: str, argv: list[str], cli: type[CLI] = CLI) -> int:

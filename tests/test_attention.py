@@ -439,13 +439,15 @@ def test_fast_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_share_the_bias() -> None:
-    seq = sequence("packed", "alibi")
-    x = torch.randn(2, 7, DIM)
-    first, second = build("multi_head"), build("grouped_query")
-    hidden = first(x, seq)
+    """Layers of one pass share what their scores have in common, and nothing else."""
+    seq, x = sequence("packed", "alibi"), torch.randn(2, 7, DIM)
+    build("multi_head")(x, seq)
     size = len(seq.memo)
-    torch.testing.assert_close(second(hidden, seq), second(hidden, sequence("packed", "alibi")))
+    build("grouped_query")(x, seq)
     assert len(seq.memo) == size
+    for other in (build("standard"), build("multi_head", "bidirectional"), build("multi_head").float()):
+        y = x.to(other.out.weight.dtype)  # type: ignore[union-attr, arg-type]
+        torch.testing.assert_close(other(y, seq), other(y, sequence("packed", "alibi")))
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -1,0 +1,566 @@
+"""Blocks, packing, batches of examples, parts and the cache, against plain recomputation."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_fakes import BOS, EOS, PAD, CharTokenizer, Joining, Labelling, Recorder, Translating, bound, trainer
+
+from llmkit.contracts import IGNORE
+from llmkit.data import DataModule, batches, cache
+from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder
+from llmkit.data.examples import Examples
+from llmkit.data.tokens import best_fit
+from llmkit.errors import UserError
+
+Pair = tuple[int, int]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def prose(length: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices("abcde é\n", k=length))
+
+
+def table(folder: Path, rows: int, name: str = "train.csv") -> str:
+    rng = random.Random(1)
+    lines = [f"{''.join(rng.choices('abcdef', k=rng.randint(1, 40)))},{'xyz'[i % 3]}" for i in range(rows)]
+    return write(folder / name, "text,label\n" + "\n".join(lines) + "\n")
+
+
+def ids_of(data: DataModule, text: str) -> list[int]:
+    return data.tokenizer.encode(text)
+
+
+def evaluated(data: DataModule) -> Loader:
+    """Return the validation loader, where there is one."""
+    loader = data.val_dataloader()
+    assert isinstance(loader, Loader)
+    return loader
+
+
+def everything(loader: Any, key: str = "ids") -> list[Any]:
+    return [row for batch in loader for row in batch[key].tolist()]
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("length", [2, 5, 8, 9, 16, 17, 100, 333])
+def test_evaluation_blocks_hold_every_target_once(tmp_path: Path, length: int) -> None:
+    text = prose(length)
+    path = write(tmp_path / "a.txt", text)
+    data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=3)
+    ids, targets = [], []
+    for batch in evaluated(data):
+        assert batch["ids"].shape[1] == 8
+        assert batch["ids"].dtype == batch["targets"].dtype == torch.int64
+        assert len(batch["ids"]) <= 3
+        ids += batch["ids"].flatten().tolist()
+        targets += batch["targets"].flatten().tolist()
+    expected = ids_of(data, text)
+    assert [t for t in targets if t != IGNORE] == expected[1:]
+    assert [i for i, t in zip(ids, targets, strict=True) if t != IGNORE] == expected[:-1]
+    rest = [i for i, t in zip(ids, targets, strict=True) if t == IGNORE]
+    assert rest in ([PAD] * len(rest), [expected[-1]] + [PAD] * (len(rest) - 1))
+
+
+@pytest.mark.parametrize("length", [2, 5, 9, 20, 24, 100, 1001])
+def test_training_blocks(tmp_path: Path, length: int) -> None:
+    """Each block is a piece of the text; the blocks of an epoch do not overlap; epochs are cut and ordered anew."""
+    path = write(tmp_path / "a.txt", prose(length))
+    data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=4)
+    split = data.split("train")
+    stream = ids_of(data, prose(length))
+    places: set[int] = set()
+    sizes = set()
+    for epoch in range(60):
+        order = split.training_order(np.random.default_rng(epoch))
+        sizes.add(len(order))
+        starts = np.concatenate(order)
+        assert len(set(starts.tolist())) == len(starts)
+        assert len({start % 8 for start in starts.tolist()}) == 1
+        batch = split[starts]
+        for start, ids, targets in zip(starts, batch["ids"].tolist(), batch["targets"].tolist(), strict=True):
+            expected = stream[start : start + 9]
+            assert [i for i, t in zip(ids, targets, strict=True) if t != IGNORE] == expected[:-1]
+            assert [t for t in targets if t != IGNORE] == expected[1:]
+            places.update(range(start + 1, start + len(expected)))
+    assert sizes == {split.num_batches}
+    assert places == set(range(1, length))  # every token is a target in some epoch
+    if length > 100:
+        assert len(order) == split.num_batches == len(starts) // 4  # batches are full
+
+
+def test_bytes_of_a_batch(tmp_path: Path) -> None:
+    text = prose(500)
+    path = write(tmp_path / "a.txt", text)
+    data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=4)
+    assert data.bytes_per_token("validation") == pytest.approx(len(text.encode()) / 499)
+    total = sum(float(batch["bytes"]) for batch in evaluated(data))
+    assert total == pytest.approx(len(text.encode()))
+    for batch in evaluated(data):
+        real = int((batch["targets"] != IGNORE).sum())
+        assert float(batch["bytes"]) == pytest.approx(real * len(text.encode()) / 499)
+
+
+def test_documents_end_with_eos_unless_alone(tmp_path: Path) -> None:
+    texts = ["ab\ncd\n", "ba", "", "d\n"]
+    for i, text in enumerate(texts):
+        write(tmp_path / f"{i}.txt", text)
+    data = bound(Joining(), 32, tmp_path, train=str(tmp_path / "*.txt"), validation=str(tmp_path / "0.txt"))
+    expected = [id for text in texts if text for id in [*ids_of(data, text), EOS]]
+    tokens: Any = data.split("train")
+    assert tokens.tokens.tolist() == expected
+    alone: Any = data.split("validation")
+    assert alone.tokens.tolist() == ids_of(data, texts[0])
+
+
+def test_lines_as_documents(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "ab\n\n  \ncd\u2028e\nf")
+    data = bound(Joining(), 32, tmp_path, train=path, validation=path, documents="line")
+    tokens: Any = data.split("train")
+    assert tokens.tokens.tolist() == [i for text in ("ab", "cd\u2028e", "f") for i in [*ids_of(data, text), EOS]]
+
+
+def test_a_large_file_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmkit.data import sources
+
+    monkeypatch.setattr(sources, "CHUNK", 50)
+    text = prose(3000) + "x" * 500  # the last line is longer than a chunk
+    path = write(tmp_path / "a.txt", text)
+    data = bound(Joining(), 8, tmp_path, train=path, validation_share=0.25, batch_size=7)
+    cut = int(len(text) * 0.75)
+    train: Any = data.split("train")
+    validation: Any = data.split("validation")
+    assert train.tokens.tolist() == ids_of(data, text[:cut])
+    assert CharTokenizer.trainings[-1] == text[:cut]
+    assert validation.tokens.tolist() == ids_of(data, text[cut:])  # "x" is unknown: not seen in training
+    assert data.tokenizer.unk_id in validation.tokens
+
+
+def test_vocabulary_decides_the_width(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", prose(50))
+    small = bound(Joining(), 8, tmp_path, train=path, validation=path)
+    large = DataModule(train=path, validation=path, cache_dir=str(tmp_path / "cache"))
+    large.bind(Joining(), 8, CharTokenizer("".join(map(chr, range(70_000, 140_000)))))
+    large.setup()
+    narrow: Any = small.split("train")
+    wide: Any = large.split("train")
+    assert (narrow.tokens.dtype, wide.tokens.dtype) == (np.uint16, np.uint32)
+
+
+# Packing
+
+
+def plain_pairs(documents: list[list[int]]) -> list[Pair]:
+    pairs: list[Pair] = []
+    for ids in documents:
+        whole = [BOS, *ids, EOS]
+        pairs += itertools.pairwise(whole)
+    return sorted(pairs)
+
+
+def check_packed(batch: Any, context: int) -> list[list[int]]:
+    """Return the inputs of the segments, after checking that they are runs 1, 2, .. followed by padding."""
+    found = []
+    for ids, targets, segments in zip(
+        batch["ids"].tolist(), batch["targets"].tolist(), batch["segments"].tolist(), strict=True
+    ):
+        assert len(ids) == context
+        real = [s for s in segments if s]
+        assert segments == sorted(real) + [0] * (context - len(real))
+        assert sorted(set(real)) == list(range(1, max(real) + 1))
+        for number in set(real):
+            where = [i for i, s in enumerate(segments) if s == number]
+            # Within a segment the target is the next input: nothing crosses to another document.
+            assert [ids[i] for i in where[1:]] == [targets[i] for i in where[:-1]]
+            found.append([ids[i] for i in where] + [targets[where[-1]]])
+        assert all(i == PAD and t == IGNORE for i, t, s in zip(ids, targets, segments, strict=True) if s == 0)
+    return found
+
+
+@pytest.mark.parametrize("context", [4, 16, 64])
+def test_packed_documents(tmp_path: Path, context: int) -> None:
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("abcd", k=rng.randint(1, 40))) for _ in range(50)]
+    path = write(tmp_path / "a.txt", "\n".join(lines))
+    settings: Any = {"train": path, "validation": path, "documents": "line", "pack": True, "batch_size": 3}
+    data = bound(Joining(), context, tmp_path, **settings)
+    documents = [ids_of(data, line) for line in lines]
+    pieces: list[list[int]] = []
+    pairs: list[Pair] = []
+    num_bytes = 0.0
+    for batch in evaluated(data):
+        pieces += check_packed(batch, context)
+        flat = zip(batch["ids"].flatten().tolist(), batch["targets"].flatten().tolist(), strict=True)
+        pairs += [pair for pair in flat if pair[1] != IGNORE]
+        num_bytes += float(batch["bytes"])
+    assert sorted(pairs) == plain_pairs(documents)  # every target exactly once
+    expected = []
+    for ids in documents:
+        whole = [BOS, *ids, EOS]
+        expected += [whole[i : i + context + 1] for i in range(0, len(whole) - 1, context)]
+    assert sorted(pieces) == sorted(expected)
+    assert num_bytes == pytest.approx(sum(map(len, lines)))
+    assert len(evaluated(data)) * 3 * context < 1.35 * len(pairs) + 3 * context
+    rows = [row for batch in data.train_dataloader() for row in batch["ids"].tolist()]
+    assert len({tuple(row) for row in rows}) > len(rows) // 2
+    assert len(rows) % 3 == 0
+
+
+def test_best_fit_fills_rows() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 65, 10_000)
+    start = time.process_time()
+    rows = best_fit(lengths, 64)
+    assert time.process_time() - start < 1
+    filled = np.bincount(rows, weights=lengths)
+    assert filled.max() <= 64
+    assert filled.sum() / (64 * len(filled)) > 0.97
+    assert best_fit(np.empty(0, np.int64), 8).size == 0
+
+
+# Examples
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 7}, {"batch_tokens": 90}, {"batch_size": 7, "num_workers": 2}])
+def test_an_epoch_holds_every_example_once(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = table(tmp_path, 200)
+    data = bound(Labelling(), 64, tmp_path, train=path, validation=path, **settings)
+    lines = [line.split(",") for line in Path(path).read_text().splitlines()[1:]]
+    expected = sorted([*ids_of(data, text), -"xyz".index(label)] for text, label in lines)
+    loader = data.train_dataloader()
+    orders = []
+    for _ in range(3):
+        found, order = [], []
+        for batch in loader:
+            if "batch_tokens" in settings:
+                assert batch["ids"].numel() <= 90
+            else:
+                assert len(batch["ids"]) <= 7
+            for ids, label in zip(batch["ids"].tolist(), batch["label"].tolist(), strict=True):
+                found.append([i for i in ids if i != PAD] + [-label])
+            order.append(batch["ids"].tolist())
+        assert sorted(found) == expected
+        assert len(order) == len(loader)
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert {len(rows) for order in orders for rows in order} != {1}
+    found = everything(evaluated(data))
+    assert sorted([i for i in ids if i != PAD] for ids in found) == sorted(row[:-1] for row in expected)
+    widths = [batch["ids"].shape[1] for batch in evaluated(data)]
+    assert widths[0] == 40
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_a_row_longer_than_batch_tokens_comes_alone(tmp_path: Path) -> None:
+    data = bound(Labelling(), 64, tmp_path, train=table(tmp_path, 50), batch_tokens=10)
+    assert sum(len(batch["ids"]) for batch in data.train_dataloader()) == 45
+    assert all(len(b["ids"]) == 1 for b in data.train_dataloader() if b["ids"].shape[1] > 10)
+
+
+def test_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    path = table(tmp_path, 100)
+
+    def epochs(seed: int, **settings: Any) -> list[Any]:
+        data = bound(Labelling(), 64, tmp_path, train=path, batch_size=8, seed=seed, **settings)
+        state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        loader = data.train_dataloader()
+        found = [everything(loader) for _ in range(2)]
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        assert torch.equal(state[0], after[0])  # the global random states are left alone
+        assert state[1:] == after[1:]
+        return found
+
+    assert epochs(0) == epochs(0) == epochs(0, num_workers=2)
+    assert epochs(0) != epochs(1)
+    assert sorted(map(tuple, bound_rows(tmp_path, path, 0))) == sorted(map(tuple, bound_rows(tmp_path, path, 1)))
+
+
+def bound_rows(folder: Path, path: str, seed: int) -> list[Any]:
+    """Return the validation rows: the same for every seed."""
+    data = bound(Labelling(), 64, folder, train=path, batch_size=1, seed=seed)
+    return everything(evaluated(data))
+
+
+def test_translation_is_padded_little_and_fast(tmp_path: Path) -> None:
+    folder = Path(os.environ.get("LLMKIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "multi30k"
+    if not folder.is_dir():
+        pytest.skip(f"no Multi30k in {folder}")
+    files = {"source": str(folder / "train.en"), "target": str(folder / "train.de")}
+
+    class Words(CharTokenizer):
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [[SPECIAL_WORD] * len(text.split()) for text in texts]
+
+    for settings in ({"batch_tokens": 4096}, {"batch_size": 64}):
+        data = bound(Translating(), 128, tmp_path, train=files, tokenizer=Words, validation_share=0, **settings)
+        start = time.process_time()
+        found = list(data.train_dataloader())
+        assert time.process_time() - start < 2
+        parts = [batch[name] for batch in found for name in ("source", "target")]
+        assert sum(len(batch["source"]) for batch in found) == 29_000
+        assert sum(int((part == PAD).sum()) for part in parts) / sum(part.numel() for part in parts) < 0.06
+
+
+SPECIAL_WORD = 7
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("rows", [3, 40, 100])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
+    path = table(tmp_path, rows)
+    data = bound(Labelling(), 64, tmp_path, train=path, validation=path, batch_size=4)
+    alone = [batch["ids"].tolist() for batch in data.train_dataloader()]
+    whole = sorted(everything(evaluated(data)))
+    train, validation = [], []
+    for rank in range(size):
+        monkeypatch.setattr(batches, "world", lambda rank=rank: (rank, size))
+        loader = data.train_dataloader()
+        train.append([batch["ids"].tolist() for batch in loader])
+        assert len(train[-1]) == len(loader)
+        loader = evaluated(data)
+        validation.append([batch["ids"].tolist() for batch in loader])
+        assert len(validation[-1]) == len(loader)
+    assert len({len(part) for part in train}) == 1
+    shared = [batch for step in zip(*train, strict=True) for batch in step]
+    if len(alone) >= size:
+        assert shared == alone[: len(alone) // size * size]
+    strip = [
+        sorted([i for i in row if i] for row in part)
+        for part in (whole, [row for rank in validation for batch in rank for row in batch])
+    ]
+    assert strip[0] == strip[1]  # none lost, none twice
+    assert len({len(part) for part in validation}) == 1 or rows < size
+
+
+def test_evaluation_order_gives_up_when_rows_are_fewer_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "world", lambda: (1, 2))
+    order = EvaluationOrder(lambda: [np.array([0])])
+    assert (len(order), list(order)) == (0, [])
+    train = TrainingOrder(lambda rng: [np.array([0])], 1, seed=0)
+    assert (len(train), len(list(train))) == (1, 1)
+
+
+# Parts of the training data
+
+
+def test_validation_is_a_random_share_of_documents(tmp_path: Path) -> None:
+    path = table(tmp_path, 50)
+    data = bound(Labelling(), 64, tmp_path, train=path, validation_share=0.2, batch_size=100)
+    train, validation = (sorted(everything(part)) for part in (data.train_dataloader(), evaluated(data)))
+    assert (len(train), len(validation)) == (40, 10)
+    lines = [line.split(",")[0] for line in Path(path).read_text().splitlines()[1:]]
+    whole = [[i for i in row if i] for row in train + validation]
+    assert sorted(whole) == sorted(ids_of(data, line) for line in lines)
+    positions = [lines.index(data.tokenizer.decode(row)) for row in validation]
+    assert sorted(positions) not in (list(range(10)), list(range(40, 50)))
+    assert set(CharTokenizer.trainings[-1]) <= set("abcdef")
+    assert len(CharTokenizer.trainings[-1]) == sum(sum(i > 0 for i in row) for row in train)
+    assert len(Labelling.learned[-1]) == 40
+
+
+@pytest.mark.parametrize(("rows", "share", "kept"), [(2, 0.01, 1), (2, 0.9, 1), (10, 0.99, 1), (10, 0.01, 9)])
+def test_each_part_gets_at_least_one_row(tmp_path: Path, rows: int, share: float, kept: int) -> None:
+    path = write(tmp_path / "a.csv", "text,label\n" + "ab,x\n" * rows)
+    data = bound(Labelling(), 64, tmp_path, train=path, validation_share=share)
+    assert len(everything(data.train_dataloader())) == kept
+    assert len(everything(evaluated(data))) == rows - kept
+
+
+def test_no_validation(tmp_path: Path) -> None:
+    data = bound(Labelling(), 64, tmp_path, train=table(tmp_path, 9), validation_share=0)
+    assert data.val_dataloader() == []
+    assert len(everything(data.train_dataloader())) == 9
+
+
+def test_a_single_row_cannot_be_cut(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train: has one row only.*data\.validation"):
+        bound(Labelling(), 64, tmp_path, train=table(tmp_path, 1))
+
+
+# Cache
+
+
+def counts(folder: Path, path: str, head: Any = None, context: int = 64, **settings: Any) -> tuple[int, int, int]:
+    """Return how many tokenizers were trained, heads taught and batches of rows encoded to set up."""
+    before = len(CharTokenizer.trainings), len(Labelling.learned), len(Labelling.encoded)
+    bound(head or Labelling(), context, folder, train=path, **settings)
+    after = len(CharTokenizer.trainings), len(Labelling.learned), len(Labelling.encoded)
+    first, second, third = (b - a for a, b in zip(before, after, strict=True))
+    return first, second, third
+
+
+def test_cache_hits_and_misses(tmp_path: Path) -> None:
+    path = table(tmp_path, 30)
+    assert counts(tmp_path, path) == (1, 1, 2)
+    assert counts(tmp_path, path) == (0, 0, 0)
+    assert counts(tmp_path, path, batch_size=5, seed=3, num_workers=1) == (0, 0, 0)  # these do not change the rows
+    assert counts(tmp_path, path, context=32) == (0, 0, 2)
+    assert counts(tmp_path, path, head=Labelling(offset=1)) == (0, 1, 2)
+    assert counts(tmp_path, path, validation_share=0.2) == (1, 1, 2)
+    assert counts(tmp_path, path, encoding="ascii") == (1, 1, 2)
+    assert counts(tmp_path, path, validation=path) == (1, 1, 1)  # the same rows are encoded once
+    text = Path(path).read_text()
+    Path(path).write_text(text.replace("a,", "b,", 1))  # the same size
+    assert counts(tmp_path, path) == (1, 1, 2)
+    Path(path).write_text(text)
+    assert counts(tmp_path, path) == (0, 0, 0)  # the old content is known
+
+
+def test_a_tokenizer_of_other_settings_misses(tmp_path: Path) -> None:
+    class Lower(CharTokenizer):
+        def __init__(self, flag: bool = False) -> None:
+            super().__init__()
+            self.flag = flag
+
+    path = table(tmp_path, 30)
+    assert counts(tmp_path, path, tokenizer=Lower) == (1, 1, 2)
+    assert counts(tmp_path, path, tokenizer=lambda: Lower(True))[0] == 1
+    assert counts(tmp_path, path, tokenizer=Lower) == (0, 0, 0)
+
+
+def test_a_given_tokenizer_and_head_are_used(tmp_path: Path) -> None:
+    path = table(tmp_path, 30)
+    before = len(CharTokenizer.trainings), len(Labelling.learned)
+    head = Labelling()
+    head.set_info({"labels": ["z", "y", "x"]})
+    data = DataModule(test=path, cache_dir=str(tmp_path / "cache"))  # nothing to train on
+    data.bind(head, 64, CharTokenizer("fedcba"), head_ready=True)
+    data.setup("test")
+    assert data.tokenizer.to_state() == '"fedcba"'
+    assert (len(CharTokenizer.trainings), len(Labelling.learned)) == before
+    batch = next(iter(data.test_dataloader()))
+    text, label = data.tokenizer.decode(batch["ids"][0].tolist()), "zyx"[batch["label"][0]]
+    assert f"{text},{label}\n" in Path(path).read_text()
+
+
+def test_another_process_at_once(tmp_path: Path) -> None:
+    """Two writers of one entry do not disturb each other, and a writer that fails leaves nothing."""
+    barrier = threading.Barrier(2)
+    found = []
+
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("x")
+        barrier.wait(10)
+        (folder / "b").write_text("y")
+
+    threads = [threading.Thread(target=lambda: found.append(cache.entry(tmp_path, "key", fill))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / "key"] * 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "key"]
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cache.entry(tmp_path, "other", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_file_digest_is_remembered_but_never_stale(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    info = path.stat()
+    first = cache.file_digest(path, tmp_path)
+    path.write_text("two")
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))  # the same size and time of modification
+    assert cache.file_digest(path, tmp_path) != first
+
+
+# Lightning
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.filterwarnings(
+    "error",
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:.*does not have many workers",
+    "ignore:.*This process.*is multi-threaded",
+)
+def test_all_stages_of_a_trainer(tmp_path: Path, num_workers: int) -> None:
+    path = table(tmp_path, 30)
+    data = DataModule(
+        path, path, path, path, tokenizer=CharTokenizer, batch_size=4, num_workers=num_workers,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    model = Recorder(Labelling(), 64)
+    run = trainer(tmp_path, max_epochs=2, log_every_n_steps=1)
+    run.fit(model, datamodule=data)
+    run.validate(model, datamodule=data)
+    run.test(model, datamodule=data)
+    assert len(run.predict(model, datamodule=data) or []) == 8
+    lines = [line.split(",")[0] for line in Path(path).read_text().splitlines()[1:]]
+    found = [data.tokenizer.decode(row) for batch in model.seen["predict"] for row in batch]
+    assert found == lines  # predictions stand in the order of the rows
+    assert [len(model.seen[stage]) for stage in ("train", "validation", "test")] == [16, 2 + 8 * 3, 8]
+
+
+def test_predicting_with_a_head_that_joins(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.txt", "ab\ncd\n\ne\n")
+    data = bound(Joining(), 8, tmp_path, train=path, validation=path, predict=path, batch_size=2)
+    rows = everything(data.predict_dataloader())
+    assert [data.tokenizer.decode(row) for row in rows] == ["ab", "cd", "e"]
+
+
+def test_splits_travel_to_workers_without_their_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", prose(50_000))
+    data = bound(Joining(), 8, tmp_path, train=path, validation=path)
+    split = data.split("train")
+    first = split[np.array([0, 8])]
+    assert len(pickle.dumps(split)) < 10_000
+    again = pickle.loads(pickle.dumps(split))[np.array([0, 8])]
+    assert torch.equal(first["ids"], again["ids"])
+    assert not isinstance(split, Examples)
+
+
+def test_blocks_are_quick(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", prose(400_000))
+    data = bound(Joining(), 256, tmp_path, train=path, validation=path, batch_size=12)
+    loader = data.train_dataloader()
+    sum(1 for _ in loader)
+    start = time.process_time()
+    count = sum(1 for _ in loader)
+    assert (time.process_time() - start) / count < 0.5e-3  # 0.05 ms measured; room for a busy machine
+
+
+def test_unbound_is_told(tmp_path: Path) -> None:
+    data = DataModule(train="x", cache_dir=str(tmp_path))
+    with pytest.raises(RuntimeError, match="bind"):
+        data.setup()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, r"data\.batch_size must be at least 1"),
+        ({"batch_tokens": 0}, r"data\.batch_tokens must be at least 1"),
+        ({"validation_share": 1.0}, r"data\.validation_share must be"),
+        ({"num_workers": -1}, r"data\.num_workers must be"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DataModule(**settings)

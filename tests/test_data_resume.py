@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_fakes import CharTokenizer, Joining, Labelling, Recorder, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
+from llmkit.contracts import Batch
 from llmkit.data import DataModule
 
 
@@ -26,8 +30,15 @@ def validation(folder: Path) -> str:
     return str(path)
 
 
-def run(folder: Path, layout: str, settings: dict[str, Any], resume: str | None = None, **options: Any) -> list[Any]:
-    model = Recorder(Joining() if layout == "blocks" else Labelling(), 8)
+def run(
+    folder: Path,
+    layout: str,
+    settings: dict[str, Any],
+    resume: str | None = None,
+    kind: type[Recorder] = Recorder,
+    **options: Any,
+) -> list[Any]:
+    model = kind(Joining() if layout == "blocks" else Labelling(), 8)
     data = DataModule(
         train=corpus(folder),
         validation=validation(folder),
@@ -38,7 +49,7 @@ def run(folder: Path, layout: str, settings: dict[str, Any], resume: str | None 
     )
     fit = trainer(folder, **options)
     fit.fit(model, datamodule=data, ckpt_path=resume)
-    if resume is None:
+    if "max_steps" in options and resume is None:
         fit.save_checkpoint(folder / "stopped.ckpt")
     return model.seen["train"]
 
@@ -53,10 +64,64 @@ CASES += [("examples", {"streaming": True, "num_workers": 2})]
 def test_resume_by_steps(tmp_path: Path, layout: str, settings: dict[str, Any], stop: str) -> None:
     epoch = len(run(tmp_path, layout, settings, max_epochs=1))
     steps = {"mid-epoch": epoch // 2, "epoch end": epoch, "second epoch": epoch + 3}[stop]
-    options = {"max_epochs": -1, "limit_val_batches": 2}
+    options: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 2}
     whole = run(tmp_path, layout, settings, max_steps=3 * epoch, **options)
     first = run(tmp_path, layout, settings, max_steps=steps, **options)
     rest = run(tmp_path, layout, settings, resume=str(tmp_path / "stopped.ckpt"), max_steps=3 * epoch, **options)
     assert len(whole) == 3 * epoch
     assert first == whole[:steps]
     assert rest == whole[steps:]
+
+
+class Failing(Recorder):
+    """Fails in the middle of a step."""
+
+    def training_step(self, batch: Batch) -> Tensor:
+        if len(self.seen["train"]) == 20:
+            raise RuntimeError("power cut")
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize(("layout", "settings"), [CASES[0], CASES[3], CASES[4]])
+@pytest.mark.parametrize("every", [3, 15])
+def test_resume_after_a_failure(tmp_path: Path, layout: str, settings: dict[str, Any], every: int) -> None:
+    """From the last checkpoint of a run in epochs, saved by steps, with workers that had fetched ahead."""
+    options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 5 if layout == "examples" else 1.0}
+    if settings.get("streaming"):
+        options["val_check_interval"] = 1.0
+    whole = run(tmp_path, layout, settings, **options)
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=every, enable_version_counter=False)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, layout, settings, kind=Failing, callbacks=[save], enable_checkpointing=True, **options)
+    saved = int(torch.load(tmp_path / "last.ckpt")["global_step"])
+    assert saved == 20 - 20 % every
+    rest = run(tmp_path, layout, settings, resume=str(tmp_path / "last.ckpt"), **options)
+    assert rest == whole[saved:]
+
+
+def test_steps_then_epochs(tmp_path: Path) -> None:
+    """Lightning counts the epoch that max_steps cut short; the data still goes on with the next batch."""
+    whole = run(tmp_path, "examples", {}, max_epochs=3)
+    run(tmp_path, "examples", {}, max_steps=7, max_epochs=-1)
+    rest = run(tmp_path, "examples", {}, resume=str(tmp_path / "stopped.ckpt"), max_epochs=3)
+    assert len(rest) == 30
+    assert rest == whole[7:37]
+
+
+def test_fitting_twice_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path, "examples", {}, max_epochs=2)
+    model = Recorder(Labelling(), 8)
+    data = DataModule(
+        train=corpus(tmp_path), tokenizer=CharTokenizer, batch_size=4, cache_dir=str(tmp_path / "cache"),
+        validation=validation(tmp_path),
+    )  # fmt: skip
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(model, datamodule=data)
+    fit.fit_loop.max_epochs = 2
+    fit.fit(model, datamodule=data)
+    assert model.seen["train"] == whole
+
+
+def test_overfitting_repeats_the_same_batch(tmp_path: Path) -> None:
+    seen = run(tmp_path, "examples", {}, max_epochs=3, overfit_batches=2)
+    assert seen[:2] == seen[2:4] == seen[4:]

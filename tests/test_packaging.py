@@ -44,7 +44,7 @@ def sources() -> set[str]:
     found = {
         path.relative_to(base).as_posix() for base, folder in bases for path in folder.rglob("*") if path.is_file()
     }
-    return {name for name in found if "__pycache__" not in name}
+    return {name for name in found if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))}
 
 
 def test_wheel_has_both_packages_and_nothing_else(wheel: Path) -> None:

@@ -228,10 +228,8 @@ def test_plugin() -> None:
 
 def test_resolve_of_nothing_is_the_default() -> None:
     for family, name in registry.DEFAULTS.items():
-        assert registry.spec_of(registry.resolve(family, None)) == {
-            "class_path": registry.find(family, name).class_path,
-            "init_args": {},
-        }
+        default = registry.find(family, name).load()
+        assert registry.spec_of(registry.resolve(family, None)) == registry.spec_of(default)
 
 
 def test_resolve_gives_fresh_objects() -> None:

@@ -73,10 +73,8 @@ class Corpus:
         identity: list[Any] = [files, rows.identity, columns]
         if not part:
             return Reader(rows, partial(_sharded, rows, fields), identity)
-
-        def read() -> Iterator[Item]:
-            return fields.items(rows, rows.read())
-
+        rows = replace(rows, sharded=None)  # what shards begin with is not what the whole begins with
+        read = partial(_sharded, rows, fields)
         if self.streaming:
             identity += [stage, HELD_OUT]
             if stage == "validation":
@@ -84,7 +82,7 @@ class Corpus:
             size = sum(1 for _ in take(read(), HELD_OUT))
             if size and next(islice(read(), size, None), None) is None:
                 raise UserError(f"{rows.key}: all {size} rows would be set aside for validation. Set data.validation.")
-            return Reader(rows, lambda shard=0, shards=1: islice(read(), size + shard, None, shards), identity)
+            return Reader(rows, partial(_sharded, rows, fields, skip=size), identity)
         text = next((name for name in fields.needed if name in fields.texts), None) if self.joins(stage, head) else None
         identity += [stage, self.validation_share]
         share = self.validation_share
@@ -117,10 +115,10 @@ class Corpus:
         return self.hub.rows(key, given)
 
 
-def _sharded(rows: Rows, fields: Fields, shard: int = 0, shards: int = 1) -> Iterator[Item]:
+def _sharded(rows: Rows, fields: Fields, shard: int = 0, shards: int = 1, skip: int = 0) -> Iterator[Item]:
     if rows.sharded is not None:
         return fields.items(rows, rows.sharded(shard, shards))
-    return islice(fields.items(rows, rows.read()), shard, None, shards)
+    return islice(fields.items(rows, rows.read()), skip + shard, None, shards)
 
 
 def _stat(file: str) -> list[Any]:

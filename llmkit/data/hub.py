@@ -18,38 +18,40 @@ class Hub:
 
     def __init__(self, source: str, subset: str | None, streaming: bool) -> None:
         self.source, self.subset, self.streaming = source, subset, streaming
-        self._builder = self._try(lambda datasets: datasets.load_dataset_builder(source, subset))
+        self._builder = _try(source, lambda datasets: datasets.load_dataset_builder(source, subset))
         self.splits = [str(name) for name in self._builder.info.splits or self._builder.config.data_files or {}]
-
-    def _try(self, load: Callable[[Any], Any]) -> Any:
-        try:
-            import datasets
-
-            return load(datasets)
-        except Exception as error:  # the library and what it stands on raise dozens of kinds
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data.source: '{self.source}' cannot be loaded: {text}") from error
 
     def rows(self, key: str, split: str) -> Rows:
         """Return the rows of a split; ``train[:10%]`` and the like are splits too."""
         if split.partition("[")[0].partition("+")[0] not in self.splits:
             hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
             raise UserError(f"{key}: '{self.source}' has no split '{split}'.{hint}")
-        load = partial(self._load, split)
+        load = partial(_load, self.source, self.subset, split, self.streaming)
         # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
         identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
         return Rows(key, [split], load, identity=identity, sharded=load if self.streaming else None)
 
-    def _load(self, split: str, rank: int = 0, world: int = 1) -> Iterator[Row]:
-        def load(datasets: Any) -> Any:
-            data = datasets.load_dataset(self.source, self.subset, split=split, streaming=self.streaming)
-            return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
 
-        data = self._try(load)
-        # Class numbers become class names: those are what a prediction should say.
-        names = {name: kind.names for name, kind in (data.features or {}).items() if hasattr(kind, "names")}
-        for number, item in enumerate(data, 1):
-            for name in names.keys() & item.keys():
-                if isinstance(item[name], int) and item[name] >= 0:
-                    item[name] = names[name][item[name]]
-            yield Row(item, split, number)
+def _try(source: str, load: Callable[[Any], Any]) -> Any:
+    try:
+        import datasets
+
+        return load(datasets)
+    except Exception as error:  # the library and what it stands on raise dozens of kinds
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.source: '{source}' cannot be loaded: {text}") from error
+
+
+def _load(source: str, subset: str | None, split: str, streaming: bool, rank: int = 0, world: int = 1) -> Iterator[Row]:
+    def load(datasets: Any) -> Any:
+        data = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+        return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
+
+    data = _try(source, load)
+    # Class numbers become class names: those are what a prediction should say.
+    names = {name: kind.names for name, kind in (data.features or {}).items() if hasattr(kind, "names")}
+    for number, item in enumerate(data, 1):
+        for name in names.keys() & item.keys():
+            if isinstance(item[name], int) and item[name] >= 0:
+                item[name] = names[name][item[name]]
+        yield Row(item, split, number)

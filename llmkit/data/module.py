@@ -255,7 +255,7 @@ class DataModule(pl.LightningDataModule):
         return loader
 
     def _training_position(self) -> Position:
-        if self._position is None or self._position.trainer is not self.trainer:
+        if self._position is None or self.trainer is None or self._position.trainer is not self.trainer:
             self._position = Position(self.trainer)
         return self._position
 

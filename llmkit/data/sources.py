@@ -104,20 +104,21 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
     if "lines" in formats and options.pattern is None:
         raise UserError("data.format: 'lines' needs data.pattern, a regular expression with named groups")
 
-    def read() -> Iterator[Row]:
-        for path, format in zip(files, formats, strict=True):
-            try:
-                yield from _READERS[format](path, options)
-            except UnicodeDecodeError as error:
-                raise UserError(_bad_encoding(key, path, options.encoding, error)) from error
-            except (OSError, ValueError, csv.Error, LookupError) as error:
-                text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
-                raise UserError(f"{key}: " + " ".join(text.split())) from error
-
     single = all(format == "text" for format in formats)
     names = [Path(path).name for path in files]
     identity: list[Any] = [names, formats, options.pattern, options.column_names, options.encoding, options.chunks]
-    return Rows(key, names, read, single, files, identity)
+    return Rows(key, names, partial(_read, key, files, formats, options), single, files, identity)
+
+
+def _read(key: str, files: list[str], formats: list[Format], options: Options) -> Iterator[Row]:
+    for path, format in zip(files, formats, strict=True):
+        try:
+            yield from _READERS[format](path, options)
+        except UnicodeDecodeError as error:
+            raise UserError(_bad_encoding(key, path, options.encoding, error)) from error
+        except (OSError, ValueError, csv.Error, LookupError) as error:
+            text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+            raise UserError(f"{key}: " + " ".join(text.split())) from error
 
 
 def _format_of(path: str, options: Options) -> Format:

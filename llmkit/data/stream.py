@@ -14,6 +14,7 @@ from llmkit.contracts import Batch, Head, Tokenizer
 from llmkit.data.examples import Examples, Features
 from llmkit.data.prepare import Item, features, grouped, pieces
 from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
+from llmkit.errors import UserError
 
 HELD_OUT = (1000, 2_000_000)  # rows and characters at the head of a stream that serve as validation
 SAMPLE = (10_000, 20_000_000)  # rows and characters after them that tokenizer and labels are learned from
@@ -65,9 +66,17 @@ class Stream(IterableDataset[Batch]):
         # The loader asks worker 0 first: after a resumption that one stands for the worker whose turn it is.
         worker = ((info.id if info else 0) + start) % workers
         shard = self.rank * workers + worker
-        rounds: Iterable[int] = count() if self.endless else (0,)
-        batches = chain.from_iterable(self._batches(shard, self.world * workers, number) for number in rounds)
-        return islice(batches, (start - worker + workers - 1) // workers, None)
+        skip = (start - worker + workers - 1) // workers
+        return islice(self._rounds(shard, self.world * workers), skip, None)
+
+    def _rounds(self, shard: int, shards: int) -> Iterator[Batch]:
+        for number in count() if self.endless else (0,):
+            empty = True
+            for batch in self._batches(shard, shards, number):
+                empty = False
+                yield batch
+            if empty and self.endless:
+                raise UserError(f"data.train: too few rows for {shards} readers")
 
     def _batches(self, shard: int, shards: int, number: int) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, self.epoch, number, shard])
@@ -92,26 +101,26 @@ class Stream(IterableDataset[Batch]):
 
     def _blocks(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
         size = self._rows * self.context
-        tokens = np.empty(0, np.int64)
+        pool: list[int] = []
         seen = num_bytes = 0
         yielded = False
         for ids, length, _ in chain(stream, [([], 0, True)]):
-            tokens = np.append(tokens, np.array(ids, np.int64))
+            pool += ids
             seen, num_bytes = seen + len(ids), num_bytes + length
             last = not ids
-            while tokens.size > size or (last and tokens.size > 1):
-                blocks = min(self._rows, (tokens.size - 1) // self.context)
+            while len(pool) > size or (last and len(pool) > 1):
+                blocks = min(self._rows, (len(pool) - 1) // self.context)
                 blocks -= blocks % self.batch_size
                 if blocks == 0 and yielded:
                     return
                 # All there is may be less than a batch: then it is padded.
-                starts = rng.permutation(blocks or -(-(tokens.size - 1) // self.context)) * self.context
-                part = tokens[: blocks * self.context + 1 if blocks else None]
-                found = self._tokens(part, num_bytes / seen)
+                starts = rng.permutation(blocks or -(-(len(pool) - 1) // self.context)) * self.context
+                data = np.array(pool[: blocks * self.context + 1 if blocks else None])
+                found = self._tokens(data, num_bytes / seen)
                 split = Blocks(found, self.context, self.batch_size, self.tokenizer.pad_id)
                 yield from (split[indices] for indices in split_batches(starts, self.batch_size))
                 yielded = True
-                tokens = tokens[part.size - 1 :]
+                pool = pool[data.size - 1 :]
 
     def _packed(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
         pool: list[int] = []

@@ -26,9 +26,8 @@ class Documents(NamedTuple):
     row_M: Tensor
     number_M: Tensor
     """Row and segment number of each document."""
-    first_M: Tensor
     last_M: Tensor
-    """Whether it is the first or the last document of its row."""
+    """Whether it is the last document of its row."""
 
 
 def documents(segments_BT: Tensor) -> Documents:
@@ -46,14 +45,12 @@ def documents(segments_BT: Tensor) -> Documents:
 
     row_M, column_M = start_BT.nonzero()[order_M].unbind(1)
     count_BT = start_BT.cumsum(-1)
-    count_M = count_BT[row_M, column_M]
     return Documents(
         columns_N=columns[packed],
         batch_sizes=place.bincount().cpu(),
         row_M=row_M,
         number_M=segments_BT[row_M, column_M],
-        first_M=count_M == 1,
-        last_M=count_M == count_BT[row_M, -1],
+        last_M=count_BT[row_M, column_M] == count_BT[row_M, -1],
     )
 
 
@@ -81,8 +78,6 @@ class Recurrent(Attention):
             return self._run(x_BTD, None)[0]
         y_BTD, last = self._run(x_BTD, [state[name] for name in self.names])
         state.update(zip(self.names, last, strict=True))
-        if "segment" in state:
-            state["segment"].fill_(1)
         state.length += x_BTD.shape[1]
         return y_BTD
 
@@ -106,8 +101,8 @@ class Recurrent(Attention):
         if state is not None:
             if "segment" not in state:
                 state["segment"] = torch.ones_like(segments_BT[:, 0])
-            # Only the first document of a row can go on from the columns before.
-            goes_on = (docs.first_M & (docs.number_M == state["segment"][docs.row_M]))[:, None]
+            # Of a row's documents only the first can be the one that the columns before ended with.
+            goes_on = (docs.number_M == state["segment"][docs.row_M])[:, None]
             start = [state[name][docs.row_M] * goes_on for name in self.names]
 
         packed = PackedSequence(x_BTD.flatten(0, 1)[docs.columns_N], docs.batch_sizes)

@@ -66,9 +66,9 @@ def line(error: BaseException) -> str:
 
 
 def parse(data: Any, what: str) -> HFTokenizer:
-    """Return the tokenizer of a ``tokenizer.json``, given as text or parsed, without its padding and truncation."""
+    """Return the tokenizer of a parsed ``tokenizer.json``, without its padding and truncation."""
     with rust_errors(what):
-        hf = HFTokenizer.from_str(data if isinstance(data, str) else json.dumps(data))
+        hf = HFTokenizer.from_str(json.dumps(data))
         hf.no_padding()
         hf.no_truncation()
         hf.decode(hf.encode("a \U0010fffd").ids)  # some broken models load, and fail at their first text

@@ -16,6 +16,10 @@ from llmkit.errors import UserError
 
 from .base import NO_TEXT, ROLES, SPECIALS, HuggingFace, Own, byte_level, checked, parse, rust_errors
 
+# Training takes time quadratic in the length of a word (text without spaces has very long ones), so long ones are cut
+# there; it loses little by that.
+CUT = pre_tokenizers.Split(Regex(r"[\s\S]{1,256}"), "isolated")
+
 
 class _Learned(Own, HuggingFace):
     """A model of ``tokenizers`` that is trained here."""
@@ -93,8 +97,11 @@ class BPE(_Learned):
 
     def _learn(self, texts: Iterator[str]) -> HFTokenizer:
         hf = byte_level(models.BPE())
+        words = hf.pre_tokenizer
+        hf.pre_tokenizer = pre_tokenizers.Sequence([words, CUT])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         hf.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **self._trainer()))
+        hf.pre_tokenizer = words
         return hf
 
 
@@ -134,7 +141,7 @@ class WordPiece(_Learned):
         words: Counter[str] = Counter()
         for chunk, count in rough.items():
             for word, _ in hf.pre_tokenizer.pre_tokenize_str(chunk):
-                words[word] += count
+                words[word[: hf.model.max_input_chars_per_word]] += count  # longer ones are encoded as unknown
         inner = sorted({f"##{character}" for word in words for character in word[1:]})
         characters = {character for word in words for character in word}
         self._check_size(self._limit, len(ROLES) + len(characters) + len(inner), "the characters, alone and continuing")
@@ -176,14 +183,13 @@ class Unigram(_Learned):
             pre_tokenizers.Metaspace(prepend_scheme="never"),
         ]
         hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-        # Training takes time quadratic in the length of a text without spaces; it loses little when that is cut.
-        hf.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(Regex(r"[\s\S]{1,256}"), "isolated")])
+        hf.pre_tokenizer = pre_tokenizers.Sequence([*steps, CUT])
         unk = SPECIALS[self.unk_id]
         hf.train_from_iterator(self._watched(texts), trainers.UnigramTrainer(unk_token=unk, **self._trainer()))
         hf.pre_tokenizer = pre_tokenizers.Sequence(steps)
         data = json.loads(hf.to_str())
         vocab = data["model"]["vocab"]
-        data["model"]["vocab"] = vocab[: len(ROLES)] + self._canonical(vocab[len(ROLES) :])
+        data["model"]["vocab"] = vocab[: len(ROLES)] + _canonical(vocab[len(ROLES) :], self._limit - len(ROLES))
         return parse(data, "tokenizer Unigram")
 
     def _watched(self, texts: Iterator[str]) -> Iterator[str]:
@@ -194,16 +200,18 @@ class Unigram(_Learned):
             yield text
         self._check_size(self._limit, len(ROLES) + len(characters - {" "}), "the characters")
 
-    @staticmethod
-    def _canonical(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-        """Return the pieces with scores that are the same in every training.
 
-        The trainer sums in random order, which shows in the last digits, and gives characters that its model lost
-        scores from the lowest one upwards, 0.0001 apart, in random order. Here all of these get the lowest score.
-        """
-        lowest = min(score for _, score in pieces)
-        reserve = lowest + 0.0001 * sum(len(piece) == 1 for piece, _ in pieces)
-        scored = [
-            (piece, round(lowest if len(piece) == 1 and score <= reserve else score, 6)) for piece, score in pieces
-        ]
-        return sorted(scored, key=lambda entry: (-entry[1], entry[0]))
+def _canonical(pieces: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
+    """Return at most ``most`` of the pieces, every character among them, with scores that each training repeats.
+
+    The trainer sums in random order, which shows in the last digits, and gives characters that its model lost scores
+    from the lowest one upwards, 0.0001 apart, in random order: here all of these get the lowest score. It also takes
+    too many pieces where the characters alone are as many as asked for.
+    """
+    lowest = min(score for _, score in pieces)
+    single = [(piece, score) for piece, score in pieces if len(piece) == 1]
+    lost = lowest + 0.0001 * len(single)
+    kept = [(piece, round(lowest if score <= lost else score, 6)) for piece, score in single]
+    longer = sorted((-round(score, 6), piece) for piece, score in pieces if len(piece) > 1)
+    kept += [(piece, -score) for score, piece in longer[: most - len(single)]]
+    return sorted(kept, key=lambda entry: (-entry[1], entry[0]))

@@ -150,6 +150,5 @@ def _hide_specials(data: dict[str, Any]) -> tuple[dict[str, int], int]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [token for token in added if token["content"] not in specials]
     added += [{"id": i, "content": hidden(name), **plain, "special": True} for name, i in specials.items()]
-    data["post_processor"] = None  # it would add special tokens, by their old names
     data["added_tokens"] = sorted(added, key=lambda token: token["id"])
     return roles, size

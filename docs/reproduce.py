@@ -1,0 +1,208 @@
+"""Train the rows of ``docs/results.md`` from the shipped configs, and write the tables from what was measured.
+
+    python docs/reproduce.py                       # the rows there are
+    python docs/reproduce.py multi30k sst2         # train and measure these, then write the tables
+    python docs/reproduce.py --render              # only write docs/results.md and docs/curves.png again
+
+Each row is kept as ``docs/results/ROW.json``: command, config hash, seed, time, machine, figures. Nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit import checkpoint, figures
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS_FOLDER = ROOT / "docs" / "results"
+SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a config, what is changed on the command line, and what is measured."""
+
+    table: str
+    config: str
+    changes: tuple[str, ...] = ()
+    test: bool = False
+    samples: str = ""
+    """A TSV of the test data whose first column is translated as samples."""
+
+
+SHAKESPEARE = "configs/generation/tinyshakespeare.yaml"
+LM, MT, CLS = "Language modelling", "Translation", "Classification"
+ROWS: dict[str, Row] = {
+    "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
+    "tinyshakespeare_standard": Row(LM, SHAKESPEARE, ("--model.attention", "standard")),
+    "tinyshakespeare_lstm": Row(LM, SHAKESPEARE, ("--model.attention", "lstm")),
+    "tinyshakespeare_gru": Row(LM, SHAKESPEARE, ("--model.attention", "gru")),
+    "wikitext2_multi_head": Row(LM, "configs/generation/wikitext2_transformer.yaml"),
+    "wikitext2_lstm": Row(LM, "configs/generation/wikitext2_lstm.yaml"),
+    "multi30k": Row(MT, "configs/translation/multi30k.yaml", test=True),
+    "multi30k_lstm": Row(
+        MT,
+        "configs/translation/multi30k.yaml",
+        ("--model.attention", "lstm", "--trainer.max_epochs", "3"),
+        test=True,
+    ),
+    "tatoeba": Row(MT, "configs/translation/tatoeba.yaml", test=True, samples="tatoeba_en_zh/test.tsv"),
+    **{
+        f"{name}_{attention}": Row(CLS, f"configs/classification/{name}.yaml", ("--model.attention", attention), test=True)
+        for name in ("sst2", "trec", "chnsenticorp")
+        for attention in ("multi_head", "lstm")
+    },
+}
+
+
+def llmkit(*words: str) -> str:
+    """Run the command as a user would and return what it printed."""
+    command = [sys.executable, "-m", "llmkit", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def machine() -> str:
+    """Return processor and threads."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    if torch.cuda.is_available():
+        model = torch.cuda.get_device_name()
+    return f"{model}, {torch.get_num_threads()} thread(s)"
+
+
+def measure(name: str, output: Path) -> None:
+    """Train one row and write its JSON file."""
+    row = ROWS[name]
+    words = ["fit", "--config", row.config, *row.changes]
+    place = ["--name", name, "--output", str(output)]
+    started, cpu = time.time(), os.times()
+    llmkit(*words, *place)
+    ended, cpu_end = time.time(), os.times()
+    folder = max((output / name).glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    best = folder / "checkpoints" / "best.ckpt"
+    model = checkpoint.load(best)
+    record: dict[str, Any] = {
+        "row": name,
+        "table": row.table,
+        "command": " ".join(["llmkit", *words]),
+        "config_sha256": hashlib.sha256((ROOT / row.config).read_bytes()).hexdigest()[:12],
+        "seed": model.config["seed_everything"],
+        "machine": machine(),
+        "torch": torch.__version__,
+        "seconds": round(ended - started),
+        "cpu_seconds": round(cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": int(checkpoint.read(best)["global_step"]),
+        "results": json.loads((folder / "results.json").read_text()),
+        "curve": figures.read_metrics(folder / "metrics.csv").get("val_loss", []),
+    }
+    record["precision"] = record["results"].pop("precision")
+    if row.test:
+        llmkit("test", "--ckpt_path", str(best), *place)
+        tested = max((output / name).glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+        record["results"] |= json.loads((tested / "results.json").read_text())
+    if row.samples:
+        data = Path(os.environ.get("LLMKIT_DATA", "../shared/data"))
+        lines = (ROOT / data / row.samples).read_text(encoding="utf-8").splitlines()[:SAMPLES]
+        sources = [line.split("\t")[0] for line in lines]
+        answers = [json.loads(line) for line in llmkit("infer", str(best), *sources, "--json").splitlines()]
+        record["samples"] = [[s, line.split("\t")[1], a["text"]] for s, line, a in zip(sources, lines, answers, strict=True)]
+    ROWS_FOLDER.mkdir(parents=True, exist_ok=True)
+    (ROWS_FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+COLUMNS = {
+    LM: {"val_loss": "val loss", "val_perplexity": "val perplexity", "val_bits_per_byte": "bits per byte"},
+    MT: {"test_bleu": "BLEU", "test_chrf": "chrF", "test_perplexity": "test perplexity"},
+    CLS: {"test_accuracy": "test accuracy", "test_macro_f1": "macro F1", "val_accuracy": "val accuracy"},
+}
+
+
+def render() -> None:
+    """Write ``docs/results.md`` and ``docs/curves.png`` from the rows measured so far."""
+    records = {name: json.loads((ROWS_FOLDER / f"{name}.json").read_text()) for name in ROWS if _measured(name)}
+    lines = [
+        "# Results",
+        "",
+        "Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from",
+        "a shipped config. Figures are those of the checkpoint with the lowest validation loss of the run; test data is read once.",
+        "Times are wall-clock of the whole command and CPU time of all its threads; the machine was not otherwise idle.",
+        "",
+    ]
+    for table, columns in COLUMNS.items():
+        rows = [record for record in records.values() if record["table"] == table]
+        if not rows:
+            continue
+        lines += [f"## {table}", "", f"| row | {' | '.join(columns.values())} | parameters | best step | CPU s |"]
+        lines += ["|---" * (len(columns) + 4) + "|"]
+        for record in rows:
+            cells = [_number(record["results"].get(key)) for key in columns]
+            counts = [f"{record['parameters']:,}", f"{record['steps']:,}", f"{record['cpu_seconds']:,}"]
+            lines.append(f"| {record['row']} | {' | '.join([*cells, *counts])} |")
+        lines.append("")
+        for record in rows:
+            signature = record["results"].get("test_bleu_signature")
+            extra = f"; BLEU `{signature}`" if signature else ""
+            lines.append(
+                f"- **{record['row']}**: `{record['command']}`, config {record['config_sha256']}, seed {record['seed']}, "
+                f"{record['precision']}, {record['seconds']:,} s on {record['machine']}, torch {record['torch']}{extra}"
+            )
+        lines.append("")
+        for record in rows:
+            if record.get("samples"):
+                lines += [f"Samples of {record['row']}:", "", "| source | reference | translation |", "|---|---|---|"]
+                lines += [f"| {' | '.join(text.replace('|', '/') for text in sample)} |" for sample in record["samples"]]
+                lines.append("")
+    curves = {
+        name.partition("_")[2]: record["curve"] for name, record in records.items() if name.startswith("tinyshakespeare")
+    }
+    if curves:
+        figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats a character)")
+        lines += ["![Validation loss of four variants on tinyshakespeare](curves.png)", ""]
+    (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _measured(name: str) -> bool:
+    return (ROWS_FOLDER / f"{name}.json").exists()
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if value < 10 else f"{value:.2f}"
+
+
+def main() -> None:
+    """Measure the named rows one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--render", action="store_true")
+    args = parser.parse_args()
+    unknown = sorted(set(args.rows) - set(ROWS))
+    if unknown:
+        parser.error(f"unknown rows {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+    if not args.rows and not args.render:
+        print("\n".join(f"{name:<28} {'measured' if _measured(name) else ''}" for name in ROWS))
+        return
+    for name in args.rows:
+        measure(name, args.output.resolve())
+    render()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Reading rows: every format, and a message with the place for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
+
+from llmkit.data import DataModule, hub
+from llmkit.errors import UserError
+
+ROWS = [("a b", "x"), ('c "quoted", d', "y"), ("NA", "x"), ("é", "y")]
+
+
+def labelled(folder: Path, path: str, **settings: Any) -> list[tuple[str, Any]]:
+    """Return (text, label) as the head got them, in the order of the rows."""
+    head = Labelling()
+    data = bound(head, 64, folder, train=path, validation_share=0, **settings)
+    split: Any = data.split("train")
+    rows = [split.features[i] for i in range(len(split))]
+    return [(data.tokenizer.decode(row["ids"]), head.labels[row["label"]]) for row in rows]
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('\ufefftext,label\na b,x\n"c ""quoted"", d",y\nNA,x\n\né,y\n', encoding="utf-8")
+    assert labelled(tmp_path, str(path)) == ROWS
+
+
+def test_csv_cells_may_span_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"a\nb",x\nc,y\n')
+    assert labelled(tmp_path, str(path)) == [("a\nb", "x"), ("c", "y")]
+
+
+def test_tsv_takes_quotation_marks_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in ROWS) + 'x\t"open\n')
+    assert labelled(tmp_path, str(path)) == [*ROWS, ('"open', "x")]
+
+
+def test_table_without_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"{text}\t{label}\tmore\n" for text, label in ROWS))
+    assert labelled(tmp_path, str(path), column_names=["text", "label", "note"]) == ROWS
+
+
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_json(tmp_path: Path, layout: str) -> None:
+    items = [{"body": text, "label": label} for text, label in ROWS]
+    path = tmp_path / "a.json"
+    lines = "\n\n".join(map(json.dumps, items)) + "\n"
+    path.write_text(lines if layout == "lines" else " \n" + json.dumps(items, indent=1))
+    assert labelled(tmp_path, str(path), columns={"text": "body"}) == ROWS
+
+
+def test_json_paragraphs_are_joined_and_numbers_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ["a", "b"], "label": 1}\n{"text": "c", "label": 0}\n')
+    assert labelled(tmp_path, str(path)) == [("a\nb", 1), ("c", 0)]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    texts, labels = zip(*ROWS, strict=True)
+    parquet.write_table(pyarrow.table({"text": texts, "label": labels}), tmp_path / "a.parquet")
+    assert labelled(tmp_path, str(tmp_path / "a.parquet")) == ROWS
+
+
+def test_lines_with_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "a.train"
+    path.write_bytes("X:abc Wer?\n\nY:d é\u2028!\n".encode("latin-1", "replace"))
+    found = labelled(tmp_path, str(path), pattern=r"(?P<label>\w+):\S+ (?P<text>.*)", encoding="latin-1")
+    assert found == [("Wer?", "X"), ("é?!", "Y")]
+
+
+def test_several_files_are_sorted(tmp_path: Path) -> None:
+    for name in "cab":
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},x\n")
+    assert [text for text, _ in labelled(tmp_path, str(tmp_path / "?.csv"))] == ["a", "b", "c"]
+    head = Labelling()
+    data = bound(head, 8, tmp_path, train=[str(tmp_path / "c.csv"), str(tmp_path / "a.csv")], validation_share=0)
+    assert CharTokenizer.trainings[-1] == "ac"
+    assert len(data.train_dataloader()) == 1
+
+
+def test_parallel_files(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_text("one\n\nthree\u2028\x0b.")
+    (tmp_path / "a.de").write_text("eins\nzwei\ndrei\n")
+    files = {"source": str(tmp_path / "a.en"), "target": str(tmp_path / "a.de")}
+    data = bound(Translating(), 8, tmp_path, train=files, validation_share=0)
+    split: Any = data.split("train")
+    rows = [[data.tokenizer.decode(split.features[i][name]) for name in files] for i in range(3)]
+    assert rows == [["one", "eins"], ["", "zwei"], ["three\u2028\x0b.", "drei"]]
+
+
+def test_a_folder_for_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, label in (("train", "x"), ("test", "y")):
+        lines = [json.dumps({"text": f"{name}{i}", "label": label}) for i in range(10)]
+        (source / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    data = DataModule(source=str(source), tokenizer=CharTokenizer, cache_dir=str(tmp_path / "cache"))
+    data.bind(Labelling(), 16)
+    with pytest.raises(ValueError, match="'y' is not in list"):
+        data.setup("test")  # the split of that name is there; its label was not in training
+    data.setup("fit")
+    assert len(data.split("train")) == 9
+    assert len(data.split("validation")) == 1  # no split of that name: a share of train
+    sliced = DataModule(
+        source=str(source), train="train[:4]", validation="train[4:]", tokenizer=CharTokenizer, cache_dir=str(tmp_path)
+    )
+    sliced.bind(Labelling(), 16)
+    sliced.setup("fit")
+    assert (len(sliced.split("train")), len(sliced.split("validation"))) == (4, 6)
+    wrong = DataModule(source=str(source), train="trian", cache_dir=str(tmp_path))
+    wrong.bind(Labelling(), 16)
+    with pytest.raises(UserError, match=r"data\.train: .* no split 'trian'\. Did you mean 'train'\?"):
+        wrong.setup("fit")
+
+
+def test_class_numbers_become_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    builder = SimpleNamespace(info=SimpleNamespace(splits={"train": None}), config_id="default", hash="1")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    read = hub.Hub("name", None, False).rows("data.train", "train").read
+    assert [row.data["label"] for row in read()] == ["yes", "no"]
+
+
+# What is wrong
+
+
+def fails(folder: Path, message: str, content: str | bytes = "", name: str = "train.csv", **settings: Any) -> None:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    settings = {"train": str(path), "validation": str(path), **settings}
+    with pytest.raises(UserError, match=message) as caught:
+        bound(settings.pop("head", None) or Labelling(), 16, folder, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_columns(tmp_path: Path) -> None:
+    content = "text,label\na,x\n"
+    message = r"data\.columns: column 'txt' for the head's field 'text' is not in train\.csv .*"
+    fails(tmp_path, message + r"Did you mean 'text'\? Columns: text, label\.", content, columns={"text": "txt"})
+    message = r"data\.columns: the head has no field 'txet'\. Did you mean 'text'\? Fields: text, label\."
+    fails(tmp_path, message, content, columns={"txet": "text"})
+    fails(tmp_path, r"column 'label' .* is not in train\.txt", "a\nb\n", name="train.txt")
+
+
+def test_wrong_cells(tmp_path: Path) -> None:
+    row = '{"text": "a", "label": 1}\n'
+    fails(tmp_path, r"train\.json:2 is empty \(null\)", row + '{"text": null, "label": 1}', name="train.json")
+    fails(tmp_path, r"train\.json:2 is int, expected text", row + '{"text": 3, "label": 1}', name="train.json")
+    fails(tmp_path, r"column 'label' .*\(row 2\)", row + '{"text": "a"}', name="train.json")
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    fails(tmp_path, r"data\.train: no rows in train\.csv", "text,label\n")
+    fails(tmp_path, r"data\.train: no rows in train\.csv", "")
+    fails(tmp_path, r"data\.train: no rows in train\.csv", "text,label\n", validation=None)
+    fails(tmp_path, r"data\.train: no rows in a\.txt", "\n\n", name="a.txt", documents="line", head=Joining())
+    fails(tmp_path, r"data\.train: no rows in a\.txt", "", name="a.txt", head=Joining())
+    fails(tmp_path, r"data\.train: no rows in a\.txt", "", name="a.txt", head=Joining(), validation=None)
+    fails(tmp_path, r"data\.train: fewer than two tokens in a\.txt", "x", name="a.txt", head=Joining())
+
+
+def test_malformed_files(tmp_path: Path) -> None:
+    fails(tmp_path, r"data\.train: .*train\.csv:3 has 1 cells, expected 2", "text,label\na,x\nb\n")
+    fails(tmp_path, r"data\.train: .*train\.csv: Error: unexpected end", 'text,label\n"a,x\n')
+    fails(tmp_path, r"a\.json:2 is not JSON", '{"text": "a", "label": 1}\n{"text\n', name="a.json")
+    fails(tmp_path, r"a\.json:1 is not JSON.*one object a line", '{\n"text": "a"}', name="a.json")
+    fails(tmp_path, r"a\.json:2 is not JSON", '[{"text": "a",\n}]', name="a.json")
+    fails(tmp_path, r"a\.json:1 holds str, expected an object", '["a"]', name="a.json")
+    fails(tmp_path, r"data\.train: .*a\.parquet: ArrowInvalid", "text", name="a.parquet")
+    fails(
+        tmp_path,
+        r"a:2 does not match data\.pattern: 'oops'",
+        "x a\noops\n",
+        name="a",
+        pattern=r"(?P<label>.) (?P<text>.)",
+    )
+    fails(tmp_path, r"data\.pattern is not a regular expression", "x", name="a", pattern="(")
+    fails(tmp_path, r"data\.pattern has no named group", "x", name="a", pattern="(.)")
+    fails(tmp_path, r"data\.format: 'lines' needs data\.pattern", "x", name="a", format="lines")
+
+
+def test_wrong_encoding(tmp_path: Path) -> None:
+    content = "text,label\na,x\né,y\n".encode("latin-1")
+    fails(tmp_path, r"data\.train: .*train\.csv:3 is not utf-8 .*data\.encoding", content)
+    fails(tmp_path, r"unknown encoding: utf-88", "text,label\n", encoding="utf-88")
+
+
+def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMKIT_DATA", raising=False)
+    fails(tmp_path, r"data\.train: no file '.*none\.csv'$", train=str(tmp_path / "none.csv"))
+    fails(tmp_path, r"data\.validation: no file '.*\*\.tsv'$", "text,label\na,x\n", validation=str(tmp_path / "*.tsv"))
+    monkeypatch.setenv("LLMKIT_DATA", str(tmp_path / "data"))
+    hint = r"no file '.*none\.csv'\. The folder named by the environment variable LLMKIT_DATA .* is missing"
+    fails(tmp_path, hint, train=str(tmp_path / "data" / "none.csv"))
+
+
+def test_parallel_files_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_text("one\ntwo\n")
+    (tmp_path / "a.de").write_text("eins\nzwei\ndrei\n")
+    files: Any = {"source": str(tmp_path / "a.en"), "target": str(tmp_path / "a.de")}
+    told = r"data\.train: parallel files have unequal numbers of lines \(.*a\.en: 2, .*a\.de: 3\)"
+    fails(tmp_path, told, head=Translating(), train=files)
+    several: Any = {"source": str(tmp_path / "a.*")}
+    fails(tmp_path, r"data\.train\.source: parallel files come one by field", head=Translating(), train=several)
+    fails(tmp_path, r"column 'target' .* is not in", head=Translating(), train={"source": files["source"]})
+
+
+def test_what_is_not_configured(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,x\nb,x\n")
+    fails(tmp_path, r"data\.train is not set", train=None)
+    data = bound(Labelling(), 16, tmp_path, train=str(path))
+    with pytest.raises(UserError, match=r"data\.test is not set"):
+        data.test_dataloader()
+    with pytest.raises(UserError, match=r"data\.predict is not set"):
+        data.predict_dataloader()
+
+
+def test_a_source_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args: Any) -> None:
+        raise ConnectionError("Couldn't reach 'some/name'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    fails(tmp_path, r"data\.source: 'some/name' cannot be loaded: Couldn't reach 'some/name' on the Hub", train=None,
+          validation=None, source="some/name")  # fmt: skip
+
+
+def test_datasets_is_imported_for_sources_only() -> None:
+    code = "import sys, llmkit.data; print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "False"
