@@ -146,9 +146,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self._get(self.config_init, "trainer")
-        name, output = self._get(self.config_init, "name"), self._get(self.config_init, "output")
+        output = self._get(self.config_init, "output")
         loggers = given.get("logger")
-        folder_logger = CSVLogger(save_dir=output, name=name)
+        folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
         if loggers in (None, True):
             kwargs["logger"] = [folder_logger]
         elif isinstance(loggers, (list, Logger)):
@@ -161,9 +161,10 @@ class CLI(LightningCLI):
             own.append(Progress())
         if self.command == "fit" and given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+                name, mode = self.model.head.monitor
                 own.append(
                     ModelCheckpoint(
-                        filename="best", monitor="val_loss", save_last=True, enable_version_counter=False
+                        filename="best", monitor=f"val_{name}", mode=mode, save_last=True, enable_version_counter=False
                     )
                 )
         kwargs["callbacks"] = [*callbacks, *own]

@@ -366,6 +366,8 @@ class Head(nn.Module, ABC):
     """Further fields needed to train."""
     texts: ClassVar[tuple[str, ...]]
     """The fields that are text; a new tokenizer is trained on them."""
+    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    """The metric that decides which checkpoint is the best, and its better side."""
     decoding: DecodingOptions = DecodingOptions()
     """How text is generated unless the caller says otherwise."""
 

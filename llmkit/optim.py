@@ -36,6 +36,8 @@ class AdamW(torch.optim.AdamW):
         devices = {p.device.type for g in groups for p in (g["params"] if isinstance(g, dict) else [g])}
         fused = devices <= {"cpu", "cuda", "xpu", "mps"}
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        # Unscaling is left to the gradient scaler, so that gradients can be clipped under mixed precision.
+        self._step_supports_amp_scaling = False
 
 
 class Muon(Optimizer):

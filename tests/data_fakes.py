@@ -156,7 +156,8 @@ class Recorder(pl.LightningModule):
 
     def __init__(self, head: Head, context: int) -> None:
         super().__init__()
-        self.head, self.context, self.tokenizer, self.head_ready = head, context, None, False
+        self.head, self.context, self.head_ready = head, context, False
+        self.tokenizer: Tokenizer | None = None
         self.weight = nn.Parameter(torch.zeros(()))
         self.seen: dict[str, list[list[Any]]] = {"train": [], "validation": [], "test": [], "predict": []}
 

@@ -564,3 +564,18 @@ def test_unbound_is_told(tmp_path: Path) -> None:
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DataModule(**settings)
+
+
+def test_another_model_in_the_trainer(tmp_path: Path) -> None:
+    """The data follows the module that the trainer runs; what that one knows already is not learned again."""
+    path = write(tmp_path / "a.csv", "text,label\n" + "ab,x\nba,y\n" * 10)
+    data = DataModule(path, test=path, tokenizer=CharTokenizer, cache_dir=str(tmp_path / "cache"))
+    first, second = Recorder(Labelling(), 64), Recorder(Labelling(), 64)
+    trainer(tmp_path, max_epochs=1).fit(first, datamodule=data)
+    assert data.head is first.head
+    second.head.set_info({"labels": ["y", "x"]})
+    second.head_ready, second.tokenizer = True, CharTokenizer("ba")
+    trainer(tmp_path).test(second, datamodule=data)
+    assert data.head is second.head
+    assert data.tokenizer is second.tokenizer
+    assert sorted(row for batch in second.seen["test"] for row in batch) == [[6, 7]] * 10 + [[7, 6]] * 10

@@ -123,7 +123,7 @@ class DataModule(pl.LightningDataModule):
         self._position: Position | None = None
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
-        """Say what the data is for. Unbound, it is taken from the trainer's module (attributes of these names).
+        """Say what the data is for. ``setup`` takes it from the trainer's module (attributes of these names).
 
         Args:
             head: encodes and collates rows.
@@ -139,11 +139,7 @@ class DataModule(pl.LightningDataModule):
     def head(self) -> Head:
         """The head this data is for. Raises RuntimeError before ``bind``."""
         if self._head is None:
-            module = getattr(self.trainer, "lightning_module", None)
-            if module is None:
-                raise RuntimeError("call bind(head, context) before using the data")
-            self.bind(module.head, module.context, module.tokenizer, module.head_ready)
-        assert self._head is not None
+            raise RuntimeError("call bind(head, context) before using the data")
         return self._head
 
     @property
@@ -159,10 +155,10 @@ class DataModule(pl.LightningDataModule):
         self.setup(None if state is None else str(state.value))
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokenizer, what the head learns, and the splits of a stage (all, when None) from the cache.
-
-        What is not there yet is made first.
-        """
+        """Load tokenizer, labels and the splits of a stage (None: all); make what is not in the cache yet."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if getattr(module, "head", self._head) is not self._head:
+            self.bind(module.head, module.context, module.tokenizer, module.head_ready)
         self._learn()
         for name in STAGES.get(stage, ("train", "validation", "test", "predict")):
             if self._corpus.has(name) and not (name == "train" and self.streaming):

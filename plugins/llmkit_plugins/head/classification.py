@@ -38,6 +38,7 @@ class Classification(Head):
     inputs = ("text",)
     targets = ("label",)
     texts = ("text",)
+    monitor = ("accuracy", "max")
 
     def __init__(self, dropout: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__()
