@@ -55,7 +55,7 @@ ROWS: dict[str, Row] = {
     "multi30k_lstm": Row(
         MT,
         "configs/translation/multi30k.yaml",
-        ("--model.attention", "lstm", "--trainer.max_epochs", "3"),
+        ("--model.attention", "lstm", "--trainer.max_epochs", "2"),
         test=True,
     ),
     "tatoeba": Row(MT, "configs/translation/tatoeba.yaml", test=True, samples="tatoeba_en_zh/test.tsv"),

@@ -139,14 +139,14 @@ class RunReport(Callback):
         checkpoint = best if best.exists() else folder / "checkpoints" / "last.ckpt"
         print(f"\nUse it:  llmkit infer {checkpoint} {'TEXT'!r}", flush=True)
 
-    def finish_test(self, trainer: pl.Trainer, model: LanguageModel) -> None:
-        """Write and print the test results, and draw the confusion matrix."""
+    def finish(self, trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
+        """Write and print validation or test results, and draw the confusion matrix if there is one."""
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        self._write_results(folder, trainer, model, "test")
-        self._print_results(model, "test")
-        matrix = model.results.get("test_confusion_matrix")
+        self._write_results(folder, trainer, model, prefix)
+        self._print_results(model, prefix)
+        matrix = model.results.get(f"{prefix}_confusion_matrix")
         if matrix is not None:
             path = folder / "confusion_matrix.png"
             figures.confusion_matrix(matrix.tolist(), model.head.info()["labels"], path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmkit import registry
+from llmkit import config, registry
 from llmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,10 +79,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     checkpoint = read(path)
     model = build(checkpoint["llmkit"], f"checkpoint {path}")
     model.configure_model()
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: its weights do not fit its own description ({error})") from error
+    if "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path} has no weights")
+    model.load_state_dict(checkpoint["state_dict"])
     return model.to(device).eval()
 
 
@@ -117,8 +115,10 @@ def restore(model: LanguageModel, part: dict[str, Any]) -> None:
 def _check_known(key: str, class_path: str, where: str) -> None:
     """Refuse a class that is neither installed as a plugin nor imported by the user: a checkpoint runs no code."""
     module = class_path.rpartition(".")[0]
-    known = {entry.class_path for family in registry.DEFAULTS for entry in registry.entries(family).values()}
-    if class_path in known or module.split(".")[0] in {"torch", "llmkit"} or module in sys.modules:
+    packages = {entry.target.partition(":")[0] for family in registry.DEFAULTS for entry in registry.entries(family).values()}
+    if module.partition(".")[0] in {"torch", "llmkit", *(name.partition(".")[0] for name in packages)}:
+        return
+    if module in config.imported:
         return
     raise UserError(
         f"{where} needs {key} {class_path}, which is no installed plugin. If you trust it, import it yourself: "

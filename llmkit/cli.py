@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from llmkit import checkpoint, config
 from llmkit.callbacks import Progress, RunReport, run_folder
 from llmkit.data import DataModule
-from llmkit.errors import UserError, nearest
+from llmkit.errors import UserError, nearest, note
 from llmkit.module import LanguageModel
 from llmkit.optim import fast_bf16
 
@@ -119,6 +119,12 @@ class CLI(LightningCLI):
             "--imports", type=list[str] | str | None, default=None, help="Local modules or .py files with plugins."
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)  # llmkit prints the results itself
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the expanded words."""
         # Which init_args survive a change of class is told below, in one line of our own.
@@ -189,9 +195,13 @@ class CLI(LightningCLI):
         trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)
         self.report.finish_fit(trainer, model)
 
+    def after_validate(self) -> None:
+        """Write and show the validation results."""
+        self.report.finish(self.trainer, self.model, "val")
+
     def after_test(self) -> None:
         """Write and show the test results."""
-        self.report.finish_test(self.trainer, self.model)
+        self.report.finish(self.trainer, self.model, "test")
 
     def predict(self, model: LanguageModel, datamodule: DataModule, **kwargs: Any) -> None:
         """Write one JSON line an example to ``predictions.jsonl`` in the run folder."""
@@ -351,11 +361,25 @@ def _expanded_words(words: list[tuple[str, str | None]], tree: dict[str, Any]) -
             if spec_key in current and argument not in ("", "class_path"):
                 config.check_plugin(spec_key, {"class_path": current[spec_key], "init_args": {argument: value}}, "command line")
         if value is not None and name in config.SPEC_KEYS:
-            value, current[name] = config.expand_argument(name, value)
+            value, chosen = config.expand_argument(name, value)
+            if chosen != current[name]:
+                _note_dropped(tree, name, chosen)
+            current[name] = chosen
         args.append(key if value is None else f"{key}={value}")
     if problems:
         raise UserError(" | ".join(problems))
     return args
+
+
+def _note_dropped(tree: dict[str, Any], key: str, chosen: str) -> None:
+    """Tell which arguments of the config's class do not apply to the one chosen on the command line."""
+    group, _, leaf = key.partition(".")
+    spec = tree[group].get(leaf)
+    given = spec.get("init_args", {}) if isinstance(spec, dict) else {}
+    parameters = config.parameters_of(key, chosen) if chosen else []
+    dropped = [f"{name}: {value}" for name, value in given.items() if name not in parameters]
+    if dropped:
+        note(f"{key} is {chosen.rpartition('.')[2]} now; {', '.join(dropped)} of the config does not apply")
 
 
 def _class_path(tree: dict[str, Any], key: str) -> str:
@@ -374,6 +398,7 @@ def _quiet() -> None:
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
         ".*`LightningCLI`'s args parameter.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
         ".*lr_scheduler.step.. before `optimizer.step.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -170,6 +171,10 @@ def _variable(name: str, where: str) -> str:
     raise UserError(f"{where}: ${{{name}}}: the environment variable {name} is not set")
 
 
+imported: set[str] = set()
+"""Names of the local modules that the user asked for."""
+
+
 def import_modules(names: str | list[str] | None, folder: str | Path = ".") -> list[str]:
     """Import local plugin modules and return their names with file paths made absolute.
 
@@ -195,15 +200,22 @@ def import_modules(names: str | list[str] | None, folder: str | Path = ".") -> l
         if str(folder_of) not in sys.path:
             sys.path.insert(0, str(folder_of))
         try:
-            imported = importlib.import_module(module)
+            loaded = importlib.import_module(module)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"imports: {name} cannot be imported: {type(error).__name__}: {error}") from error
-        found = getattr(imported, "__file__", None)
+        imported.add(module)
+        found = getattr(loaded, "__file__", None)
         if str(name).endswith(".py") and (found is None or Path(found).resolve() != Path(absolute[-1])):
             raise UserError(f"imports: {name}: another module is called '{module}' already ({found}); rename the file")
     return absolute
+
+
+def parameters_of(key: str, class_path: str) -> list[str]:
+    """Return the argument names of the class that a config key names."""
+    factory = registry.factory_of({"class_path": class_path}, PLUGIN_KEYS.get(key, key.rpartition(".")[2]))
+    return list(inspect.signature(registry.target_of(factory)).parameters)
 
 
 def expand_argument(key: str, text: str) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmkit.errors import note
+
 Topology = Literal["decoder", "encoder", "encoder_decoder"]
 Role = Literal["causal", "bidirectional", "cross"]
 Stage = Literal["train", "validation", "test", "predict"]
@@ -366,6 +368,8 @@ class Head(nn.Module, ABC):
     """Further fields needed to train."""
     texts: ClassVar[tuple[str, ...]]
     """The fields that are text; a new tokenizer is trained on them."""
+    kept: ClassVar[str] = "start"
+    """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     """The metric that decides which checkpoint is the best, and its better side."""
     decoding: DecodingOptions = DecodingOptions()
@@ -388,8 +392,8 @@ class Head(nn.Module, ABC):
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Turn rows (column by column) into features (likewise), of plain ints and lists of ints.
 
-        Target fields may be missing when predicting. Called in batches, possibly in several processes. The feature
-        named ``length`` is the item's cost in tokens, which batches are bucketed by.
+        Target fields may be missing when predicting. Called in batches. The feature ``length`` is the item's cost in
+        tokens, which batches are bucketed by; ``truncated`` is 1 for a text that was cut to the context.
         """
 
     @abstractmethod
@@ -424,6 +428,16 @@ class Head(nn.Module, ABC):
         rows = {name: value[:2] if value.dim() else value for name, value in batch.items()}
         answers = self.predict(net, rows, tokenizer, self.decoding)
         return "\n".join(self.show(answer) for answer in answers)
+
+
+def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
+    """Tell how many texts were longer than the context and what became of them."""
+    count = 0 if truncated is None else sum(map(int, truncated))
+    if count:
+        note(
+            f"{count:,} of {total:,} texts{where} are longer than model.context ({context} tokens): "
+            f"the {head.kept} of each is used"
+        )
 
 
 def padded(rows: list[list[int]], pad: int) -> Tensor:

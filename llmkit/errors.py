@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line on stderr, exit code 2, no traceback."""
+
+
+def note(message: str) -> None:
+    """Tell the user something worth knowing that is no error."""
+    print(f"llmkit: note: {message}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

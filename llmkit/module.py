@@ -27,6 +27,7 @@ from llmkit.contracts import (
     Role,
     Stage,
     Tokenizer,
+    note_truncated,
 )
 from llmkit.errors import UserError
 from llmkit.optim import AdamW, WarmupCosine
@@ -113,8 +114,8 @@ class LanguageModel(pl.LightningModule):
             decoding = DecodingOptions(**decoding)
         if decoding is not None:
             self.head.decoding = decoding
-        self._optimizer: OptimizerFactory = _factory(optimizer) or AdamW
-        self._scheduler: SchedulerFactory = _factory(scheduler) or WarmupCosine
+        self._optimizer: OptimizerFactory = _factory(optimizer, "optimizer") or AdamW
+        self._scheduler: SchedulerFactory = _factory(scheduler, "scheduler") or WarmupCosine
         self.spec: dict[str, Any] = {
             **{name: registry.spec_of(factory) for name, factory in factories.items()},
             **{"dim": dim, "num_layers": num_layers, "context": context, "dropout": dropout},
@@ -268,6 +269,7 @@ class LanguageModel(pl.LightningModule):
             for name in columns:
                 columns[name].append(row[name] if isinstance(row, Mapping) else row if name == field else "")
         features = self.head.encode(columns, self.tokenizer, self.context)
+        note_truncated(self.head, features.get("truncated"), len(rows), self.context)
         items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
         batch = {name: value.to(self.device) for name, value in self.head.collate(items, self.tokenizer).items()}
         return self.head.predict(self.network, batch, self.tokenizer, options or self.head.decoding, **extra)
@@ -280,6 +282,17 @@ class LanguageModel(pl.LightningModule):
 
         checkpoint["llmkit"] = section(self)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights. Raises UserError, in one line, when they are of another model."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+            raise UserError(
+                f"the checkpoint's weights do not fit the model of the config, {len(details)} difference(s), the first: "
+                f"{details[0][:300]}"
+            ) from error
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that is not ours or of a newer format."""
         from llmkit.checkpoint import check_section
@@ -287,6 +300,6 @@ class LanguageModel(pl.LightningModule):
         check_section(checkpoint, "the checkpoint")
 
 
-def _factory(value: Any) -> Any:
+def _factory(value: Any, kind: str) -> Any:
     """Return a factory from a checkpoint's plain ``{class_path, init_args}``; anything else as it is."""
-    return registry.factory_of(value) if isinstance(value, Mapping) else value
+    return registry.factory_of(value, kind) if isinstance(value, Mapping) else value

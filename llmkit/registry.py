@@ -22,8 +22,12 @@ DEFAULTS: dict[str, str] = {
 }
 """The families, with the name that is used when a config says nothing."""
 
-CONTRACTS: dict[str, str] = {family: family.capitalize() for family in DEFAULTS}
-"""The class of ``llmkit.contracts`` that every plugin of a family derives from."""
+CONTRACTS: dict[str, str] = {
+    **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
+    "optimizer": "torch.optim:Optimizer",
+    "scheduler": "torch.optim.lr_scheduler:LRScheduler",
+}
+"""The class that every plugin of a family, every optimizer and every scheduler derives from."""
 
 T = TypeVar("T", bound=type)
 Spec = dict[str, Any]
@@ -104,8 +108,8 @@ def find(family: str, name: str) -> Entry:
 
 def contract(family: str) -> type:
     """Return the class that plugins of the family derive from."""
-    check_family(family)
-    found: type = getattr(importlib.import_module("llmkit.contracts"), CONTRACTS[family])
+    module, _, name = CONTRACTS[family].partition(":")
+    found: type = getattr(importlib.import_module(module), name)
     return found
 
 
@@ -113,7 +117,7 @@ def check_contract(family: str, name: str, cls: Any) -> None:
     """Raise UserError unless ``cls`` is a concrete class of the family's contract."""
     base = contract(family)
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{family} '{name}': {cls!r} does not derive from llmkit.contracts.{base.__name__}")
+        raise UserError(f"{family} '{name}': {cls!r} does not derive from {base.__module__}.{base.__name__}")
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
@@ -132,7 +136,7 @@ def register(family: str, name: str) -> Callable[[T], T]:
         entry = Entry(family, name, f"{cls.__module__}:{cls.__qualname__}", "(local)")
         holder = entries(family).get(name)
         if holder is not None and holder.target != entry.target:
-            raise UserError(f"{family} '{name}' is taken by {holder.target} ({holder.distribution})")
+            raise UserError(f"{family} '{name}' is taken by {holder.target} {holder.distribution}")
         _local[family][name] = entry
         return cls
 
@@ -173,15 +177,14 @@ def resolve(family: str, value: Any) -> Factory:
     return factory_of(value, family) if isinstance(value, Mapping) else value
 
 
-def factory_of(spec: Mapping[str, Any], what: str = "class") -> Factory:
+def factory_of(spec: Mapping[str, Any], family: str) -> Factory:
     """Return the factory of a plain ``{class_path, init_args}``: the inverse of ``spec_of``.
 
     Raises UserError when the class cannot be imported, breaks its family's contract or lacks an argument.
     """
     path = str(spec["class_path"])
     module, _, qualname = path.rpartition(".")
-    entry = Entry(what, qualname, f"{module}:{qualname}", "?")
-    cls = entry.load() if what in DEFAULTS else entry.find()
+    cls = Entry(family, qualname, f"{module}:{qualname}", "?").load()
     init_args = dict(spec.get("init_args") or {})
     parameters = inspect.signature(cls).parameters
     for key in init_args:

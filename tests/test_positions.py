@@ -22,7 +22,7 @@ def test_sinusoidal_is_the_formula(dim: int) -> None:
             for channel in range(dim):
                 angle = positions[b, t].item() / 10000 ** ((channel - channel % 2) / dim)
                 wave = math.cos(angle) if channel % 2 else math.sin(angle)
-                assert added[b, t, channel].item() == pytest.approx(1 + wave, abs=1e-3)
+                assert added[b, t, channel].item() == pytest.approx(dim**0.5 + wave, abs=1e-3)
 
 
 def test_learned_reads_its_table() -> None:

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Return the parsed options. Raises UserError, naming the nearest option, for what cannot be parsed."""
-        options, rest = self.parse_known_args(argv)
+        options, rest = self.parse_known_intermixed_args(argv)  # options may stand between the texts
         for argument in rest:
             if argument.startswith("-"):
                 raise UserError(unknown(f"{self.command} option", argument.split("=")[0], self._option_string_actions))

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from llmkit.commands import Parser
 from llmkit.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{self.prog}: {message}")
 
 
 def parser() -> Parser:
     """Return the parser of ``llmkit infer``."""
-    options = Parser(
-        prog="llmkit infer", description="Ask a checkpoint: generate, classify or translate text.", allow_abbrev=False
-    )
+    options = Parser("infer", "Ask a checkpoint: generate, classify or translate text.")
     add = options.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of a run")
     add("texts", metavar="TEXT", nargs="*", help="one or more texts")
@@ -48,7 +38,7 @@ def parser() -> Parser:
 
 def run(command: str, argv: list[str]) -> int:
     """Answer each text; returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parser().parse(argv)
     texts = list(args.texts) + list(_lines(args.input))
     if not texts:
         raise UserError("infer: no text given: name it on the command line or with --input FILE (- for standard input)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -12,7 +13,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llmkit import registry
-from llmkit.contracts import Head, Stage, Tokenizer
+from llmkit.contracts import Head, Stage, Tokenizer, note_truncated
 from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus, Reader
@@ -63,7 +64,7 @@ class DataModule(pl.LightningDataModule):
         batch_size: rows of a batch.
         batch_tokens: most tokens of a batch, padding included; replaces ``batch_size`` in training and evaluation.
         num_workers: worker processes of each loader (a hub stream is read by at most one).
-        seed: seed of the order of training data.
+        seed: seed of the order of training data; None: that of ``seed_everything``.
         cache_dir: folder of the cache; default $LLMKIT_CACHE, else ~/.cache/llmkit.
 
     Raises:
@@ -94,7 +95,7 @@ class DataModule(pl.LightningDataModule):
         batch_size: int = 32,
         batch_tokens: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -114,7 +115,9 @@ class DataModule(pl.LightningDataModule):
         )
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
-        self.batch_size, self.batch_tokens, self.num_workers, self.seed = batch_size, batch_tokens, num_workers, seed
+        self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
+        # Lightning leaves the seed of seed_everything in the environment.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self._head: Head | None = None
         self._context = 0
         self._tokenizer: Tokenizer | None = None
@@ -221,7 +224,10 @@ class DataModule(pl.LightningDataModule):
         key = cache.digest([stage == "predict", joins, self.pack, reader.identity, used, state])
         path = cache.entry(self._folder, key, write)
         if not joins:
-            return Examples(Features.read(path), head, tokenizer, self.batch_size, self.batch_tokens)
+            found = Features.read(path)
+            if world()[0] == 0:
+                note_truncated(head, found.values.get("truncated"), found.count, self._context, f" in data.{stage}")
+            return Examples(found, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:
             raise UserError(f"{reader.rows.key}: fewer than two tokens in {', '.join(reader.rows.names)}")

@@ -23,7 +23,8 @@ class Sinusoidal(Position):
         """Add the waves: sine in even channels, cosine in odd ones."""
         angles = _angles(positions_BT, self.dim, 10000.0)
         waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
-        return x_BTD + waves_BTD.to(x_BTD.dtype)
+        # Small initial embeddings would drown in the waves: section 3.4 scales them up.
+        return x_BTD * self.dim**0.5 + waves_BTD.to(x_BTD.dtype)
 
 
 class Learned(Position):

@@ -109,7 +109,8 @@ class Classification(Head):
         return self._loss(self.scores(net, batch), batch["label"])
 
     def _loss(self, scores: Tensor, label: Tensor) -> Loss:
-        total = F.cross_entropy(scores.float(), label, reduction="sum", label_smoothing=self.label_smoothing)
+        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        total = F.cross_entropy(exact, label, reduction="sum", label_smoothing=self.label_smoothing)
         return Loss(total, torch.tensor(len(label), device=label.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:

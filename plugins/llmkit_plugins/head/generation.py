@@ -36,11 +36,13 @@ class Generation(Head):
     layout = "blocks"
     inputs = ("text",)
     texts = ("text",)
+    kept = "end"
     decoding = DecodingOptions(max_new_tokens=200)
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``ids`` of each text, whole: the data layer cuts them into blocks, prediction keeps the end."""
-        return {"ids": tokenizer.encode_batch(rows["text"])}
+        ids = tokenizer.encode_batch(rows["text"])
+        return {"ids": ids, "truncated": [int(len(row) > max_length) for row in ids]}
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return ids and next-token targets, (B, T), of separate texts."""

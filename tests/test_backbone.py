@@ -1,0 +1,145 @@
+"""The network as a whole: counts by hand, roles, padding, packing, decoding with every variant and position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmkit.backbone import Backbone, parameter_groups
+from llmkit.contracts import Attention, Memory, Sequence, State
+from llmkit.errors import UserError
+from llmkit.registry import entries, plugin
+
+VARIANTS = list(entries("attention"))
+POSITIONS = list(entries("position"))
+
+
+def build(topology: str = "decoder", **changes: Any) -> Backbone:
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "attention": "multi_head",
+        "cross_attention": "multi_head",
+        "position": "rotary",
+        "feedforward": "relu",
+        "norm": "rms",
+    }
+    parts.update({key: changes.pop(key) for key in list(changes) if key in parts})
+    families = {"cross_attention": "attention"}
+    factories = {
+        key: plugin(families.get(key, key), value) if isinstance(value, str) else value for key, value in parts.items()
+    }
+    settings: dict[str, Any] = {"vocab_size": 29, "dim": 16, "num_layers": 2, "max_length": 24, **changes}
+    return Backbone(topology=topology, **factories, **settings).eval()  # type: ignore[arg-type]
+
+
+def test_parameters_by_hand() -> None:
+    net = build(feedforward="relu", norm="layer", attention=plugin("attention", "multi_head", qk_norm=False))
+    dim, layers, vocab = 16, 2, 29
+    attention, feedforward, norms = 4 * dim * dim, 8 * dim * dim, 2 * dim
+    weights = layers * (attention + feedforward + 2 * norms) + norms
+    counts = net.num_parameters()
+    got_norm = sum(p.numel() for name, p in net.named_parameters() if "norm" in name)
+    assert counts["embedding"] == vocab * dim
+    assert counts["non_embedding"] - got_norm == layers * (attention + feedforward)
+    assert counts["non_embedding"] <= weights  # a norm may do without its bias
+    assert counts["total"] == sum(p.numel() for p in net.parameters())
+
+
+def test_untied_output_adds_one_matrix() -> None:
+    assert build(tie_embeddings=False).num_parameters()["total"] == build().num_parameters()["total"] + 29 * 16
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_and_neighbours_change_nothing(variant: str, position: str, norm_first: bool) -> None:
+    net = build("encoder_decoder", attention=variant, position=position, norm_first=norm_first)
+    torch.manual_seed(1)
+    source, target = torch.randint(29, (1, 5)), torch.randint(29, (1, 4))
+    with torch.no_grad():
+        memory = net.encode(source, Sequence.dense(5))
+        alone = net.decode(target, Sequence.dense(4), memory=memory)
+        other = torch.randint(29, (1, 9))
+        ids = torch.cat([torch.cat([source, torch.randint(29, (1, 4))], 1), other])
+        segments = torch.tensor([[1] * 5 + [0] * 4, [1] * 9])
+        both = net.encode(ids, Sequence.of(ids, segments))
+        hidden = net.decode(target.repeat(2, 1), Sequence.dense(4), memory=both)
+    torch.testing.assert_close(hidden[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_are_as_if_alone(variant: str, position: str) -> None:
+    net = build(attention=variant, position=position)
+    ids = torch.randint(29, (1, 12), generator=torch.Generator().manual_seed(2))
+    segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 0, 3, 3, 3]])
+    with torch.no_grad():
+        packed = net.decode(ids, Sequence.of(ids, segments))
+        for start, stop in ((0, 5), (5, 8), (9, 12)):
+            alone = net.decode(ids[:, start:stop], Sequence.dense(stop - start))
+            torch.testing.assert_close(packed[:, start:stop], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_state_equals_the_full_pass(variant: str, position: str) -> None:
+    net = build("encoder_decoder", attention=variant, position=position)
+    generator = torch.Generator().manual_seed(3)
+    source, target = torch.randint(29, (2, 6), generator=generator), torch.randint(29, (2, 9), generator=generator)
+    with torch.no_grad():
+        memory = net.encode(source, Sequence.dense(6))
+        full = net.decode(target, Sequence.dense(9), memory=memory)
+        state = net.init_state(2, 9)
+        assert state is not None
+        parts, start = [], 0
+        for size in (3, 1, 1, 4):
+            seq = Sequence.dense(size, start=start)
+            parts.append(net.decode(target[:, start : start + size], seq, memory=memory, state=state))
+            start += size
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
+
+
+class CausalMean(Attention):
+    """Reads the mean of what came before; only causal, and without a decoding state."""
+
+    def forward(
+        self, x_BTD: torch.Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> torch.Tensor:
+        mask = seq.mask(causal=True)
+        weights = torch.ones(1, 1, 1, 1) if mask is None else mask.float()
+        return (weights / weights.sum(-1, keepdim=True))[:, 0] @ x_BTD
+
+
+@pytest.mark.parametrize("topology", ["encoder", "encoder_decoder"])
+def test_a_role_that_a_variant_lacks_is_refused(topology: str) -> None:
+    with pytest.raises(UserError, match=r"model.attention: CausalMean cannot be built as 'bidirectional'.* causal"):
+        build(topology, attention=CausalMean)
+
+
+def test_cross_attention_by_a_variant_that_cannot_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model.cross_attention: LSTM cannot be built as 'cross'"):
+        build("encoder_decoder", cross_attention="lstm")
+
+
+def test_a_variant_without_state_says_so() -> None:
+    assert build(attention=CausalMean).init_state(2, 8) is None
+
+
+def test_parameter_groups_decay_matrices_only() -> None:
+    net = build("encoder_decoder", position="learned", tie_embeddings=False)
+    groups = {group["kind"]: group for group in parameter_groups(net)}
+    assert all(p.dim() >= 2 for kind in ("matrix", "embedding") for p in groups[kind]["params"])
+    assert all(p.dim() == 1 for p in groups["vector"]["params"]) and groups["vector"]["weight_decay"] == 0
+    assert len(groups["embedding"]["params"]) == 3  # tokens, positions, output
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(net.parameters()))
+
+
+def test_compiled_network_gives_the_same_numbers() -> None:
+    net = build()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain = net.decode(ids, Sequence.dense(10))
+        compiled = torch.compile(net.decode)(ids, Sequence.dense(10))
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
