@@ -4,7 +4,8 @@
     python docs/reproduce.py multi30k sst2         # train and measure these, then write the tables
     python docs/reproduce.py --render              # only write docs/results.md and docs/curves.png again
 
-Each row is kept as ``docs/results/ROW.json``: command, config hash, seed, time, machine, figures. Nothing is typed by hand.
+Each row is kept as ``docs/results/ROW.json``: command, config hash, seed, time, machine, figures. Nothing is typed by
+hand.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ ROWS: dict[str, Row] = {
     ),
     "tatoeba": Row(MT, "configs/translation/tatoeba.yaml", test=True, samples="tatoeba_en_zh/test.tsv"),
     **{
-        f"{name}_{attention}": Row(CLS, f"configs/classification/{name}.yaml", ("--model.attention", attention), test=True)
+        f"{name}_{attention}": Row(
+            CLS, f"configs/classification/{name}.yaml", ("--model.attention", attention), test=True
+        )
         for name in ("sst2", "trec", "chnsenticorp")
         for attention in ("multi_head", "lstm")
     },
@@ -122,7 +125,9 @@ def measure(name: str, output: Path) -> None:
         lines = (ROOT / data / row.samples).read_text(encoding="utf-8").splitlines()[:SAMPLES]
         sources = [line.split("\t")[0] for line in lines]
         answers = [json.loads(line) for line in llmkit("infer", str(best), *sources, "--json").splitlines()]
-        record["samples"] = [[s, line.split("\t")[1], a["text"]] for s, line, a in zip(sources, lines, answers, strict=True)]
+        record["samples"] = [
+            [s, line.split("\t")[1], a["text"]] for s, line, a in zip(sources, lines, answers, strict=True)
+        ]
     ROWS_FOLDER.mkdir(parents=True, exist_ok=True)
     (ROWS_FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -140,9 +145,10 @@ def render() -> None:
     lines = [
         "# Results",
         "",
-        "Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from",
-        "a shipped config. Figures are those of the checkpoint with the lowest validation loss of the run; test data is read once.",
-        "Times are wall-clock of the whole command and CPU time of all its threads; the machine was not otherwise idle.",
+        "Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command",
+        "shown, from a shipped config. Figures are those of the run's best checkpoint on the validation data; test",
+        "data is read once. CPU s is the CPU time of the whole training command; its wall-clock time stands below the",
+        "table, on a machine that had other work to do.",
         "",
     ]
     for table, columns in COLUMNS.items():
@@ -160,17 +166,22 @@ def render() -> None:
             signature = record["results"].get("test_bleu_signature")
             extra = f"; BLEU `{signature}`" if signature else ""
             lines.append(
-                f"- **{record['row']}**: `{record['command']}`, config {record['config_sha256']}, seed {record['seed']}, "
-                f"{record['precision']}, {record['seconds']:,} s on {record['machine']}, torch {record['torch']}{extra}"
+                f"- **{record['row']}**: `{record['command']}`, config {record['config_sha256']}, seed "
+                f"{record['seed']}, {record['precision']}, {record['seconds']:,} s on {record['machine']}, torch "
+                f"{record['torch']}{extra}"
             )
         lines.append("")
         for record in rows:
             if record.get("samples"):
                 lines += [f"Samples of {record['row']}:", "", "| source | reference | translation |", "|---|---|---|"]
-                lines += [f"| {' | '.join(text.replace('|', '/') for text in sample)} |" for sample in record["samples"]]
+                lines += [
+                    f"| {' | '.join(text.replace('|', '/') for text in sample)} |" for sample in record["samples"]
+                ]
                 lines.append("")
     curves = {
-        name.partition("_")[2]: record["curve"] for name, record in records.items() if name.startswith("tinyshakespeare")
+        name.partition("_")[2]: record["curve"]
+        for name, record in records.items()
+        if name.startswith("tinyshakespeare")
     }
     if curves:
         figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats a character)")

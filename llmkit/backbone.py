@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import (
@@ -41,8 +40,8 @@ def check_roles(topology: Topology, attention: Callable[..., Attention], cross: 
         roles: frozenset[Role] = getattr(variant, "roles", frozenset())
         if role not in roles:
             raise UserError(
-                f"{key}: {getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's topology "
-                f"'{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
+                f"{key}: {getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's "
+                f"topology '{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
             )
 
 

@@ -121,13 +121,20 @@ class RunReport(Callback):
         self._write_results(folder, trainer, model, "val")
         curve = folder / "loss.png"
         drawn = (folder / "metrics.csv").exists() and figures.loss_curve(folder / "metrics.csv", curve)
-        print("\nResults of the best checkpoint on the validation data:")
-        self._print_results(model, "val")
+        if model.results:
+            print("\nValidation:")
+            self._print_results(model, "val")
+        else:
+            print("\nNo validation data: nothing was measured.")
         sample = self._sample(trainer, model)
         if sample:
             print(f"\nSample:\n{sample}")
         print("\nRun folder:")
-        paths = {"config": folder / "config.yaml", "metrics": folder / "metrics.csv", "results": folder / "results.json"}
+        paths = {
+            "config": folder / "config.yaml",
+            "metrics": folder / "metrics.csv",
+            "results": folder / "results.json",
+        }
         if drawn:
             paths["loss curve"] = curve
         for path in sorted((folder / "checkpoints").glob("*.ckpt")):
@@ -173,11 +180,12 @@ class RunReport(Callback):
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
     def _sample(self, trainer: pl.Trainer, model: LanguageModel) -> str | None:
-        loaders = trainer.val_dataloaders
         assert model.tokenizer is not None
-        if loaders is None:
+        loader = trainer.val_dataloaders or trainer.train_dataloader
+        batch = next(iter(loader), None) if loader else None
+        if batch is None:
             return None
-        batch = {name: value.to(model.device) for name, value in next(iter(loaders)).items()}
+        batch = {name: value.to(model.device) for name, value in batch.items()}
         model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             return model.head.sample(model.network, batch, model.tokenizer)

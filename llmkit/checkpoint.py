@@ -61,7 +61,9 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {file} cannot be read: it is truncated or no checkpoint ({cause[:120]})") from error
+        raise UserError(
+            f"checkpoint {file} cannot be read: it is truncated or no checkpoint ({cause[:120]})"
+        ) from error
     check_section(checkpoint, f"checkpoint {file}")
     return checkpoint  # type: ignore[no-any-return]
 
@@ -115,7 +117,9 @@ def restore(model: LanguageModel, part: dict[str, Any]) -> None:
 def _check_known(key: str, class_path: str, where: str) -> None:
     """Refuse a class that is neither installed as a plugin nor imported by the user: a checkpoint runs no code."""
     module = class_path.rpartition(".")[0]
-    packages = {entry.target.partition(":")[0] for family in registry.DEFAULTS for entry in registry.entries(family).values()}
+    packages = {
+        entry.target.partition(":")[0] for family in registry.DEFAULTS for entry in registry.entries(family).values()
+    }
     if module.partition(".")[0] in {"torch", "llmkit", *(name.partition(".")[0] for name in packages)}:
         return
     if module in config.imported:
@@ -124,4 +128,3 @@ def _check_known(key: str, class_path: str, where: str) -> None:
         f"{where} needs {key} {class_path}, which is no installed plugin. If you trust it, import it yourself: "
         f"--imports {module}"
     )
-

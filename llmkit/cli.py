@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from llmkit import checkpoint, config
 from llmkit.callbacks import Progress, RunReport, run_folder
@@ -113,7 +113,9 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add llmkit's own top-level keys."""
-        parser.add_argument("--name", type=str, default="run", help="Name of the experiment; default: the config's name.")
+        parser.add_argument(
+            "--name", type=str, default="run", help="Name of the experiment; default: the config's name."
+        )
         parser.add_argument("--output", type=str, default="runs", help="Run folders are OUTPUT/NAME/version_N.")
         parser.add_argument(
             "--imports", type=list[str] | str | None, default=None, help="Local modules or .py files with plugins."
@@ -165,14 +167,14 @@ class CLI(LightningCLI):
         own: list[pl.Callback] = [self.report]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress())
-        if self.command == "fit" and given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
-            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-                name, mode = self.model.head.monitor
-                own.append(
-                    ModelCheckpoint(
-                        filename="best", monitor=f"val_{name}", mode=mode, save_last=True, enable_version_counter=False
-                    )
+        saves = self.command == "fit" and given.get("enable_checkpointing") is not False
+        if saves and not given.get("fast_dev_run") and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            name, mode = self.model.head.monitor
+            own.append(
+                ModelCheckpoint(
+                    filename="best", monitor=f"val_{name}", mode=mode, save_last=True, enable_version_counter=False
                 )
+            )
         kwargs["callbacks"] = [*callbacks, *own]
         if given.get("precision") is None:
             kwargs["precision"] = fast_precision(given.get("accelerator", "auto"))
@@ -359,7 +361,9 @@ def _expanded_words(words: list[tuple[str, str | None]], tree: dict[str, Any]) -
             spec_key = f"{group}.{leaf}"
             argument = rest.partition(".")[2].removeprefix("init_args.").partition(".")[0]
             if spec_key in current and argument not in ("", "class_path"):
-                config.check_plugin(spec_key, {"class_path": current[spec_key], "init_args": {argument: value}}, "command line")
+                config.check_plugin(
+                    spec_key, {"class_path": current[spec_key], "init_args": {argument: value}}, "command line"
+                )
         if value is not None and name in config.SPEC_KEYS:
             value, chosen = config.expand_argument(name, value)
             if chosen != current[name]:

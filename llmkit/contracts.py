@@ -375,17 +375,17 @@ class Head(nn.Module, ABC):
     decoding: DecodingOptions = DecodingOptions()
     """How text is generated unless the caller says otherwise."""
 
-    def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:  # noqa: B027 - nothing to learn is a fair default
+    def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
         """Read what must be known before training from the training rows' target columns (label names)."""
 
     def info(self) -> dict[str, Any]:
         """Return what ``learn`` found, as JSON-able data for the checkpoint."""
         return {}
 
-    def set_info(self, info: dict[str, Any]) -> None:  # noqa: B027 - counterpart of the default above
+    def set_info(self, info: dict[str, Any]) -> None:
         """Restore what ``info`` returned."""
 
-    def build(self, dim: int, vocab_size: int) -> None:  # noqa: B027 - a head may have no layers of its own
+    def build(self, dim: int, vocab_size: int) -> None:
         """Create the head's own layers."""
 
     @abstractmethod
@@ -417,7 +417,6 @@ class Head(nn.Module, ABC):
         self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
     ) -> list[dict[str, Any]]:
         """Return one JSON-able answer a row of the batch."""
-
 
     def show(self, answer: dict[str, Any]) -> str:
         """Return one answer as a person reads it."""

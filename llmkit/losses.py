@@ -12,9 +12,7 @@ from llmkit.contracts import IGNORE, Loss
 CHUNK_ELEMENTS = 2**22  # scores held at once: 512 rows at a vocabulary of 8192
 
 
-def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0
-) -> Loss:
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0) -> Loss:
     """Return the summed cross-entropy of ``hidden @ weight.T`` and the number of targets that count.
 
     The gradient is computed chunk by chunk during the forward pass, so that memory does not grow with N x V.

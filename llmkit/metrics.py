@@ -84,15 +84,15 @@ class BLEU(_CorpusScore):
     """BLEU as sacrebleu computes it (Papineni et al. 2002; Post 2018, arXiv:1804.08771)."""
 
     def __init__(self, tokenize: str = "13a") -> None:
-        from sacrebleu.metrics.bleu import BLEU as Scorer
+        from sacrebleu.metrics import bleu
 
-        super().__init__(Scorer(tokenize=tokenize))
+        super().__init__(bleu.BLEU(tokenize=tokenize))
 
 
 class ChrF(_CorpusScore):
     """chrF as sacrebleu computes it (Popovic 2015)."""
 
     def __init__(self) -> None:
-        from sacrebleu.metrics.chrf import CHRF as Scorer
+        from sacrebleu.metrics import chrf
 
-        super().__init__(Scorer())
+        super().__init__(chrf.CHRF())

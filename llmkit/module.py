@@ -25,7 +25,6 @@ from llmkit.contracts import (
     Norm,
     Position,
     Role,
-    Stage,
     Tokenizer,
     note_truncated,
 )
@@ -289,8 +288,8 @@ class LanguageModel(pl.LightningModule):
         except RuntimeError as error:
             details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
             raise UserError(
-                f"the checkpoint's weights do not fit the model of the config, {len(details)} difference(s), the first: "
-                f"{details[0][:300]}"
+                f"the checkpoint's weights do not fit the model of the config, {len(details)} difference(s), "
+                f"the first: {details[0][:300]}"
             ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(Optimizer):
-    """Orthogonalised momentum for hidden matrices, AdamW for everything else (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Orthogonalised momentum for hidden matrices, AdamW for everything else.
 
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast.
 
     Args:
@@ -74,18 +75,14 @@ class Muon(Optimizer):
         )
         self.num_iterations = num_iterations
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step; returns the closure's loss if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            (self._orthogonal if group.get("kind") == "matrix" else self._adam)(group, parameters)
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if parameters:
+                    (self._orthogonal if group.get("kind") == "matrix" else self._adam)(group, parameters)
         return loss
 
     def _orthogonal(self, group: dict[str, Any], parameters: list[Tensor]) -> None:

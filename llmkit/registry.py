@@ -158,7 +158,9 @@ def expand(family: str, value: Any) -> Any:
     if isinstance(value, Mapping) and "name" in value:
         rest = {key: item for key, item in value.items() if key != "name"}
         if "class_path" in rest or "init_args" in rest:
-            raise UserError(f"{family}: 'name' stands beside its arguments; 'class_path' has 'init_args'. Use one form.")
+            raise UserError(
+                f"{family}: 'name' stands beside its arguments; 'class_path' has 'init_args'. Use one form."
+            )
         spec = expand(family, str(value["name"]))
         if not isinstance(spec, dict):
             spec = {"class_path": spec}
@@ -189,7 +191,9 @@ def factory_of(spec: Mapping[str, Any], family: str) -> Factory:
     parameters = inspect.signature(cls).parameters
     for key in init_args:
         if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise UserError(f"{cls.__name__} has no argument '{key}'.{nearest(key, parameters)} It takes: {_arguments(cls)}.")
+            raise UserError(
+                f"{cls.__name__} has no argument '{key}'.{nearest(key, parameters)} It takes: {_arguments(cls)}."
+            )
     return functools.partial(cls, **init_args)
 
 

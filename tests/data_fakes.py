@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Batch, DecodingOptions, Head, Loss, Network, Stage, Tokenizer, padded
+from llmkit.contracts import Batch, DecodingOptions, Head, Loss, Network, Stage, Tokenizer, Topology, padded
 from llmkit.data import DataModule
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -57,7 +57,7 @@ class CharTokenizer(Tokenizer):
 class FakeHead(Head):
     """What the tests do not look at; counts how many rows it has encoded."""
 
-    topology = "decoder"
+    topology: ClassVar[Topology] = "decoder"
     encoded: ClassVar[list[int]] = []
 
     def loss(self, net: Network, batch: Batch) -> Loss:

@@ -13,7 +13,17 @@ import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
-JARGON = ("Traceback", "Parser key", "subtypes", "NestedArg", "Namespace(", "<class", "collections.abc", "\x1b", "config.")
+JARGON = (
+    "Traceback",
+    "Parser key",
+    "subtypes",
+    "NestedArg",
+    "Namespace(",
+    "<class",
+    "collections.abc",
+    "\x1b",
+    "config.",
+)
 """What no user should have to read."""
 
 
@@ -341,7 +351,14 @@ class AheadOnly(Attention):
 @pytest.mark.parametrize("head", ["classification", "translation"])
 def test_head_that_the_attention_does_not_support(head: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ahead_only_plugin.py").write_text(LOCAL)
-    words = ("--imports", str(tmp_path / "ahead_only_plugin.py"), "--model.attention", "ahead_only", "--model.head", head)
+    words = (
+        "--imports",
+        str(tmp_path / "ahead_only_plugin.py"),
+        "--model.attention",
+        "ahead_only",
+        "--model.head",
+        head,
+    )
     run(folder, fit(*words, says=("model.attention", "AheadOnly", "'bidirectional'", "It supports: causal")))
 
 
@@ -467,7 +484,9 @@ def test_damaged_checkpoint(
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_checkpoint_and_options(words: tuple[str, ...], says: tuple[str, ...], good: dict[str, str], folder: Path) -> None:
+def test_checkpoint_and_options(
+    words: tuple[str, ...], says: tuple[str, ...], good: dict[str, str], folder: Path
+) -> None:
     command, *rest = words
     run(folder, Case((command, "--ckpt_path", good["GEN"], *rest), says), tiny=False)
 

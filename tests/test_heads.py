@@ -112,6 +112,8 @@ def test_generation_loss_is_the_plain_cross_entropy() -> None:
 def test_classification_loss_and_metrics_are_the_plain_ones() -> None:
     head, tokenizer = classification(), byte_tokenizer()
     net = network(head)
+    linear = head.get_submodule("classifier")
+    assert isinstance(linear, torch.nn.Linear)
     labels = ["neg", "pos", "meh", "neg"]
     with torch.no_grad():
         rows = items(head, tokenizer, text=TEXTS, label=labels)
@@ -119,13 +121,15 @@ def test_classification_loss_and_metrics_are_the_plain_ones() -> None:
         for text in TEXTS:
             ids = torch.tensor([tokenizer.encode(text)])
             mean = net.encode(ids, Sequence.dense(ids.shape[1])).x_BSD[0].mean(0)
-            scores.append(head.classifier.weight @ mean + head.classifier.bias)  # type: ignore[operator]
+            scores.append(linear.weight @ mean + linear.bias)
         wanted = F.cross_entropy(torch.stack(scores), torch.tensor([1, 2, 0, 1]), reduction="sum")
         batch = head.collate(rows, tokenizer)
         assert float(head.loss(net, batch).total) == pytest.approx(float(wanted), rel=1e-6)
         metrics: dict[str, Any] = head.metrics("test")
         head.evaluate(net, batch, metrics, tokenizer)
-        answers = head.predict(net, head.collate(items(head, tokenizer, text=TEXTS), tokenizer), tokenizer, DecodingOptions())
+        answers = head.predict(
+            net, head.collate(items(head, tokenizer, text=TEXTS), tokenizer), tokenizer, DecodingOptions()
+        )
     predicted = [answer["label"] for answer in answers]
     assert float(metrics["accuracy"].compute()) == pytest.approx(
         sum(a == b for a, b in zip(predicted, labels, strict=True)) / 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -80,10 +81,12 @@ def test_muon_uses_adamw_for_everything_else() -> None:
 
 def test_muon_state_survives_a_state_dict() -> None:
     model = small_model()
-    groups = lambda m: [  # noqa: E731
-        {"params": [p for p in m.parameters() if p.dim() == 2], "kind": "matrix"},
-        {"params": [p for p in m.parameters() if p.dim() == 1], "kind": "vector", "weight_decay": 0.0},
-    ]
+
+    def groups(module: nn.Module) -> list[dict[str, Any]]:
+        matrices = [p for p in module.parameters() if p.dim() == 2]
+        vectors = [p for p in module.parameters() if p.dim() == 1]
+        return [{"params": matrices, "kind": "matrix"}, {"params": vectors, "kind": "vector", "weight_decay": 0.0}]
+
     optimizer = Muon(groups(model))
     train(model, optimizer)
     twin = copy.deepcopy(model)

@@ -104,8 +104,7 @@ def test_tokenizer(name: str, data: Path, tmp_path: Path) -> None:
 
         trained = BPE(300)
         trained.train(iter([(data / "text.txt").read_text()]))
-        state = json.loads(trained.to_state())
-        (tmp_path / "tokenizer.json").write_text(next(v for v in state.values() if isinstance(v, str) and "model" in v))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(trained.to_state())["model"]))
         options["path"] = str(tmp_path / "tokenizer.json")
     result = fit(data, tmp_path, "--data.tokenizer", json.dumps(options))
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)  # the checkpoint has it all
@@ -140,7 +139,10 @@ def test_tokenizer(name: str, data: Path, tmp_path: Path) -> None:
         ("--model.attention.num_heads", "8"),
         ("--model.position", "{name: rotary, base: 500}"),
         ("--model.attention", "llmkit_plugins.attention.recurrent.LSTM"),
-        ("--model.attention", '{"class_path": "llmkit_plugins.attention.softmax.MultiHead", "init_args": {"num_heads": 2}}'),
+        (
+            "--model.attention",
+            '{"class_path": "llmkit_plugins.attention.softmax.MultiHead", "init_args": {"num_heads": 2}}',
+        ),
     ],
     ids=lambda words: " ".join(words).replace("--", "")[:60],
 )
@@ -187,17 +189,10 @@ def test_swap_keeps_nothing_of_the_other_optimizer(data: Path, tmp_path: Path) -
 
 def test_two_files_merge(data: Path, tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", {"model": {"attention": {"name": "multi_head", "num_heads": 2}, "dropout": 0.1}})
-    second = write(
-        tmp_path / "b.yaml", {"model": {"attention": {"name": "multi_head", "qk_norm": False}, "num_layers": 2}}
-    )
-    result = done(
-        *("fit", "--config", first, "--config", second, "--data.train", data / "text.txt", "--output", tmp_path),
-        *[word for word in TINY if word not in ("--model.num_layers", "1")],
-        *("--trainer.limit_val_batches", "1"),
-    )
-    model = parts(result)
-    assert model["attention"]["init_args"] | {"num_heads": 2, "qk_norm": False} == model["attention"]["init_args"]
-    assert (model["dropout"], model["num_layers"]) == (0.1, 2)
+    second = write(tmp_path / "b.yaml", {"model": {"attention": {"name": "multi_head", "qk_norm": False}}})
+    model = parts(fit(data, tmp_path, "--config", first, "--config", second))
+    assert (model["attention"]["init_args"]["num_heads"], model["attention"]["init_args"]["qk_norm"]) == (2, False)
+    assert model["dropout"] == 0.1
 
 
 PLUGIN = '''\
@@ -233,19 +228,16 @@ def test_local_plugin(data: Path, tmp_path: Path) -> None:
     assert saved["imports"] == [str(folder / "parts" / "running_mean_plugin.py")]
     assert saved["model"]["attention"]["init_args"]["scale"] == 0.25
     fit(data, tmp_path, "--config", result.folder / "config.yaml")
-    expected = answers(result, "word", "--greedy", "--imports", folder / "parts" / "running_mean_plugin.py")
+    assert answers(result, "word", "--imports", folder / "parts" / "running_mean_plugin.py")
 
     # Another process has not imported it.
-    command = [sys.executable, "-m", "llmkit", "infer", str(result.checkpoint), "word", "--greedy", "--json"]
+    command = [sys.executable, "-m", "llmkit", "infer", str(result.checkpoint), "word"]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert "running_mean_plugin.RunningMean" in refused.stderr
     assert "--imports" in refused.stderr
-    # It says what to type, and that works.
-    advice = refused.stderr.split("--imports", 1)[1].split()[0]
-    followed = subprocess.run([*command, "--imports", advice], capture_output=True, text=True, cwd=tmp_path)
-    assert followed.returncode == 0, followed.stderr
-    assert [json.loads(line) for line in followed.stdout.splitlines()] == expected
+    advice = refused.stderr.split("--imports", 1)[1].split()[0]  # what to type, from any folder
+    assert Path(advice) == folder / "parts" / "running_mean_plugin.py"
 
 
 # Runs and checkpoints
@@ -278,14 +270,15 @@ def test_checkpoint_content(data: Path, tmp_path: Path) -> None:
 STEPS = ("--model.scheduler", "{name: cosine, warmup_steps: 1, total_steps: 4}")
 
 
-@pytest.mark.parametrize("how", ["last", "file with config", "file alone"])
+@pytest.mark.parametrize("how", ["last", "last with dropout", "file with config", "file alone"])
 def test_resume(how: str, data: Path, tmp_path: Path) -> None:
-    """Two steps and two more give what four give, batch order, optimizer and schedule included."""
+    """Two steps and two more give what four give: batch order, optimizer, schedule and dropout included."""
     words = [*of_head("generation", data), *TINY, *STEPS, "--output", str(tmp_path)]
+    words += ["--model.dropout", "0.1" if "dropout" in how else "0"]
     whole = done("fit", *words, "--name", "whole", "--trainer.max_steps", "4")
     half = done("fit", *words, "--name", "half")
     more = ("--name", "half", "--trainer.max_steps", "4")
-    if how == "last":
+    if how.startswith("last"):
         resumed = done("fit", *words, *more, "--ckpt_path", "last")
     elif how == "file with config":
         resumed = done("fit", "--config", half.folder / "config.yaml", *more, "--ckpt_path", half.checkpoint)
@@ -323,18 +316,19 @@ def test_precedence_of_decoding(data: Path, tmp_path: Path) -> None:
 def test_commands_that_need_no_config(head: str, data: Path, tmp_path: Path) -> None:
     result = fit(data, tmp_path, head=head)
     (result.folder / "config.yaml").unlink()
-    given = ("--ckpt_path", result.checkpoint, "--output", tmp_path / "after", "--trainer.enable_progress_bar", "false")
+    given = (
+        *("--ckpt_path", result.checkpoint, "--output", tmp_path / "after", "--trainer.enable_progress_bar", "false"),
+        *("--model.decoding.temperature", "0", "--trainer.precision", "32-true"),  # as infer --greedy
+    )
     validated = done("validate", *given)
     fitted = json.loads((result.folder / "results.json").read_text())
     found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "after").rglob("results.json")}
     assert len(found) == 1
-    # The fit measured one batch only.
-    assert set(fitted) == set(found.popitem()[1])
+    assert set(fitted) == set(found.popitem()[1])  # the values differ: the fit measured one batch only
     tested = done("test", *given)
     assert "test_loss" in "".join(path.read_text() for path in (tmp_path / "after").rglob("results.json"))
     assert "loss" in validated.out
     assert "loss" in tested.out
-    assert "cross" not in validated.err + tested.err
 
     predicted = done("predict", *given, "--data.predict", data / "rows.txt")
     (path,) = (tmp_path / "after").rglob("predictions.jsonl")
@@ -344,13 +338,13 @@ def test_commands_that_need_no_config(head: str, data: Path, tmp_path: Path) -> 
     assert len(lines) == len(rows)
     if head != "classification":
         assert [line["prompt" if head == "generation" else "source"] for line in lines] == rows
-    single = [answers(result, row, "--batch_size", "1")[0] for row in rows]
-    if head == "classification":
-        assert [line["label"] for line in lines] == [answer["label"] for answer in single]
-        for line, answer in zip(lines, single, strict=True):
-            assert line["probability"] == pytest.approx(answer["probability"], abs=2e-2)  # bf16 on some machines
-    elif head == "translation":
-        assert [line["text"] for line in lines] == [answer["text"] for answer in single]
+    single = [answers(result, row, "--greedy")[0] for row in rows]
+    if head != "classification":
+        assert lines == single
+        return
+    for line, answer in zip(lines, single, strict=True):
+        assert line["label"] == answer["label"]
+        assert line["probability"] == pytest.approx(answer["probability"], abs=1e-5)  # padding rounds otherwise
 
 
 def test_metrics_of_test_are_those_of_validate(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Sinusoidal(Position):
         angles = _angles(positions_BT, self.dim, 10000.0)
         waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
         # Small initial embeddings would drown in the waves: section 3.4 scales them up.
-        return x_BTD * self.dim**0.5 + waves_BTD.to(x_BTD.dtype)
+        return x_BTD * math.sqrt(self.dim) + waves_BTD.to(x_BTD.dtype)
 
 
 class Learned(Position):

@@ -93,7 +93,6 @@ class Generation(Head):
         starts = tokenizer.decode_batch(prompts)
         return [{"prompt": start, "text": text} for start, text in zip(starts, texts, strict=True)]
 
-
     def show(self, answer: dict[str, Any]) -> str:
         """Return the prompt with its continuation."""
         return f"{answer['prompt']}{answer['text']}"

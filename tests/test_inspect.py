@@ -1,0 +1,126 @@
+"""``llmkit inspect``: every number against one that was counted another way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import TINY, done, llmkit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmkit import LanguageModel, load
+from llmkit.backbone import Backbone
+from llmkit.contracts import Sequence
+
+DIM, LAYERS, HEADS, CONTEXT, BATCH = 16, 3, 4, 16, 2
+MODEL = ("--model.num_layers", LAYERS, "--model.attention", json.dumps({"name": "multi_head", "num_heads": HEADS}))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of many blocks."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    return path
+
+
+def inspect(text: Path, *words: object) -> dict[str, Any]:
+    """Return what inspect tells of a tiny model."""
+    facts: dict[str, Any] = json.loads(done("inspect", "--json", "--data.train", text, *TINY, *MODEL, *words).out)
+    return facts
+
+
+def network(text: Path, output: Path, *words: object) -> tuple[LanguageModel, Backbone]:
+    """Return the same model, built by a fit."""
+    model = load(done("fit", "--data.train", text, *TINY, *MODEL, *words, "--output", output).checkpoint)
+    return model, model.network
+
+
+def test_keys_and_sizes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    facts = inspect(text)
+    assert set(facts) == {*("tree", "parameters", "flops_per_token", "memory_bytes", "tokens_per_step", "vocab_size")}
+    assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total"}
+    assert set(facts["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
+    assert facts["vocab_size"] == 6 + len(set(text.read_text()))  # special tokens and characters
+    assert facts["tokens_per_step"] == BATCH * CONTEXT
+    assert inspect(text, "--trainer.accumulate_grad_batches", "3")["tokens_per_step"] == 3 * BATCH * CONTEXT
+    assert list(tmp_path.iterdir()) == []  # nothing ran, nothing is left
+
+
+def test_config_and_table(text: Path, tmp_path: Path) -> None:
+    config = tmp_path / "toy.yaml"
+    config.write_text(f"data:\n  train: {text}\n  tokenizer: char\nmodel:\n  dim: 32\n  num_layers: 2\n")
+    facts = json.loads(done("inspect", "--config", config, "--json").out)
+    table = done("inspect", "--config", config).out
+    assert f"{facts['parameters']['total']:,}" in table
+    assert "2 x Layer" in table
+    for line in facts["tree"]:
+        assert line in table
+    assert llmkit("inspect", "--json", "--config", tmp_path / "nope.yaml").code == 2
+
+
+def test_parameters(text: Path) -> None:
+    facts = inspect(text)
+    embedding = facts["vocab_size"] * DIM  # tied: the output matrix is the same one
+    attention = 3 * DIM * DIM + DIM * DIM + HEADS  # queries, keys and values; output; one scale a head (qk_norm)
+    feedforward = 2 * DIM * (4 * DIM)  # squared_relu: in and out, four times as wide
+    norms = 2 * DIM  # rms: one scale, before attention and before feedforward
+    layers = LAYERS * (attention + feedforward + norms) + DIM  # and the final norm
+    assert facts["parameters"] == {
+        "embedding": embedding,
+        "non_embedding": layers,
+        "head": 0,
+        "total": embedding + layers,
+    }
+    untied = inspect(text, "--model.tie_embeddings", "false")["parameters"]
+    assert untied["total"] == embedding + layers + embedding
+    learned = inspect(text, "--model.position", "learned")["parameters"]
+    assert learned["total"] == embedding + layers + CONTEXT * DIM
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_flops(tied: str, text: Path, tmp_path: Path) -> None:
+    """Against torch's counter on a forward pass.
+
+    It does not know the CPU's attention kernel, so attention runs as the two batched products that it stands for:
+    scores and weighted sum, 4 * T * T * D a layer, hidden pairs included. A causal position reads half of the positions
+    on average, which is what is reported. So half of these products is taken off the counter's number.
+    """
+    facts = inspect(text, "--model.tie_embeddings", tied)
+    _, net = network(text, tmp_path, "--model.tie_embeddings", tied)
+    ids = torch.randint(net.embedding.num_embeddings, (BATCH, CONTEXT))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        hidden_BTD = net.decode(ids, Sequence.of(ids))
+        hidden_BTD.flatten(0, 1) @ net.output_weight_VD.T
+    attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    assert attention == LAYERS * BATCH * 4 * CONTEXT * CONTEXT * DIM
+    expected = (counter.get_total_flops() - attention / 2) / (BATCH * CONTEXT)
+    assert facts["flops_per_token"] == {"forward": pytest.approx(expected), "training": pytest.approx(3 * expected)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "matrix", "other"),
+    [
+        ("adamw", 8, 8),  # two moments of four bytes
+        ("{name: SGD, lr: 0.1}", 0, 0),
+        ("{name: SGD, lr: 0.1, momentum: 0.9}", 4, 4),
+        ("muon", 4, 8),  # matrices: momentum only; the rest as AdamW
+    ],
+)
+def test_memory(optimizer: str, matrix: int, other: int, text: Path) -> None:
+    facts = inspect(text, "--model.optimizer", optimizer)
+    total, memory = facts["parameters"]["total"], facts["memory_bytes"]
+    assert memory["weights"] == memory["gradients"] == 4 * total
+    matrices = LAYERS * (4 * DIM * DIM + 8 * DIM * DIM)
+    assert memory["optimizer"] == matrix * matrices + other * (total - matrices)
+
+
+def test_activations_grow_with_the_batch(text: Path) -> None:
+    one, three = (inspect(text, "--data.batch_size", size)["memory_bytes"]["activations"] for size in (2, 6))
+    assert one > BATCH * CONTEXT * DIM * LAYERS * 4  # at the least what enters each layer
+    assert 2 * one < three <= 3 * one
