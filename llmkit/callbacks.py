@@ -115,6 +115,7 @@ class RunReport(Callback):
 
     def finish_fit(self, trainer: pl.Trainer, model: LanguageModel) -> None:
         """Print the closing report of a fit: metrics of the best checkpoint, a sample, the paths."""
+        sample = self._sample(trainer, model)  # by every process: a sharded network needs them all
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
@@ -126,7 +127,6 @@ class RunReport(Callback):
             self._print_results(model, "val")
         else:
             print("\nNo validation data: nothing was measured.")
-        sample = self._sample(trainer, model)
         if sample:
             print(f"\nSample:\n{sample}")
         print("\nRun folder:")

@@ -401,7 +401,8 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-        ".*`LightningCLI`'s args parameter.*",
+        ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already
+        ".*Total length of `list` across ranks is zero.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*lr_scheduler.step.. before `optimizer.step.*",
     ):

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.backbone import Backbone, can_cross, check_roles, parameter_groups
+from llmkit.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups
 from llmkit.contracts import (
     Attention,
     Batch,
@@ -175,6 +175,8 @@ class LanguageModel(pl.LightningModule):
         self.test_metrics = nn.ModuleDict(self.head.metrics("test"))
         if self.spec["compile"]:
             self.net.compile()
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
 
     @property
     def network(self) -> Backbone:
@@ -275,6 +277,13 @@ class LanguageModel(pl.LightningModule):
 
     # Checkpoints
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **kwargs: Any) -> LanguageModel:  # type: ignore[override]
+        """Return the model of a checkpoint, ready to predict: Lightning's name for ``llmkit.load``."""
+        from llmkit.checkpoint import load
+
+        return load(checkpoint_path, map_location)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that is needed to use the model without its config file."""
         from llmkit.checkpoint import section
@@ -297,6 +306,19 @@ class LanguageModel(pl.LightningModule):
         from llmkit.checkpoint import check_section
 
         check_section(checkpoint, "the checkpoint")
+
+
+def shard(net: Backbone, mesh: Any) -> None:
+    """Shard a network's weights, layer by layer, over the processes of a mesh (FSDP2; ``ModelParallelStrategy``)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for module in net.modules():
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    # Heads call the network by these names; the weights must be gathered then, as they are for forward.
+    for method in ("encode", "decode"):
+        register_fsdp_forward_method(net, method)
 
 
 def _factory(value: Any, kind: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,17 +349,17 @@ class AheadOnly(Attention):
 """
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A plugin file that is not beside the data."""
+    path = tmp_path_factory.mktemp("local") / "ahead_only_plugin.py"
+    path.write_text(LOCAL)
+    return str(path)
+
+
 @pytest.mark.parametrize("head", ["classification", "translation"])
-def test_head_that_the_attention_does_not_support(head: str, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ahead_only_plugin.py").write_text(LOCAL)
-    words = (
-        "--imports",
-        str(tmp_path / "ahead_only_plugin.py"),
-        "--model.attention",
-        "ahead_only",
-        "--model.head",
-        head,
-    )
+def test_head_that_the_attention_does_not_support(head: str, folder: Path, local: str) -> None:
+    words = ("--imports", local, "--model.attention", "ahead_only", "--model.head", head)
     run(folder, fit(*words, says=("model.attention", "AheadOnly", "'bidirectional'", "It supports: causal")))
 
 
@@ -374,7 +375,7 @@ def test_head_that_the_attention_does_not_support(head: str, folder: Path, tmp_p
     ],
 )
 def test_broken_local_plugin(code: str, says: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / f"broken_{abs(hash(code))}.py"
+    path = tmp_path / f"broken_{zlib.crc32(code.encode())}.py"
     path.write_text(code)
     run(folder, fit("--imports", str(path), says=says))
 
@@ -443,7 +444,7 @@ def damaged(good: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
     whole = Path(good["GEN"]).read_bytes()
     says = ("cannot be read",)
     raw = {"empty": b"", "start": whole[:10], "half": whole[: len(whole) // 2], "text": b"hello\n"}
-    found = {}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for key, content in raw.items():
         (path / f"{key}.ckpt").write_bytes(content)
         found[key] = (str(path / f"{key}.ckpt"), says)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -370,24 +371,26 @@ def api_fit(data: Path, head: str) -> LanguageModel:
     model = LanguageModel(
         head=plugin("head", head),
         attention=plugin("attention", "multi_head", num_heads=2),
-        optimizer=plugin_of(torch.optim.SGD, lr=0.5),
-        **{"dim": 16, "num_layers": 1, "context": 16, "dropout": 0.2},
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        dim=16,
+        num_layers=1,
+        context=16,
+        dropout=0.2,
         decoding=DecodingOptions(max_new_tokens=5, temperature=0.0),
     )
     trainer = pl.Trainer(
-        **{"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False},
+        max_steps=3,
         limit_val_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
     )
     trainer.fit(model, module)
     trainer.save_checkpoint(data / f"{head}.ckpt")
     return model
-
-
-def plugin_of(cls: type, **arguments: Any) -> Any:
-    from functools import partial
-
-    return partial(cls, **arguments)
 
 
 @pytest.mark.parametrize("head", HEADS)
