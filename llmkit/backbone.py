@@ -238,25 +238,27 @@ def _is_embedding(name: str) -> bool:
     return name.startswith(("embedding.", "position."))
 
 
-def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
-    """Return optimizer groups: hidden matrices and embeddings with weight decay, vectors without.
+def parameter_kinds(net: nn.Module) -> dict[str, str]:
+    """Return the kind of each parameter by name: ``matrix``, ``embedding`` (output matrix too) or ``vector``."""
 
-    Each group says its ``kind`` (``matrix``, ``embedding`` or ``vector``), for optimizers that treat them differently.
+    def kind(name: str, parameter: Tensor) -> str:
+        if parameter.dim() < 2:
+            return "vector"
+        return "embedding" if _is_embedding(name) or name.startswith("output.") else "matrix"
+
+    return {name: kind(name.removeprefix("net."), parameter) for name, parameter in net.named_parameters()}
+
+
+def parameter_groups(net: nn.Module, kinds: dict[str, str]) -> list[dict[str, Any]]:
+    """Return optimizer groups by ``kind``: matrices and embeddings with weight decay, vectors without.
+
+    Args:
+        net: the module, possibly wrapped by FSDP since ``kinds`` was taken (its shards are flat).
+        kinds: what ``parameter_kinds`` returned.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
-    seen: set[int] = set()
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if parameter.dim() < 2:
-                kinds["vector"].append(parameter)
-            elif _is_embedding(name) or name.startswith("output."):
-                kinds["embedding"].append(parameter)
-            else:
-                kinds["matrix"].append(parameter)
-    groups: list[dict[str, Any]] = [{"params": kinds[k], "kind": k} for k in ("matrix", "embedding") if kinds[k]]
-    if kinds["vector"]:
-        groups.append({"params": kinds["vector"], "kind": "vector", "weight_decay": 0.0})
-    return groups
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            groups[kinds[name.replace("_fsdp_wrapped_module.", "")]].append(parameter)
+    found: list[dict[str, Any]] = [{"params": groups[k], "kind": k} for k in groups if groups[k]]
+    return [{**group, "weight_decay": 0.0} if group["kind"] == "vector" else group for group in found]

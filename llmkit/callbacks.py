@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from llmkit import figures
 from llmkit.module import LanguageModel
+
+DEFAULT_VAL_INTERVAL = 500
+"""Batches between two validations, at most, when the config does not say."""
 
 
 def duration(seconds: float) -> str:
@@ -112,6 +116,12 @@ class Progress(ProgressBar):
 
 class RunReport(Callback):
     """Writes the run folder's results and pictures, and tells where everything is."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the default validation interval to the run, so that the last validation is at its last step."""
+        batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        if trainer.val_check_interval == DEFAULT_VAL_INTERVAL and batches not in (0, float("inf")):
+            trainer.val_check_batch = max(1, int(batches / math.ceil(batches / DEFAULT_VAL_INTERVAL)))
 
     def finish_fit(self, trainer: pl.Trainer, model: LanguageModel) -> None:
         """Print the closing report of a fit: metrics of the best checkpoint, a sample, the paths."""

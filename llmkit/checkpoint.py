@@ -96,7 +96,7 @@ def build(part: dict[str, Any], where: str) -> LanguageModel:
         specs = [(k, v) for k, v in [*spec.items(), ("tokenizer", part["tokenizer"])] if isinstance(v, dict)]
         for key, value in specs:
             if "class_path" in value:
-                _check_known(key, value["class_path"], where)
+                _check_known(key, value["class_path"], where, part["config"].get("imports") or [])
         model = LanguageModel(**spec)
         restore(model, part)
     except (KeyError, TypeError) as error:
@@ -114,7 +114,7 @@ def restore(model: LanguageModel, part: dict[str, Any]) -> None:
     model.config = part["config"]
 
 
-def _check_known(key: str, class_path: str, where: str) -> None:
+def _check_known(key: str, class_path: str, where: str, imports: list[str]) -> None:
     """Refuse a class that is neither installed as a plugin nor imported by the user: a checkpoint runs no code."""
     module = class_path.rpartition(".")[0]
     packages = {
@@ -124,7 +124,8 @@ def _check_known(key: str, class_path: str, where: str) -> None:
         return
     if module in config.imported:
         return
+    source = next((name for name in imports if Path(name).stem == module), module)
     raise UserError(
         f"{where} needs {key} {class_path}, which is no installed plugin. If you trust it, import it yourself: "
-        f"--imports {module}"
+        f"--imports {source}"
     )

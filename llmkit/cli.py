@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from llmkit import checkpoint, config
-from llmkit.callbacks import Progress, RunReport, run_folder
+from llmkit.callbacks import DEFAULT_VAL_INTERVAL, Progress, RunReport, run_folder
 from llmkit.data import DataModule
 from llmkit.errors import UserError, nearest, note
 from llmkit.module import LanguageModel
@@ -29,7 +29,7 @@ TOP_KEYS = ("name", "output", "imports", "seed_everything", "model", "data", "tr
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
     "check_val_every_n_epoch": None,  # val_check_interval counts steps, whatever an epoch is
-    "val_check_interval": 500,
+    "val_check_interval": DEFAULT_VAL_INTERVAL,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
@@ -54,6 +54,9 @@ def _gist(message: str) -> str:
     inner = re.search(r"([\w.]+: expected [^\n]+?, got '[^']*'\.[^\n]*)", message)
     if keys and inner:  # the parser of a nested class has spoken already
         return f"{keys[0]}.{inner.group(1)}"
+    missing = re.search(r"the following arguments are required: ([\w., ]+)", message)
+    if keys and missing:
+        return f"{keys[0]}: {missing.group(1)} must be given"
     got = re.findall(r"(?:Got value|Given value): ([^\n]+?)(?=$|\n|\. | - )", message)
     literals = [item for group in re.findall(r"Literal\[([^\]]*)\]", message) for item in group.split(", ")]
     kinds = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.|collections\.abc\.)?(\w+)\[[^\n]*)", message)
@@ -140,7 +143,7 @@ class CLI(LightningCLI):
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             # Nothing has run yet: what fails here are the values of the config.
             raise error if isinstance(error, UserError) else UserError(str(error)) from error
         self._dump_config()

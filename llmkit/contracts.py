@@ -375,6 +375,9 @@ class Head(nn.Module, ABC):
     decoding: DecodingOptions = DecodingOptions()
     """How text is generated unless the caller says otherwise."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
         """Read what must be known before training from the training rows' target columns (label names)."""
 

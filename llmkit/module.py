@@ -9,13 +9,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups
+from llmkit.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups, parameter_kinds
 from llmkit.contracts import (
     Attention,
     Batch,
@@ -29,7 +31,7 @@ from llmkit.contracts import (
     note_truncated,
 )
 from llmkit.errors import UserError
-from llmkit.optim import AdamW, WarmupCosine
+from llmkit.optim import AdamW, Muon, WarmupCosine
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -124,6 +126,7 @@ class LanguageModel(pl.LightningModule):
             "decoding": dataclasses.asdict(self.head.decoding),
         }
         self.net: Backbone | None = None
+        self.kinds: dict[str, str] = {}
         self.tokenizer: Tokenizer | None = None
         self.head_ready = False
         self.config: dict[str, Any] = {}
@@ -173,9 +176,15 @@ class LanguageModel(pl.LightningModule):
         self.head.build(self.spec["dim"], self.tokenizer.vocab_size)
         self.val_metrics = nn.ModuleDict(self.head.metrics("validation"))
         self.test_metrics = nn.ModuleDict(self.head.metrics("test"))
+        self.kinds = parameter_kinds(self)
         if self.spec["compile"]:
             self.net.compile()
         if self.device_mesh is not None:
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                raise UserError(
+                    "trainer.strategy: llmkit shards over data_parallel only; give ModelParallelStrategy "
+                    "data_parallel_size: (number of processes) and tensor_parallel_size: 1"
+                )
             shard(self.net, self.device_mesh["data_parallel"])
 
     @property
@@ -204,7 +213,9 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
-        optimizer = self._optimizer(parameter_groups(self.network, self.head))
+        if isinstance(self.trainer.strategy, FSDPStrategy) and registry.target_of(self._optimizer) is Muon:
+            raise UserError("model.optimizer: muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP")
+        optimizer = self._optimizer(parameter_groups(self, self.kinds))
         open_args: dict[str, Any] = {}
         target = registry.target_of(self._scheduler)
         given = self.spec["scheduler"]["init_args"]
@@ -215,6 +226,19 @@ class LanguageModel(pl.LightningModule):
             open_args["total_steps"] = int(total)
         scheduler = self._scheduler(optimizer, **open_args)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; under FSDP the norm is that of all shards together."""
+        root = getattr(self.trainer.strategy, "model", None)
+        if isinstance(root, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Evaluation
 

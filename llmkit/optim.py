@@ -167,6 +167,15 @@ class WarmupCosine(LambdaLR):
         self.total_steps = total_steps
         super().__init__(optimizer, self._factor)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule stands; its settings are the config's, also when a run is resumed."""
+        state: dict[str, Any] = super().state_dict()
+        return {name: state[name] for name in ("last_epoch", "_step_count", "_last_lr") if name in state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where ``state_dict`` was taken."""
+        self.__dict__.update(state_dict)
+
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps

@@ -64,6 +64,8 @@ class Entry:
                 found = getattr(found, part)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == module:
+                text += ". A local file has to be named: --imports FILE.py, or 'imports:' in the config"
             raise UserError(f"{self.family} '{self.name}' ({self.target}) cannot be imported: {text}") from error
         return found  # type: ignore[no-any-return]
 
@@ -136,7 +138,7 @@ def register(family: str, name: str) -> Callable[[T], T]:
         entry = Entry(family, name, f"{cls.__module__}:{cls.__qualname__}", "(local)")
         holder = entries(family).get(name)
         if holder is not None and holder.target != entry.target:
-            raise UserError(f"{family} '{name}' is taken by {holder.target} {holder.distribution}")
+            raise UserError(f"{family} '{name}' is taken by {holder.target} of {holder.distribution}")
         _local[family][name] = entry
         return cls
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkit.backbone import Backbone, parameter_groups
+from llmkit.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.contracts import Attention, Memory, Sequence, State
 from llmkit.errors import UserError
 from llmkit.registry import entries, plugin
@@ -129,7 +129,7 @@ def test_a_variant_without_state_says_so() -> None:
 
 def test_parameter_groups_decay_matrices_only() -> None:
     net = build("encoder_decoder", position="learned", tie_embeddings=False)
-    groups = {group["kind"]: group for group in parameter_groups(net)}
+    groups = {group["kind"]: group for group in parameter_groups(net, parameter_kinds(net))}
     assert all(p.dim() >= 2 for kind in ("matrix", "embedding") for p in groups[kind]["params"])
     assert all(p.dim() == 1 for p in groups["vector"]["params"]) and groups["vector"]["weight_decay"] == 0
     assert len(groups["embedding"]["params"]) == 3  # tokens, positions, output

@@ -139,10 +139,10 @@ def test_register() -> None:
 def test_a_name_belongs_to_one_class() -> None:
     registry.register("position", "shift")(Shift)
     assert message(lambda: registry.register("position", "shift")(Other)) == (
-        f"position 'shift' is taken by {__name__}:Shift ((local))"
+        f"position 'shift' is taken by {__name__}:Shift of (local)"
     )
     assert message(lambda: registry.register("position", "rotary")(Other)) == (
-        "position 'rotary' is taken by llmkit_plugins.position:Rotary (llmkit)"
+        "position 'rotary' is taken by llmkit_plugins.position:Rotary of llmkit"
     )
     registry.register("position", "other")(Other)  # and it may have another one
 

@@ -82,7 +82,7 @@ def tree(module: nn.Module, name: str = "", depth: int = 0) -> list[str]:
 def optimizer_bytes(model: LanguageModel) -> int:
     """Return the size of the optimizer's state, by letting it step once on copies of one row of each matrix."""
     total = 0.0
-    for group in parameter_groups(model.network, model.head):
+    for group in parameter_groups(model, model.kinds):
         matrix = group["kind"] != "vector"
         probe = nn.Parameter(torch.zeros(2, 2) if matrix else torch.zeros(2))
         probe.grad = torch.ones_like(probe)

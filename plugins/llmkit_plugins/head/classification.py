@@ -145,6 +145,13 @@ class Classification(Head):
             answers.append({"label": self.labels[best], "probability": row[best], "probabilities": probabilities})
         return answers
 
+    def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
+        """Return the labels of three texts."""
+        rows = {name: value[:3] for name, value in batch.items()}
+        answers = self.predict(net, rows, tokenizer, self.decoding)
+        texts = tokenizer.decode_batch(rows["ids"].tolist())
+        return "\n".join(f"{self.show(answer)}\t{text[:100]}" for answer, text in zip(answers, texts, strict=True))
+
     def show(self, answer: dict[str, Any]) -> str:
         """Return the label and its probability."""
         return f"{answer['label']}\t{answer['probability']:.4f}"
