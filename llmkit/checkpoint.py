@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,28 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when an older llmkit could no longer read a new checkpoint."""
+
+
+PARTS = ("model", "tokenizer", "tokenizer_state", "head_info", "config")
+"""What llmkit's part of a checkpoint must have, beside its format."""
+
+STRUCTURE = ("dim", "num_layers", "norm_first", "tie_embeddings")
+PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
+"""The arguments of a model that decide which weights it has."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint file that was read."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """llmkit's own part."""
+        part: dict[str, Any] = self.content["llmkit"]
+        return part
 
 
 def section(model: LanguageModel) -> dict[str, Any]:
@@ -59,12 +82,19 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {file} does not exist.{last}")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {file} cannot be read: it is damaged, or holds more than plain data") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"checkpoint {file} cannot be read: it is truncated or no checkpoint ({cause[:120]})"
         ) from error
-    check_section(checkpoint, f"checkpoint {file}")
+    part = check_section(checkpoint, f"checkpoint {file}")
+    missing = [name for name in PARTS if name not in part]
+    if missing:
+        raise UserError(f"checkpoint {file} is incomplete: it has no {', '.join(missing)}")
+    if "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {file} has no weights")
     return checkpoint  # type: ignore[no-any-return]
 
 
@@ -80,9 +110,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     """
     checkpoint = read(path)
     model = build(checkpoint["llmkit"], f"checkpoint {path}")
+    model.source = f"checkpoint {path}"
     model.configure_model()
-    if "state_dict" not in checkpoint:
-        raise UserError(f"checkpoint {path} has no weights")
     model.load_state_dict(checkpoint["state_dict"])
     return model.to(device).eval()
 
@@ -112,6 +141,39 @@ def restore(model: LanguageModel, part: dict[str, Any]) -> None:
     model.head.set_info(part["head_info"])
     model.head_ready = True
     model.config = part["config"]
+
+
+def check_fits(model: LanguageModel, stored: Stored, tokenizer: type | None) -> None:
+    """Raise UserError, naming the key, when a model of the config cannot take the weights of a checkpoint.
+
+    Args:
+        model: the model as the config says.
+        stored: the checkpoint.
+        tokenizer: the tokenizer's class as the config says.
+    """
+    theirs = stored.part["model"]
+    pairs = {f"model.{name}": (model.spec[name], theirs.get(name)) for name in STRUCTURE}
+    pairs |= {f"model.{name}": (_name(model.spec[name]), _name(theirs.get(name))) for name in PLUGINS}
+    if tokenizer is not None:
+        own = registry.factory_of(stored.part["tokenizer"], "tokenizer")
+        pairs["data.tokenizer"] = (tokenizer.__name__, registry.target_of(own).__name__)
+    for key, (now, then) in pairs.items():
+        if now != then:
+            raise UserError(f"{key} is {now}, but checkpoint {stored.path} has {then}: its weights do not fit")
+
+
+def check_weights(model: LanguageModel, stored: Stored) -> None:
+    """Raise UserError when the weights of a checkpoint have other shapes than those of a restored model."""
+    own_shapes = {f"net.{name}": value.shape for name, value in model.meta_network(restored=True).state_dict().items()}
+    their_shapes = {k: v.shape for k, v in stored.content["state_dict"].items() if k.startswith("net.")}
+    for name in sorted(own_shapes.keys() | their_shapes.keys()):
+        if own_shapes.get(name) != their_shapes.get(name):
+            now, then = own_shapes.get(name), their_shapes.get(name)
+            raise UserError(f"checkpoint {stored.path}: its weights do not fit: {name} has {then}, the config {now}")
+
+
+def _name(spec: Any) -> str:
+    return str(spec["class_path"]).rpartition(".")[2] if isinstance(spec, dict) else str(spec)
 
 
 def _check_known(key: str, class_path: str, where: str, imports: list[str]) -> None:

@@ -84,28 +84,41 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
-def prepare(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def prepare(tree: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
     """Return a config tree with its variables filled in and every short name written out.
 
-    Raises UserError, naming ``where`` and the key, for an unknown variable or plugin name.
+    What is wrong with a plugin is added to ``problems``. Raises UserError for an unknown variable.
     """
     tree = _fill_variables(tree, where)
     for key in SPEC_KEYS:
         group, _, leaf = key.partition(".")
         part = tree.get(group)
         if isinstance(part, dict) and part.get(leaf) is not None:
-            part[leaf] = expand_value(key, part[leaf], where)
-            check_plugin(key, part[leaf], where)
+            try:
+                part[leaf] = expand_value(key, part[leaf], where)
+                check_plugin(key, part[leaf], where)
+            except UserError as error:
+                problems.append(str(error))
     return tree
 
 
-def check_plugin(key: str, value: Any, where: str) -> None:
-    """Raise UserError when a written-out plugin cannot be imported, breaks its contract or lacks an argument."""
+def check_plugin(key: str, value: Any, where: str, complete: bool = True) -> None:
+    """Raise UserError when a written-out plugin cannot be imported, breaks its contract or has a wrong argument.
+
+    Args:
+        key: the config key.
+        value: a class path, or ``{class_path, init_args}``.
+        where: the file, or the command line, for the message.
+        complete: whether every argument that must be given has to be there.
+    """
     spec = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or "class_path" not in spec:
         raise UserError(f"{where}: {key}: expected a name, or {{name: ..., arguments}}, got {value!r}")
     try:
-        registry.factory_of(spec, PLUGIN_KEYS.get(key, key.rpartition(".")[2]))
+        factory = registry.factory_of(spec, PLUGIN_KEYS.get(key, key.rpartition(".")[2]))
+        missing = registry.missing_arguments(factory) if complete else []
+        if missing:
+            raise UserError(f"{registry.target_of(factory).__name__} needs {', '.join(missing)}")
     except UserError as error:
         raise UserError(f"{where}: {key}: {error}") from error
 
@@ -175,17 +188,20 @@ imported: set[str] = set()
 """Names of the local modules that the user asked for."""
 
 
-def import_modules(names: str | list[str] | None, folder: str | Path = ".") -> list[str]:
+def import_modules(names: str | list[str] | None, folder: str | Path = ".", where: str = "") -> list[str]:
     """Import local plugin modules and return their names with file paths made absolute.
 
     Args:
         names: module names, or paths of ``.py`` files (relative to ``folder``).
         folder: where relative paths and top-level modules are looked for.
+        where: begins the message of an error.
 
     Raises:
         UserError: no such file or module, or an import that fails.
     """
     absolute = []
+    if not isinstance(names, str | list | None):
+        raise UserError(f"{where}imports: expected a module or a list of modules, got {names!r}")
     for name in [names] if isinstance(names, str) else names or []:
         folder_of, module = Path(folder).resolve(), str(name)
         if module.endswith(".py"):
@@ -220,11 +236,15 @@ def parameters_of(key: str, class_path: str) -> list[str]:
 
 def expand_argument(key: str, text: str) -> tuple[str, str]:
     """Return a command-line value with its short name written out, and the class it names."""
-    value = yaml.load(text, Loader=_Loader) if text.lstrip().startswith("{") else text
+    try:
+        value = yaml.load(text, Loader=_Loader) if text.lstrip().startswith("{") else text
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {key}: not valid YAML: {text}") from error
     if text in ("null", "None"):
         return "null", ""
     expanded = expand_value(key, value, "command line")
-    check_plugin(key, expanded, "command line")
+    # Arguments that are missing may come as options of their own.
+    check_plugin(key, expanded, "command line", complete=False)
     if isinstance(expanded, str):
         return expanded, expanded
     path = str(expanded["class_path"])

@@ -11,10 +11,10 @@ from llmkit import __version__
 from llmkit.errors import UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("llmkit.cli:run", "train a model as a config says"),
-    "validate": ("llmkit.cli:run", "measure a checkpoint on the validation data"),
-    "test": ("llmkit.cli:run", "measure a checkpoint on the test data"),
-    "predict": ("llmkit.cli:run", "write a checkpoint's answers for a data set"),
+    "fit": ("llmkit.launch:run", "train a model as a config says"),
+    "validate": ("llmkit.launch:run", "measure a checkpoint on the validation data"),
+    "test": ("llmkit.launch:run", "measure a checkpoint on the test data"),
+    "predict": ("llmkit.launch:run", "write a checkpoint's answers for a data set"),
     "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
     "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
     "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),

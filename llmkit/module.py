@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from llmkit.contracts import (
     Norm,
     Position,
     Role,
+    Sequence,
     Tokenizer,
     note_truncated,
 )
@@ -93,9 +95,9 @@ class LanguageModel(pl.LightningModule):
         decoding: DecodingOptions | None = None,
     ) -> None:
         super().__init__()
-        for key, value in {"dim": dim, "num_layers": num_layers, "context": context}.items():
-            if value < 1:
-                raise UserError(f"model.{key} must be at least 1, got {value}")
+        for key, value, least in (("dim", dim, 1), ("num_layers", num_layers, 1), ("context", context, 2)):
+            if value < least:
+                raise UserError(f"model.{key} must be at least {least}, got {value}")
         if not 0 <= dropout < 1:
             raise UserError(f"model.dropout must be at least 0 and below 1, got {dropout}")
         factories: dict[str, Any] = {
@@ -130,12 +132,11 @@ class LanguageModel(pl.LightningModule):
         self.tokenizer: Tokenizer | None = None
         self.head_ready = False
         self.config: dict[str, Any] = {}
+        self.source = "the checkpoint"
         self.val_metrics = nn.ModuleDict()
         self.test_metrics = nn.ModuleDict()
         self.results: dict[str, Tensor] = {}
-        # Build one layer without memory: an impossible combination is told before the data is prepared.
-        with torch.device("meta"):
-            self._backbone(vocab_size=1, num_layers=1)
+        self._try_out()
 
     @property
     def context(self) -> int:
@@ -155,6 +156,39 @@ class LanguageModel(pl.LightningModule):
             tie_embeddings=spec["tie_embeddings"],
             **{name: factory for name, factory in factories.items() if name != "head"},
         )
+
+    def _try_out(self) -> None:
+        """Tell of parts that cannot work together before any data is prepared."""
+        groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": kind} for kind in ("matrix", "embedding")]
+        try:
+            optimizer = self._optimizer(groups)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.optimizer: {error}") from error
+        try:
+            self._make_schedule(optimizer, 1000)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.scheduler: {error}") from error
+        net = self.meta_network()
+        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        try:
+            memory = net.encode(ids, Sequence.of(ids)) if self.head.topology != "decoder" else None
+            if self.head.topology != "encoder":
+                net.decode(ids, Sequence.of(ids), memory=memory)
+        except NotImplementedError:
+            pass  # an operation that cannot be tried without memory
+
+    def meta_network(self, restored: bool = False) -> Backbone:
+        """Return the network without memory: of one layer and one token, or of a restored model's sizes."""
+        vocab = self.tokenizer.vocab_size if restored and self.tokenizer is not None else 1
+        with torch.device("meta"):
+            return self._backbone(vocab, self.spec["num_layers"] if restored else 1)
+
+    def _make_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Return the schedule; an argument called ``total_steps`` that was left open is filled in."""
+        parameters = inspect.signature(registry.target_of(self._scheduler)).parameters
+        is_open = "total_steps" in parameters and self.spec["scheduler"]["init_args"].get("total_steps") is None
+        extra: dict[str, Any] = {"total_steps": total_steps} if is_open else {}
+        return self._scheduler(optimizer, **extra)
 
     # Construction
 
@@ -196,6 +230,12 @@ class LanguageModel(pl.LightningModule):
 
     # Training
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        torch.manual_seed(hash((seed, number, self.global_rank)) % 2**63)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch."""
         summed = self.head.loss(self.network, batch)
@@ -216,15 +256,10 @@ class LanguageModel(pl.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy) and registry.target_of(self._optimizer) is Muon:
             raise UserError("model.optimizer: muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP")
         optimizer = self._optimizer(parameter_groups(self, self.kinds))
-        open_args: dict[str, Any] = {}
-        target = registry.target_of(self._scheduler)
-        given = self.spec["scheduler"]["init_args"]
-        if "total_steps" in inspect.signature(target).parameters and given.get("total_steps") is None:
-            total = self.trainer.estimated_stepping_batches
-            if total == float("inf"):
-                raise UserError("trainer.max_steps must be set: the schedule has to know how long the run is")
-            open_args["total_steps"] = int(total)
-        scheduler = self._scheduler(optimizer, **open_args)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("trainer.max_steps must be set: the schedule has to know how long the run is")
+        scheduler = self._make_schedule(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -321,7 +356,7 @@ class LanguageModel(pl.LightningModule):
         except RuntimeError as error:
             details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
             raise UserError(
-                f"the checkpoint's weights do not fit the model of the config, {len(details)} difference(s), "
+                f"{self.source}: its weights do not fit the model, {len(details)} difference(s), "
                 f"the first: {details[0][:300]}"
             ) from error
 

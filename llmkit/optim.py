@@ -163,6 +163,10 @@ class WarmupCosine(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 100, min_lr_ratio: float = 0.1, total_steps: int | None = None
     ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio must be from 0 to 1, got {min_lr_ratio}")
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.total_steps = total_steps
         super().__init__(optimizer, self._factor)

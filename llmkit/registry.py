@@ -119,7 +119,8 @@ def check_contract(family: str, name: str, cls: Any) -> None:
     """Raise UserError unless ``cls`` is a concrete class of the family's contract."""
     base = contract(family)
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{family} '{name}': {cls!r} does not derive from {base.__module__}.{base.__name__}")
+        found = f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else repr(cls)
+        raise UserError(f"{family} '{name}': {found} does not derive from {base.__module__}.{base.__name__}")
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
@@ -181,7 +182,7 @@ def resolve(family: str, value: Any) -> Factory:
     return factory_of(value, family) if isinstance(value, Mapping) else value
 
 
-def factory_of(spec: Mapping[str, Any], family: str) -> Factory:
+def factory_of(spec: Mapping[str, Any], family: str) -> functools.partial[Any]:
     """Return the factory of a plain ``{class_path, init_args}``: the inverse of ``spec_of``.
 
     Raises UserError when the class cannot be imported, breaks its family's contract or lacks an argument.
@@ -199,10 +200,20 @@ def factory_of(spec: Mapping[str, Any], family: str) -> Factory:
     return functools.partial(cls, **init_args)
 
 
+PASSED = {"dim", "role", "max_length", "params", "optimizer"}
+"""Arguments that the framework passes by itself."""
+
+
 def _arguments(cls: type) -> str:
-    """Return the names a config may set: what the framework passes by itself is left out."""
-    own = {"dim", "role", "max_length", "params", "optimizer"}
-    return ", ".join(name for name in inspect.signature(cls).parameters if name not in own) or "(no arguments)"
+    """Return the names a config may set."""
+    return ", ".join(name for name in inspect.signature(cls).parameters if name not in PASSED) or "(no arguments)"
+
+
+def missing_arguments(factory: functools.partial[Any]) -> list[str]:
+    """Return the arguments that must be given and are not."""
+    parameters = inspect.signature(factory.func).parameters.values()
+    needed = (p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+    return [name for name in needed if name not in PASSED and name not in factory.keywords]
 
 
 def target_of(factory: Factory) -> Any:

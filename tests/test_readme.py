@@ -19,9 +19,10 @@ import yaml
 from command import Result, done
 
 from llmkit import config, main, optim, registry
-from llmkit.cli import TOP_KEYS, TRAINER_DEFAULTS
+from llmkit.cli import TRAINER_DEFAULTS
 from llmkit.contracts import DecodingOptions
 from llmkit.data import DataModule
+from llmkit.launch import TOP_KEYS
 from llmkit.module import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent

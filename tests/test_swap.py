@@ -319,7 +319,14 @@ def test_commands_that_need_no_config(head: str, data: Path, tmp_path: Path) -> 
     (result.folder / "config.yaml").unlink()
     given = (
         *("--ckpt_path", result.checkpoint, "--output", tmp_path / "after", "--trainer.enable_progress_bar", "false"),
-        *("--model.decoding.temperature", "0", "--trainer.precision", "32-true"),  # as infer --greedy
+        *(
+            "--model.decoding.temperature",
+            "0",
+            "--model.decoding.num_beams",
+            "1",
+            "--trainer.precision",
+            "32-true",
+        ),  # as infer --greedy
     )
     validated = done("validate", *given)
     fitted = json.loads((result.folder / "results.json").read_text())

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from llmkit.backbone import parameter_groups
-from llmkit.cli import CLI, run
+from llmkit.cli import CLI
 from llmkit.contracts import Batch
+from llmkit.launch import run
 from llmkit.module import LanguageModel
 
 
@@ -37,7 +38,7 @@ class InspectCLI(CLI):
 def inspect(command: str, argv: list[str]) -> int:
     """Describe the model of a config; ``--json`` for machines. Returns the exit code."""
     InspectCLI.as_json = "--json" in argv
-    return run("fit", [word for word in argv if word != "--json"], InspectCLI)
+    return run("fit", [word for word in argv if word != "--json"], InspectCLI, "inspect")
 
 
 def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[str, Any]:

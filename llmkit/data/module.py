@@ -146,6 +146,12 @@ class DataModule(pl.LightningDataModule):
         return self._head
 
     @property
+    def tokenizer_class(self) -> type | None:
+        """The class of the configured tokenizer, if one is configured."""
+        found: type | None = registry.target_of(self._factory) if self._factory is not None else None
+        return found
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The trained tokenizer; there after ``setup``."""
         if not self._learned or self._tokenizer is None:
@@ -210,7 +216,10 @@ class DataModule(pl.LightningDataModule):
 
             def groups() -> Iterator[Any]:
                 for group in grouped(reader.read()):
-                    yield encode(group)
+                    try:
+                        yield encode(group)
+                    except UserError as error:
+                        raise UserError(f"{reader.rows.key}: {', '.join(reader.rows.names)}: {error}") from error
                     bar.update(len(group))
 
             if joins:

@@ -49,6 +49,8 @@ class GroupedQuery(Attention):
     ) -> None:
         super().__init__(dim, role)
         check_heads(dim, num_heads, num_kv_heads)
+        if not 0 <= dropout < 1:
+            raise UserError(f"attention dropout must be at least 0 and below 1, got {dropout}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = dim // num_heads
         self.dropout = dropout
