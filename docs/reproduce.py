@@ -139,8 +139,31 @@ COLUMNS = {
 }
 
 
+HIGHLIGHTS = {
+    "tinyshakespeare_multi_head": ("characters of Shakespeare, 2,000 steps, attention", "val_loss", "validation loss"),
+    "tinyshakespeare_lstm": ("the same with an LSTM", "val_loss", "validation loss"),
+    "multi30k": ("Multi30k, English to German, test 2016", "test_bleu", "BLEU"),
+    "sst2_lstm": ("SST-2, sentences only", "test_accuracy", "test accuracy"),
+    "trec_multi_head": ("TREC, six classes", "test_accuracy", "test accuracy"),
+    "chnsenticorp_multi_head": ("ChnSentiCorp", "test_accuracy", "test accuracy"),
+}
+"""The rows that README.md shows: what, which figure, its name."""
+
+
+def highlights(records: dict[str, Any]) -> str:
+    """Return the table of README.md."""
+    lines = ["| data | model | figure | CPU time |", "|---|---|---|---|"]
+    for name, (what, key, figure) in HIGHLIGHTS.items():
+        record = records.get(name)
+        if record:
+            value = _number(record["results"][key])
+            size = f"{record['parameters'] / 1e6:.1f}M parameters"
+            lines.append(f"| {what} | {size} | {figure} {value} | {record['cpu_seconds'] / 60:.0f} min |")
+    return "\n".join(lines)
+
+
 def render() -> None:
-    """Write ``docs/results.md`` and ``docs/curves.png`` from the rows measured so far."""
+    """Write ``docs/results.md``, ``docs/curves.png`` and the table of README.md from the rows measured so far."""
     records = {name: json.loads((ROWS_FOLDER / f"{name}.json").read_text()) for name in ROWS if _measured(name)}
     lines = [
         "# Results",
@@ -187,6 +210,10 @@ def render() -> None:
         figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats a character)")
         lines += ["![Validation loss of four variants on tinyshakespeare](curves.png)", ""]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- results -->\n", "<!-- /results -->"
+    before, after = readme.partition(begin)[0], readme.partition(end)[2]
+    (ROOT / "README.md").write_text(f"{before}{begin}{highlights(records)}\n{end}{after}", encoding="utf-8")
 
 
 def _measured(name: str) -> bool:
