@@ -17,7 +17,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +88,17 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} thread(s)"
 
 
-def measure(name: str, output: Path) -> None:
-    """Train one row and write its JSON file."""
+def measure(name: str, output: Path, trained: bool = False) -> None:
+    """Train one row, unless it is ``trained`` already, and write its JSON file."""
     row = ROWS[name]
     words = ["fit", "--config", row.config, *row.changes]
     place = ["--name", name, "--output", str(output)]
-    started, cpu = time.time(), os.times()
-    llmkit(*words, *place)
-    ended, cpu_end = time.time(), os.times()
-    folder = max((output / name).glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    cpu = os.times()
+    if not trained:
+        llmkit(*words, *place)
+    cpu_end = os.times()
+    cpu_seconds = cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system
+    folder = max((output / name).glob("version_*/checkpoints"), key=_time).parent
     best = folder / "checkpoints" / "best.ckpt"
     model = checkpoint.load(best)
     record: dict[str, Any] = {
@@ -108,8 +109,8 @@ def measure(name: str, output: Path) -> None:
         "seed": model.config["seed_everything"],
         "machine": machine(),
         "torch": torch.__version__,
-        "seconds": round(ended - started),
-        "cpu_seconds": round(cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system),
+        "seconds": round(_time(folder / "results.json") - _time(folder / "config.yaml")),
+        "cpu_seconds": None if trained else round(cpu_seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": int(checkpoint.read(best)["global_step"]),
         "results": json.loads((folder / "results.json").read_text()),
@@ -132,6 +133,10 @@ def measure(name: str, output: Path) -> None:
     (ROWS_FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 COLUMNS = {
     LM: {"val_loss": "val loss", "val_perplexity": "val perplexity", "val_bits_per_byte": "bits per byte"},
     MT: {"test_bleu": "BLEU", "test_chrf": "chrF", "test_perplexity": "test perplexity"},
@@ -152,13 +157,13 @@ HIGHLIGHTS = {
 
 def highlights(records: dict[str, Any]) -> str:
     """Return the table of README.md."""
-    lines = ["| data | model | figure | CPU time |", "|---|---|---|---|"]
+    lines = ["| data | model | figure | training took |", "|---|---|---|---|"]
     for name, (what, key, figure) in HIGHLIGHTS.items():
         record = records.get(name)
         if record:
             value = _number(record["results"][key])
             size = f"{record['parameters'] / 1e6:.1f}M parameters"
-            lines.append(f"| {what} | {size} | {figure} {value} | {record['cpu_seconds'] / 60:.0f} min |")
+            lines.append(f"| {what} | {size} | {figure} {value} | {record['seconds'] / 60:.0f} min |")
     return "\n".join(lines)
 
 
@@ -182,7 +187,8 @@ def render() -> None:
         lines += ["|---" * (len(columns) + 4) + "|"]
         for record in rows:
             cells = [_number(record["results"].get(key)) for key in columns]
-            counts = [f"{record['parameters']:,}", f"{record['steps']:,}", f"{record['cpu_seconds']:,}"]
+            cpu = record["cpu_seconds"]
+            counts = [f"{record['parameters']:,}", f"{record['steps']:,}", "-" if cpu is None else f"{cpu:,}"]
             lines.append(f"| {record['row']} | {' | '.join([*cells, *counts])} |")
         lines.append("")
         for record in rows:
@@ -229,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--trained", action="store_true", help="measure the newest run of each row, without training")
     parser.add_argument("--render", action="store_true")
     args = parser.parse_args()
     unknown = sorted(set(args.rows) - set(ROWS))
@@ -238,7 +245,7 @@ def main() -> None:
         print("\n".join(f"{name:<28} {'measured' if _measured(name) else ''}" for name in ROWS))
         return
     for name in args.rows:
-        measure(name, args.output.resolve())
+        measure(name, args.output.resolve(), args.trained)
     render()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import Result, done
+from command import Result, done, llmkit
 
 from llmkit import registry
 
@@ -124,7 +124,9 @@ def test_infer(fitted: tuple[str, Result]) -> None:
 def test_test(fitted: tuple[str, Result]) -> None:
     name, result = fitted
     if not read(name)["data"].get("test"):
-        pytest.skip("the config has no test data")
+        refused = llmkit("test", "--ckpt_path", result.checkpoint)
+        assert refused.code == 2 and "data.test is not set" in refused.err
+        return
     done(
         *("test", "--ckpt_path", result.checkpoint, "--output", result.folder.parent.parent / "tested"),
         *("--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar=false"),
