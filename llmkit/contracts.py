@@ -213,6 +213,14 @@ class Memory(NamedTuple):
     x_BSD: Tensor
     seq: Sequence
 
+    def take(self, rows: Tensor) -> Memory:
+        """Return the memory of the given rows of the batch, in that order."""
+        positions, segments = self.seq.positions_BT, self.seq.segments_BT
+        kept = Sequence(
+            positions if len(positions) == 1 else positions[rows], None if segments is None else segments[rows]
+        )
+        return Memory(self.x_BSD[rows], kept)
+
 
 class Attention(nn.Module, ABC):
     """A module that mixes information along the sequence: softmax attention, a linear form, or an LSTM.

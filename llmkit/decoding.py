@@ -75,11 +75,7 @@ class Decoder:
         self.history = [(ids[rows], segments[rows]) for ids, segments in self.history]
         for state in self.state or []:
             state.reorder(rows)
-        if self.memory is not None:
-            seq = self.memory.seq
-            segments = None if seq.segments_BT is None else seq.segments_BT[rows]
-            positions = seq.positions_BT if len(seq.positions_BT) == 1 else seq.positions_BT[rows]
-            self.memory = Memory(self.memory.x_BSD[rows], Sequence(positions, segments))
+        self.memory = None if self.memory is None else self.memory.take(rows)
 
 
 @torch.no_grad()
@@ -190,15 +186,7 @@ def beam_search(
     ids = torch.tensor(prompts, device=device).repeat_interleave(beams, 0)
     decoder = Decoder(net, num * beams, ids.shape[1] + max(most, 1), memory)
     if memory is not None:
-        rows = torch.arange(num, device=device).repeat_interleave(beams)
-        seq = memory.seq
-        decoder.memory = Memory(
-            memory.x_BSD[rows],
-            Sequence(
-                seq.positions_BT if len(seq.positions_BT) == 1 else seq.positions_BT[rows],
-                None if seq.segments_BT is None else seq.segments_BT[rows],
-            ),
-        )
+        decoder.memory = memory.take(torch.arange(num, device=device).repeat_interleave(beams))
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
     active = list(range(num))  # the prompts that rows of the decoder belong to, in order
     sums = torch.full((num, beams), -torch.inf, device=device)
