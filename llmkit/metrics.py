@@ -12,6 +12,10 @@ from torchmetrics import Metric
 from llmkit.contracts import Loss
 
 
+EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
+"""What sums are kept in; Apple's GPUs have no doubles."""
+
+
 class MeanLoss(Metric):
     """Mean loss in nats a token or example."""
 
@@ -21,8 +25,8 @@ class MeanLoss(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
 
     def update(self, loss: Loss) -> None:
         """Add a summed loss."""
@@ -62,17 +66,17 @@ class _CorpusScore(Metric):
         self.scorer = scorer
         # The statistics are plain counts; their number follows from one example.
         width = len(scorer._extract_corpus_statistics(["a"], [["a"]])[0])
-        self.add_state("statistics", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("statistics", torch.zeros(width, dtype=EXACT), dist_reduce_fx="sum")
 
     def update(self, predictions: list[str], references: list[str]) -> None:
         """Add sentences and their references, detokenised."""
         rows = self.scorer._extract_corpus_statistics(predictions, [references])
-        self.statistics += torch.tensor(rows, dtype=torch.float64, device=self.statistics.device).sum(0)
+        self.statistics += torch.tensor(rows, dtype=EXACT, device=self.statistics.device).sum(0)
 
     def compute(self) -> Tensor:
         """Return the corpus score, 0 to 100."""
         score = self.scorer._compute_score_from_stats([int(value) for value in self.statistics.tolist()]).score
-        return torch.tensor(score, dtype=torch.float64)
+        return torch.tensor(score, dtype=EXACT)
 
     def signature(self) -> str:
         """Return sacrebleu's signature of how the score is computed (Post 2018, arXiv:1804.08771)."""
