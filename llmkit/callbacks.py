@@ -53,12 +53,12 @@ class Progress(ProgressBar):
         """Print below the progress line."""
         if self._enabled:
             self._end_line()
-            print(*args, flush=True)
+            print(*args, **{**kwargs, "flush": True})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks."""
         self._started = self._last = time.monotonic()
-        self._first_step = self._last_step = trainer.global_step
+        self._first_step = trainer.global_step
         self._tokens = 0
         if isinstance(pl_module, LanguageModel) and self._enabled:
             counts = pl_module.network.num_parameters()
@@ -92,13 +92,18 @@ class Progress(ProgressBar):
         print(f"\r{line:<78}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
         self._open_line = tty
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clocks."""
+        self._paused = time.monotonic()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the validation metrics of a running fit."""
+        """Show the validation metrics of a running fit and let the clocks go on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._enabled:
             values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
             text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
             self.print(f"step {trainer.global_step}: {text}", file=sys.stderr)
-        self._last = time.monotonic()
+            pause = time.monotonic() - self._paused
+            self._last, self._started = self._last + pause, self._started + pause
 
     def _end_line(self) -> None:
         if self._open_line:

@@ -11,7 +11,6 @@ from torchmetrics import Metric
 
 from llmkit.contracts import Loss
 
-
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
 """What sums are kept in; Apple's GPUs have no doubles."""
 
