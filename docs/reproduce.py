@@ -43,14 +43,15 @@ class Row:
 
 
 SHAKESPEARE = "configs/generation/tinyshakespeare.yaml"
+BUDGET = ("--trainer.max_steps", "400")  # 512,000 training tokens, a quarter of a pass
 LM, MT, CLS = "Language modelling", "Translation", "Classification"
 ROWS: dict[str, Row] = {
     "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
     "tinyshakespeare_standard": Row(LM, SHAKESPEARE, ("--model.attention", "standard")),
     "tinyshakespeare_lstm": Row(LM, SHAKESPEARE, ("--model.attention", "lstm")),
     "tinyshakespeare_gru": Row(LM, SHAKESPEARE, ("--model.attention", "gru")),
-    "wikitext2_multi_head": Row(LM, "configs/generation/wikitext2_transformer.yaml"),
-    "wikitext2_lstm": Row(LM, "configs/generation/wikitext2_lstm.yaml"),
+    "wikitext2_multi_head": Row(LM, "configs/generation/wikitext2_transformer.yaml", BUDGET),
+    "wikitext2_lstm": Row(LM, "configs/generation/wikitext2_lstm.yaml", BUDGET),
     "multi30k": Row(MT, "configs/translation/multi30k.yaml", test=True),
     "multi30k_lstm": Row(
         MT,
@@ -58,7 +59,13 @@ ROWS: dict[str, Row] = {
         ("--model.attention", "lstm", "--trainer.max_epochs", "2"),
         test=True,
     ),
-    "tatoeba": Row(MT, "configs/translation/tatoeba.yaml", test=True, samples="tatoeba_en_zh/test.tsv"),
+    "tatoeba": Row(
+        MT,
+        "configs/translation/tatoeba.yaml",
+        ("--trainer.max_epochs", "4"),
+        test=True,
+        samples="tatoeba_en_zh/test.tsv",
+    ),
     **{
         f"{name}_{attention}": Row(
             CLS, f"configs/classification/{name}.yaml", ("--model.attention", attention), test=True
