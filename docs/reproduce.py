@@ -107,6 +107,8 @@ def measure(name: str, output: Path, trained: bool = False) -> None:
     cpu_seconds = cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system
     folder = max((output / name).glob("version_*/checkpoints"), key=_time).parent
     best = folder / "checkpoints" / "best.ckpt"
+    if not best.exists():  # a run shorter than one validation interval
+        best = folder / "checkpoints" / "last.ckpt"
     model = checkpoint.load(best)
     record: dict[str, Any] = {
         "row": name,
