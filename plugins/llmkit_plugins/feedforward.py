@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ class _TwoLayers(Feedforward):
         self.out = nn.Linear(hidden, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
+    @abstractmethod
     def activate(self, x: Tensor) -> Tensor:
         """Return the hidden values after the activation."""
-        raise NotImplementedError
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the new values, position by position."""
