@@ -188,10 +188,10 @@ def render() -> None:
         "training command (- where it was not measured); its wall-clock time stands below the table, on a machine",
         "that had other work to do.",
         "",
-        "The settings of the translation and ChnSentiCorp configs were chosen without test data. Those of SST-2 (dropout,",
-        "minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in sight beside validation",
-        "accuracy, over a handful of variants, so these two test figures may be a little too good. No row was repeated",
-        "with other seeds: differences between variants of about a point may be chance.",
+        "The settings of the translation and ChnSentiCorp configs were chosen without test data. Those of SST-2",
+        "(dropout, minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in sight beside",
+        "validation accuracy, over a handful of variants, so these two test figures may be a little too good. No row",
+        "was repeated with other seeds: differences between variants of about a point may be chance.",
         "",
     ]
     for table, columns in COLUMNS.items():
