@@ -202,7 +202,7 @@ from torch import nn
 from llmkit import Attention, register
 
 
-@register("attention", "running_mean")
+@register("attention", "swapped_mean")
 class RunningMean(Attention):
     """Adds the mean of what came before."""
 
@@ -220,25 +220,25 @@ class RunningMean(Attention):
 def test_local_plugin(data: Path, tmp_path: Path) -> None:
     """A file beside the config, whatever the working directory; the checkpoint does not run it unasked."""
     folder = tmp_path / "experiment"
-    model = {"attention": {"name": "running_mean", "scale": 0.5}}
-    config = write(folder / "mean.yaml", {"imports": ["parts/running_mean_plugin.py"], "model": model})
+    model = {"attention": {"name": "swapped_mean", "scale": 0.5}}
+    config = write(folder / "mean.yaml", {"imports": ["parts/swapped_mean_plugin.py"], "model": model})
     (folder / "parts").mkdir()
-    (folder / "parts" / "running_mean_plugin.py").write_text(PLUGIN)
+    (folder / "parts" / "swapped_mean_plugin.py").write_text(PLUGIN)
     result = fit(data, tmp_path, "--config", config, "--model.attention.scale", "0.25")
     saved = yaml.safe_load((result.folder / "config.yaml").read_text())
-    assert saved["imports"] == [str(folder / "parts" / "running_mean_plugin.py")]
+    assert saved["imports"] == [str(folder / "parts" / "swapped_mean_plugin.py")]
     assert saved["model"]["attention"]["init_args"]["scale"] == 0.25
     fit(data, tmp_path, "--config", result.folder / "config.yaml")
-    assert answers(result, "word", "--imports", folder / "parts" / "running_mean_plugin.py")
+    assert answers(result, "word", "--imports", folder / "parts" / "swapped_mean_plugin.py")
 
     # Another process has not imported it.
     command = [sys.executable, "-m", "llmkit", "infer", str(result.checkpoint), "word"]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
-    assert "running_mean_plugin.RunningMean" in refused.stderr
+    assert "swapped_mean_plugin.RunningMean" in refused.stderr
     assert "--imports" in refused.stderr
     advice = refused.stderr.split("--imports", 1)[1].split()[0]  # what to type, from any folder
-    assert Path(advice) == folder / "parts" / "running_mean_plugin.py"
+    assert Path(advice) == folder / "parts" / "swapped_mean_plugin.py"
 
 
 # Runs and checkpoints
