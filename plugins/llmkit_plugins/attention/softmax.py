@@ -5,6 +5,7 @@ Here K is the number of key/value heads and C the number of columns a decoding s
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -14,8 +15,172 @@ from torch import Tensor, nn
 from llmkit.contracts import Attention, Memory, Role, Sequence, State
 from llmkit.errors import UserError
 
+Kept = dict[str, Tensor]
+"""What a variant keeps of each position that is looked at, (B, ..., S, width): keys and values, or what makes them."""
 
-class GroupedQuery(Attention):
+
+class Softmax(Attention):
+    """What softmax variants have in common: masks, position biases, the decoding cache, reading a memory.
+
+    A variant says what its queries are, what is kept of each position and how the one looks at the other. What is
+    kept is also what the cache holds. The projection back to the width must be called ``out``.
+
+    Args:
+        dim: model width.
+        role: ``causal``, ``bidirectional`` or ``cross``.
+        num_heads: number of heads.
+        dropout: probability that an attention weight is dropped in training.
+
+    Raises:
+        UserError: when ``dropout`` is not a probability below one.
+    """
+
+    roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
+    out: nn.Linear
+
+    def __init__(self, dim: int, role: Role, num_heads: int, dropout: float) -> None:
+        super().__init__(dim, role)
+        if not 0 <= dropout < 1:
+            raise UserError(f"attention dropout must be at least 0 and below 1, got {dropout}")
+        self.num_heads = num_heads
+        self.bias_heads = num_heads  # heads with a position bias of their own
+        self.dropout = dropout
+
+    @abstractmethod
+    def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
+        """Return the queries, (B, H, T, E), and what is kept of a sequence that looks at itself, both turned."""
+
+    @abstractmethod
+    def _query(self, x_BTD: Tensor) -> Tensor:
+        """Return the queries of a cross-attention, (B, H, T, E)."""
+
+    @abstractmethod
+    def _keep(self, x_BSD: Tensor) -> Kept:
+        """Return what a cross-attention keeps of the memory."""
+
+    @abstractmethod
+    def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """Return the mixed values, (B, H, T, E); the mask is boolean or added to the scores."""
+
+    @abstractmethod
+    def _room(self, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of what is kept of so many columns, without the batch."""
+
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the mixed sequence, (B, T, D); see ``Attention.forward``.
+
+        Raises:
+            ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
+        """
+        cross = self.role == "cross"
+        y_BHTE = self._cross(x_BTD, seq, memory, state) if cross else self._self(x_BTD, seq, state)
+        y: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
+        return y
+
+    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
+        """Return an empty cache of what is kept, (B, ..., C, width); a ``cross`` one is filled from the memory."""
+        if self.role == "bidirectional":
+            return None
+        room = self._room(max_length) if self.role == "causal" else {}
+        return State({name: like.new_zeros(batch_size, *shape) for name, shape in room.items()})
+
+    def _self(self, x_BTD: Tensor, seq: Sequence, state: State | None) -> Tensor:
+        q_BHTE, new = self._project(x_BTD, seq)
+        if state is not None:
+            start = state.length
+            self._store(state, new, seq)
+            if start > 0:
+                kept = {name: state[name][..., : state.length, :] for name in new}
+                return self._attend(q_BHTE, kept, self._cached_mask(state, seq, q_BHTE.dtype))
+        return self._own(q_BHTE, new, seq)
+
+    def _own(self, q_BHTE: Tensor, kept: Kept, seq: Sequence) -> Tensor:
+        """Let a sequence look at itself."""
+        return self._attend(q_BHTE, kept, *self._own_mask(seq, q_BHTE.dtype))
+
+    def _cross(self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None) -> Tensor:
+        q_BHTE = self._query(x_BTD)
+        if state is not None:
+            state.length += x_BTD.shape[1]
+        if state:
+            # The state's rows follow the beams; the memory that is passed along need not.
+            kept, segments_BS = {name: state[name] for name in state if name != "segments"}, state.get("segments")
+            if seq.segments_BT is None and segments_BS is None:
+                return self._attend(q_BHTE, kept, None)
+            columns = next(iter(kept.values())).shape[-2]
+            key = Sequence(torch.arange(columns, device=x_BTD.device)[None], segments_BS)
+        elif memory is not None:
+            kept, key = self._keep(memory.x_BSD), memory.seq
+            if state is not None:
+                state.update(kept)
+                if key.segments_BT is not None:
+                    state["segments"] = key.segments_BT
+        else:
+            raise ValueError("cross-attention needs the memory of an encoder")
+        return self._attend(q_BHTE, kept, seq.mask(key, causal=False))
+
+    def _own_mask(self, seq: Sequence, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
+        """Return the mask of a sequence that looks at itself, and whether plain causal order says it all."""
+        memo_key = ("scores", self.bias_heads, self.role, dtype)
+        if memo_key not in seq.memo:
+            causal = self.role == "causal"
+            plain = causal and seq.segments_BT is None and not self._biased(seq)
+            seq.memo[memo_key] = (None, True) if plain else (self._mask(seq, seq, dtype), False)
+        mask, is_causal = seq.memo[memo_key]
+        return mask, is_causal
+
+    def _mask(self, seq: Sequence, key: Sequence, dtype: torch.dtype) -> Tensor | None:
+        """Return the boolean mask, or with a position bias what is added to the scores."""
+        mask = self._visible(seq, key)
+        bias = seq.bias(key, self.bias_heads)
+        if bias is None:
+            return mask
+        bias = bias.to(dtype)
+        return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+    def _visible(self, seq: Sequence, key: Sequence) -> Tensor | None:
+        """Return which keys each query may look at, or None for all of them."""
+        return seq.mask(key, causal=self.role == "causal")
+
+    def _cached_mask(self, state: State, seq: Sequence, dtype: torch.dtype) -> Tensor | None:
+        """Return the mask of the newest columns against all cached ones."""
+        length, end = seq.positions_BT.shape[1], state.length
+        if length == 1 and "segments" not in state and "positions" not in state:
+            return None
+        if "positions" in state:
+            positions = state["positions"][:, :end]
+        else:
+            positions = torch.arange(end, device=seq.positions_BT.device)[None]  # only their number matters
+        segments = state["segments"][:, :end] if "segments" in state else None
+        return self._mask(seq, Sequence(positions, segments), dtype)
+
+    def _biased(self, seq: Sequence) -> bool:
+        first = Sequence(seq.positions_BT[:, :1], position=seq.position)
+        return first.bias(first, self.bias_heads) is not None
+
+    def _store(self, state: State, new: Kept, seq: Sequence) -> None:
+        """Write new columns into the cache; segments only once padding was seen, positions only for a bias."""
+        sample = state[next(iter(new))]
+        rows, room = len(sample), sample.shape[-2]
+        start, end = state.length, state.length + seq.positions_BT.shape[1]
+        if end > room:
+            raise ValueError(f"the decoding state has room for {room} columns, got {end}")
+        for name, value in new.items():
+            state[name][..., start:end, :] = value
+        if seq.segments_BT is not None and "segments" not in state:
+            state["segments"] = seq.positions_BT.new_ones(rows, room)
+        if "segments" in state:
+            state["segments"][:, start:end] = 1 if seq.segments_BT is None else seq.segments_BT
+        if start == 0 and self._biased(seq):
+            state["positions"] = seq.positions_BT.new_zeros(rows, room)
+        if "positions" in state:
+            state["positions"][:, start:end] = seq.positions_BT
+        state.length = end
+
+
+class GroupedQuery(Softmax):
     """Several query heads share one key/value head, which makes the decoding cache smaller; one is multi-query.
 
     Ainslie et al. 2023, arXiv:2305.13245; with ``num_kv_heads=1`` it is Shazeer 2019, arXiv:1911.02150. Normalised
@@ -35,8 +200,6 @@ class GroupedQuery(Attention):
         UserError: when the heads do not divide the width or each other.
     """
 
-    roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
-
     def __init__(
         self,
         dim: int,
@@ -47,13 +210,10 @@ class GroupedQuery(Attention):
         bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, role)
+        super().__init__(dim, role, num_heads, dropout)
         check_heads(dim, num_heads, num_kv_heads)
-        if not 0 <= dropout < 1:
-            raise UserError(f"attention dropout must be at least 0 and below 1, got {dropout}")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.num_kv_heads = num_kv_heads
         self.head_dim = dim // num_heads
-        self.dropout = dropout
         kv_dim = 2 * num_kv_heads * self.head_dim
         if role == "cross":
             self.q = nn.Linear(dim, dim, bias=bias)
@@ -63,66 +223,37 @@ class GroupedQuery(Attention):
         self.out = nn.Linear(dim, dim, bias=bias)
         self.qk_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
 
-    def forward(
-        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
-    ) -> Tensor:
-        """Return the mixed sequence, (B, T, D); see ``Attention.forward``.
-
-        Raises:
-            ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
-        """
-        cross = self.role == "cross"
-        y_BHTE = self._cross(x_BTD, seq, memory, state) if cross else self._self(x_BTD, seq, state)
-        y: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
-        return y
-
-    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return an empty cache of keys and values, (B, K, C, E); a ``cross`` one is filled from the memory at once."""
-        if self.role == "bidirectional":
-            return None
-        state = State()
-        if self.role == "causal":
-            shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
-            state["k"], state["v"] = like.new_zeros(shape), like.new_zeros(shape)
-        return state
-
     def mixing_flops(self, length: int) -> float:
         """Scores and weighted sum: 4 * length * dim; half of it when causal, the average over the positions."""
         return 4.0 * length * self.dim * (0.5 if self.role == "causal" else 1.0)
 
-    def _self(self, x_BTD: Tensor, seq: Sequence, state: State | None) -> Tensor:
+    def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
         H, K = self.num_heads, self.num_kv_heads
         qk_BHTE, v_BKTE = torch.split(self._heads(self.qkv(x_BTD)), [H + K, K], dim=1)
         q_BHTE, k_BKTE = torch.split(seq.rotate(self._norm(qk_BHTE)), [H, K], dim=1)
-        if state is not None:
-            start, end = state.length, state.length + x_BTD.shape[1]
-            self._store(state, k_BKTE, v_BKTE, seq)
-            if start > 0:
-                mask = self._cached_mask(state, seq, q_BHTE.dtype)
-                return self._attend(q_BHTE, state["k"][:, :, :end], state["v"][:, :, :end], mask)
-        mask, is_causal = self._own_mask(seq, q_BHTE.dtype)
-        return self._attend(q_BHTE, k_BKTE, v_BKTE, mask, is_causal)
+        return q_BHTE, {"k": k_BKTE, "v": v_BKTE}
 
-    def _cross(self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None) -> Tensor:
-        q_BHTE = self._norm(self._heads(self.q(x_BTD)))
-        if state is not None:
-            state.length += x_BTD.shape[1]
-        if state is not None and "k" in state:
-            # The state's rows follow the beams; the memory that is passed along need not.
-            k_BKSE, v_BKSE, segments_BS = state["k"], state["v"], state.get("segments")
-            if seq.segments_BT is None and segments_BS is None:
-                return self._attend(q_BHTE, k_BKSE, v_BKSE, None)
-            key = Sequence(torch.arange(k_BKSE.shape[2], device=x_BTD.device)[None], segments_BS)
-        elif memory is not None:
-            k_BKSE, v_BKSE = self._heads(self.kv(memory.x_BSD)).chunk(2, dim=1)
-            k_BKSE, key = self._norm(k_BKSE), memory.seq
-            if state is not None:
-                state["k"], state["v"] = k_BKSE, v_BKSE
-                if key.segments_BT is not None:
-                    state["segments"] = key.segments_BT
-        else:
-            raise ValueError("cross-attention needs the memory of an encoder")
-        return self._attend(q_BHTE, k_BKSE, v_BKSE, seq.mask(key, causal=False))
+    def _query(self, x_BTD: Tensor) -> Tensor:
+        return self._norm(self._heads(self.q(x_BTD)))
+
+    def _keep(self, x_BSD: Tensor) -> Kept:
+        k_BKSE, v_BKSE = self._heads(self.kv(x_BSD)).chunk(2, dim=1)
+        return {"k": self._norm(k_BKSE), "v": v_BKSE}
+
+    def _room(self, columns: int) -> dict[str, tuple[int, ...]]:
+        shape = (self.num_kv_heads, columns, self.head_dim)
+        return {"k": shape, "v": shape}
+
+    def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            kept["k"],
+            kept["v"],
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -132,72 +263,6 @@ class GroupedQuery(Attention):
         if self.qk_scale is None:
             return x_BHTE
         return F.rms_norm(x_BHTE, (self.head_dim,), self.qk_scale.to(x_BHTE.dtype), eps=1e-6)
-
-    def _attend(
-        self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool = False
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-
-    def _own_mask(self, seq: Sequence, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
-        """Return the mask of a sequence that looks at itself, and whether plain causal order says it all."""
-        memo_key = ("scores", self.num_heads, self.role, dtype)
-        if memo_key not in seq.memo:
-            causal = self.role == "causal"
-            plain = causal and seq.segments_BT is None and not self._biased(seq)
-            seq.memo[memo_key] = (None, True) if plain else (self._mask(seq, seq, dtype), False)
-        mask, is_causal = seq.memo[memo_key]
-        return mask, is_causal
-
-    def _mask(self, seq: Sequence, key: Sequence, dtype: torch.dtype) -> Tensor | None:
-        """Return the boolean mask, or with a position bias what is added to the scores."""
-        mask = seq.mask(key, causal=self.role == "causal")
-        bias = seq.bias(key, self.num_heads)
-        if bias is None:
-            return mask
-        bias = bias.to(dtype)
-        return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-
-    def _cached_mask(self, state: State, seq: Sequence, dtype: torch.dtype) -> Tensor | None:
-        """Return the mask of the newest columns against all cached ones."""
-        length, end = seq.positions_BT.shape[1], state.length
-        if length == 1 and "segments" not in state and "positions" not in state:
-            return None
-        if "positions" in state:
-            positions = state["positions"][:, :end]
-        else:
-            positions = torch.arange(end, device=seq.positions_BT.device)[None]  # only their number matters
-        segments = state["segments"][:, :end] if "segments" in state else None
-        return self._mask(seq, Sequence(positions, segments), dtype)
-
-    def _biased(self, seq: Sequence) -> bool:
-        first = Sequence(seq.positions_BT[:, :1], position=seq.position)
-        return first.bias(first, self.num_heads) is not None
-
-    def _store(self, state: State, k_BKTE: Tensor, v_BKTE: Tensor, seq: Sequence) -> None:
-        """Write new columns into the cache; segments only once padding was seen, positions only for a bias."""
-        rows, _, room, _ = state["k"].shape
-        start, end = state.length, state.length + k_BKTE.shape[2]
-        if end > room:
-            raise ValueError(f"the decoding state has room for {room} columns, got {end}")
-        state["k"][:, :, start:end] = k_BKTE
-        state["v"][:, :, start:end] = v_BKTE
-        if seq.segments_BT is not None and "segments" not in state:
-            state["segments"] = seq.positions_BT.new_ones(rows, room)
-        if "segments" in state:
-            state["segments"][:, start:end] = 1 if seq.segments_BT is None else seq.segments_BT
-        if start == 0 and self._biased(seq):
-            state["positions"] = seq.positions_BT.new_zeros(rows, room)
-        if "positions" in state:
-            state["positions"][:, start:end] = seq.positions_BT
-        state.length = end
 
 
 class MultiHead(GroupedQuery):
@@ -251,9 +316,15 @@ def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1 or num_kv_heads < 1:
         raise UserError(f"num_heads and num_kv_heads must be at least 1, got {num_heads} and {num_kv_heads}")
     if dim % num_heads:
-        below = dim // num_heads * num_heads
-        widths = ", ".join(str(width) for width in (below, below + num_heads) if width)
-        raise UserError(f"dim {dim} is not divisible by num_heads {num_heads}; nearest widths: {widths}")
+        raise UserError(
+            f"dim {dim} is not divisible by num_heads {num_heads}; nearest widths: {nearest(dim, num_heads)}"
+        )
     if num_heads % num_kv_heads:
         allowed = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
         raise UserError(f"num_heads {num_heads} is not divisible by num_kv_heads {num_kv_heads}; allowed: {allowed}")
+
+
+def nearest(dim: int, step: int) -> str:
+    """Return the widths around ``dim`` that ``step`` divides, as a list to read."""
+    below = dim // step * step
+    return ", ".join(str(width) for width in (below, below + step) if width)

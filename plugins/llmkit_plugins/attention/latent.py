@@ -1,0 +1,127 @@
+"""Softmax attention whose keys and values are made from a narrow vector.
+
+Here R is the width of that vector, P the width of the rotary key and C the number of columns a decoding state has
+room for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.contracts import Role, Sequence
+from llmkit.errors import UserError
+from llmkit_plugins.attention.softmax import Kept, Softmax, check_heads
+
+
+class Latent(Softmax):
+    """Keys and values of all heads come from one narrow vector a position, all that decoding has to keep.
+
+    Multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434. Position enters by a second, rotary key that all
+    heads share, since a key made from the latent could not be turned and still be made from it. Queries are not
+    compressed. Where few queries look at many keys, as in decoding, queries are moved into the space of the latents
+    instead of making keys and values from each; both give the same numbers.
+
+    Args:
+        dim: model width; must be divisible by ``num_heads``.
+        role: ``causal``, ``bidirectional`` or ``cross``; in ``cross`` nothing is turned and there is no rotary key.
+        num_heads: number of heads.
+        kv_rank: width of the latent. None: half of ``dim``, with which there are about as many weights as in
+            ``multi_head``.
+        rope_dim: width of the rotary key; even. None: about half the width of a head.
+        dropout: probability that an attention weight is dropped in training.
+
+    Raises:
+        UserError: when the heads do not divide the width, the rank is below one, or ``rope_dim`` is not even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        role: Role,
+        num_heads: int = 4,
+        kv_rank: int | None = None,
+        rope_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim, role, num_heads, dropout)
+        check_heads(dim, num_heads, num_heads)
+        self.head_dim = dim // num_heads
+        self.kv_rank = max(1, dim // 2) if kv_rank is None else kv_rank
+        self.rope_dim = max(2, self.head_dim // 4 * 2) if rope_dim is None else rope_dim
+        if self.kv_rank < 1:
+            raise UserError(f"kv_rank must be at least 1, got {kv_rank}")
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise UserError(f"rope_dim must be even and at least 2, got {rope_dim}")
+        if role == "cross":
+            self.rope_dim = 0
+        self.q = nn.Linear(dim, num_heads * (self.head_dim + self.rope_dim), bias=False)
+        self.down = nn.Linear(dim, self.kv_rank + self.rope_dim, bias=False)
+        self.up = nn.Linear(self.kv_rank, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.latent_scale = nn.Parameter(torch.ones(self.kv_rank))
+
+    def mixing_flops(self, length: int) -> float:
+        """Scores of head and rotary channels and weighted sum of the head's; half of it when causal."""
+        flops = 2.0 * length * self.num_heads * (2 * self.head_dim + self.rope_dim)
+        return flops * (0.5 if self.role == "causal" else 1.0)
+
+    def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
+        q_BHTE, q_BHTP = self._query(x_BTD).split([self.head_dim, self.rope_dim], -1)
+        latent_BTR, k_BTP = self.down(x_BTD).split([self.kv_rank, self.rope_dim], -1)
+        k_BTP = seq.rotate(k_BTP[:, None])[:, 0]
+        return torch.cat([q_BHTE, seq.rotate(q_BHTP)], -1), {"latent": torch.cat([self._norm(latent_BTR), k_BTP], -1)}
+
+    def _query(self, x_BTD: Tensor) -> Tensor:
+        q: Tensor = self.q(x_BTD)
+        q_BHTE: Tensor = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return q_BHTE
+
+    def _keep(self, x_BSD: Tensor) -> Kept:
+        return {"latent": self._norm(self.down(x_BSD))}
+
+    def _room(self, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the room of latents and rotary keys, side by side: (C, R + P)."""
+        return {"latent": (columns, self.kv_rank + self.rope_dim)}
+
+    def _norm(self, latent_BTR: Tensor) -> Tensor:
+        return F.rms_norm(latent_BTR, (self.kv_rank,), self.latent_scale.to(latent_BTR.dtype), eps=1e-6)
+
+    def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        latent = kept["latent"]
+        T, S, R, E = q_BHTE.shape[2], latent.shape[1], self.kv_rank, self.head_dim
+        # Products a head needs, rotary channels aside: 2 R for each score and its sum rather than 2 E, but then only
+        # queries and outputs go through ``up``, not all that is looked at.
+        absorbed = T * R * (E + S) < S * E * (R + T)
+        return (self._absorbed if absorbed else self._expanded)(q_BHTE, latent, mask, is_causal)
+
+    def _expanded(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Make keys and values from the latents and look at them."""
+        latent_BSR, k_BSP = latent_BSZ.split([self.kv_rank, self.rope_dim], -1)
+        kv: Tensor = self.up(latent_BSR)
+        k_BHSE, v_BHSE = kv.unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2).chunk(2, 1)
+        k_BHSP = k_BSP[:, None].expand(-1, self.num_heads, -1, -1)
+        return self._weighted(q, torch.cat([k_BHSE, k_BHSP], -1), v_BHSE, mask, is_causal)
+
+    def _absorbed(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Look at the latents themselves, which are keys and values that all heads share."""
+        k_HER, v_HER = self.up.weight.view(2, self.num_heads, self.head_dim, self.kv_rank)
+        q_BHTE, q_BHTP = q.split([self.head_dim, self.rope_dim], -1)
+        q = torch.cat([q_BHTE @ k_HER, q_BHTP], -1)
+        # The rotary channels are summed along and dropped: values as wide as keys take the fast kernels.
+        y = self._weighted(q, latent_BSZ[:, None], latent_BSZ[:, None], mask, is_causal)
+        y_BHTE: Tensor = y[..., : self.kv_rank] @ v_HER.mT
+        return y_BHTE
+
+    def _weighted(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=(self.head_dim + self.rope_dim) ** -0.5,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
