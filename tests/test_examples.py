@@ -62,15 +62,15 @@ def test_package_plugin(tmp_path: Path, library: Path) -> None:
     shutil.copytree(EXAMPLES / "package_plugin", source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "-q")
     run("-m", "pip", "install", *options, "--target", site, source, folder=tmp_path)
-    assert (site / "llmkit_linear" / "py.typed").is_file()
+    assert (site / "llmkit_aft" / "py.typed").is_file()
 
     listed = json.loads(run("-m", "llmkit", "plugins", "attention", "--json", folder=tmp_path, PYTHONPATH=site))
-    (found,) = (item for item in listed if item["name"] == "linear")
-    assert found["distribution"] == "llmkit-linear"
+    (found,) = (item for item in listed if item["name"] == "aft")
+    assert found["distribution"] == "llmkit-aft"
     assert found["error"] is None
 
     config = EXAMPLES.parent / "configs" / "quickstart.yaml"
-    words = ("fit", "--config", config, "--model.attention", "linear", "--model.attention.num_heads", "2", *TINY)
+    words = ("fit", "--config", config, "--model.attention", "aft", "--model.attention.limit", "4", *TINY)
     printed = run("-m", "llmkit", *words, folder=tmp_path, PYTHONPATH=site, STDLIB=library)
     assert "runs/quickstart/version_0/checkpoints/best.ckpt" in printed
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", folder=source, PYTHONPATH=site)
