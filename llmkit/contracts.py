@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -41,6 +41,8 @@ class Tokenizer(ABC):
     unk_id: int
     mask_id: int
     sep_id: int
+    lossless: bool = True
+    """Whether ``decode`` gives back, to the character, each text that was encoded without the unknown token."""
 
     @property
     @abstractmethod
@@ -378,6 +380,9 @@ class Head(nn.Module, ABC):
     """Further fields needed to train."""
     texts: ClassVar[tuple[str, ...]]
     """The fields that are text; a new tokenizer is trained on them."""
+    words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
+    """Fields that are encoded word by word, and what cuts a value into the pieces that are encoded: a new tokenizer is
+    trained on the pieces. Such a field that is not in ``texts`` may hold a list of words as well as a text."""
     kept: ClassVar[str] = "start"
     """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
@@ -389,7 +394,7 @@ class Head(nn.Module, ABC):
         super().__init__()
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
-        """Read what must be known before training from the training rows' target columns (label names)."""
+        """Read what must be known before training from the training rows' columns (label names)."""
 
     def info(self) -> dict[str, Any]:
         """Return what ``learn`` found, as JSON-able data for the checkpoint."""
@@ -397,6 +402,9 @@ class Head(nn.Module, ABC):
 
     def set_info(self, info: dict[str, Any]) -> None:
         """Restore what ``info`` returned."""
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take what ``loss`` needs of the trained tokenizer (the id of its mask token); called before ``build``."""
 
     def build(self, dim: int, vocab_size: int) -> None:
         """Create the head's own layers."""

@@ -66,6 +66,8 @@ class Word(_Learned):
         lowercase: lower all text first.
     """
 
+    lossless = False  # white space
+
     def __init__(self, vocab_size: int = 32768, min_frequency: int = 1, lowercase: bool = False) -> None:
         super().__init__(vocab_size)
         if min_frequency < 1:
@@ -124,6 +126,8 @@ class WordPiece(_Learned):
         lowercase: lower all text first (accents stay).
     """
 
+    lossless = False  # white space, and control characters
+
     def __init__(self, vocab_size: int = 8192, lowercase: bool = False) -> None:
         super().__init__(vocab_size)
         self._lowercase = lowercase
@@ -171,6 +175,8 @@ class Unigram(_Learned):
     Args:
         vocab_size: most ids; every character seen in training is kept.
     """
+
+    lossless = False  # U+2581
 
     def __init__(self, vocab_size: int = 8192) -> None:
         super().__init__(vocab_size)

@@ -36,6 +36,8 @@ class Pretrained(HuggingFace):
         path: file, folder or hub name such as ``gpt2``.
     """
 
+    lossless = False  # that is up to the file
+
     def __init__(self, path: str) -> None:
         self.path = path
 

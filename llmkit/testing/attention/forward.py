@@ -1,0 +1,511 @@
+"""What every attention variant owes in a full pass, whatever it computes: order, padding, documents, numbers."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
+
+from llmkit.contracts import Attention, Memory, Role, Sequence
+from llmkit.testing.attention.cases import (
+    LONG,
+    PACKED,
+    PADDED,
+    POSITIONS,
+    TOLERANCE,
+    Segments,
+    documents,
+    run,
+    same,
+    sequence,
+)
+from llmkit.testing.attention.subject import Subject, memory_of, need, own, plain
+from llmkit.testing.report import NotApplicable, Properties, Violation
+
+PROPERTIES: Properties[Subject] = Properties()
+ROLES = ("causal", "bidirectional", "cross")
+HEADS = (
+    "A frequent cause: view(B, T, H, E) and then multiplying without transpose(1, 2). The scores of attention are "
+    "(B, H, T, T), a position by a position; without it they are (B, T, H, H), a head by a head."
+)
+
+
+@PROPERTIES(
+    "it can be built in every role that it declares",
+    "A config that names it stops before training.",
+    essential=True,
+)
+def builds(subject: Subject) -> str:
+    wrong = [role for role in subject.declared if role not in ROLES]
+    if wrong or not subject.roles:
+        raise Violation(f"roles is {wrong or 'empty'}; allowed: {', '.join(ROLES)}")
+    for role in subject.roles:
+        module = subject.build(role)
+        if module.role != role or module.dim != subject.dim:
+            raise Violation(f"built as ({subject.dim}, '{role}') it says dim {module.dim}, role {module.role!r}")
+    return f"as {', '.join(subject.roles)}, {subject.dim} wide"
+
+
+@PROPERTIES(
+    "the output has the input's shape and dtype, at any length and batch size",
+    "The network stops with an error or, worse, the residual addition behind it broadcasts.",
+    essential=True,
+)
+def shape(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        for batch, length in ((1, 1), (1, 2), (1, 3), (2, 5), (3, 1), (1, LONG - 3)):
+            try:
+                run(module, subject.x(batch, length), Sequence.dense(length), plain(subject, role, batch, length))
+            except (RuntimeError, IndexError) as error:
+                raise Violation(_stops(subject, module, role, batch, length, error)) from error
+        single = subject.build(role, torch.float32)
+        y = run(single, subject.x(1, 3).float(), Sequence.dense(3), _to(plain(subject, role, 1, 3), torch.float32))
+        if y.dtype != torch.float32:
+            raise Violation(f"role {role}: a float32 input gave {y.dtype}")
+
+
+def _stops(subject: Subject, module: Attention, role: Role, batch: int, length: int, error: Exception) -> str:
+    """Return what is told of a variant that raises at some length; one that runs at a single length is explained."""
+    told = f"role {role}: input {(batch, length, subject.dim)} raised {type(error).__name__}: "
+    told += " ".join(str(error).split())[:200]
+    runs = []
+    for other in range(2, 17):
+        try:
+            run(module, subject.x(1, other), Sequence.dense(other), plain(subject, role, 1, other))
+            runs.append(other)
+        except Exception:
+            continue
+    if len(runs) == 1:
+        told += f". Of the lengths 2 to 16 only {runs[0]} runs, its number of heads? {HEADS}"
+    return told
+
+
+@PROPERTIES(
+    "an output depends on other positions, not only on its own",
+    f"Each position is worked on alone: the network knows no context. {HEADS}",
+)
+def mixes_positions(subject: Subject) -> None:
+    for role in own(subject):
+        length = 6
+        reads_TS = _reads(subject, role, None, 1, length)[0]
+        if not reads_TS.tril(-1).any():
+            raise Violation(f"role {role}, length {length}: no output depends on an earlier position")
+        if role == "bidirectional" and not reads_TS.triu(1).any():
+            raise Violation(f"role {role}, length {length}: no output depends on a later position")
+    if not own(subject):
+        raise NotApplicable("cross-attention only")
+
+
+def _reads(subject: Subject, role: Role, segments: Segments | None, batch: int, length: int) -> Tensor:
+    """Return whether each output depends on each input of its row, by gradient: (B, T, S)."""
+    module, x = subject.build(role), subject.x(batch, length).requires_grad_()
+    weights = subject.x(batch, length, 3)
+    y = run(module, x, sequence(segments, length=length))
+    rows = [torch.autograd.grad((y * weights)[:, t].sum(), x, retain_graph=True)[0] for t in range(length)]
+    sizes_BTS = torch.stack(rows, 1).abs().amax(-1)
+    return sizes_BTS > TOLERANCE * sizes_BTS.amax()
+
+
+@PROPERTIES(
+    "no output depends on a later input, by gradient",
+    "The model sees the token it has to predict: the training loss looks wonderful, the generated text is rubbish.",
+)
+def causal_by_gradient(subject: Subject) -> None:
+    need(subject, "causal")
+    for length in (2, 3, 7):
+        for position in POSITIONS:
+            module, x = subject.build("causal"), subject.x(1, length).requires_grad_()
+            y = run(module, x, sequence(None, position, length, subject.dim))
+            for t in range(length):
+                (grad,) = torch.autograd.grad((y * subject.x(1, length, 3))[:, t].sum(), x, retain_graph=True)
+                size_S = grad[0].abs().amax(-1)
+                later = (size_S[t + 1 :] > TOLERANCE * size_S.amax().clamp(min=1e-3)).nonzero()
+                if len(later):
+                    raise Violation(
+                        f"length {length}, {position}: output {t} has a gradient of "
+                        f"{float(size_S[t + 1 + later[0]]):.2g} to input {t + 1 + int(later[0])}"
+                    )
+
+
+@PROPERTIES(
+    "later inputs change nothing, and a prefix alone gives the same",
+    "The model sees what comes later: its training loss is too good, and text comes out otherwise than in training.",
+)
+def causal_by_value(subject: Subject) -> None:
+    need(subject, "causal")
+    module = subject.build("causal")
+    with torch.no_grad():
+        for length in (2, 3, 7, LONG):
+            x = subject.x(1, length)
+            whole = run(module, x, Sequence.dense(length))
+            for t in range(1, length) if length < LONG else (1, 63, 64, 100, LONG - 1):
+                changed = torch.cat([x[:, :t], 3 * subject.x(1, length - t, 5)], 1)
+                found = run(module, changed, Sequence.dense(length))[:, :t]
+                told = f"length {length}: outputs before {t} differ by {{}} when the inputs from {t} on are others"
+                same(found, whole[:, :t], told.format)
+                found = run(module, x[:, :t], Sequence.dense(t))
+                told = f"length {length}: its first {t} outputs differ by {{}} from those of these {t} inputs alone"
+                same(found, whole[:, :t], told.format)
+
+
+@PROPERTIES(
+    "padding changes no real position, wherever it stands",
+    "The loss and the answers depend on what else is in the batch.",
+)
+def padding(subject: Subject) -> None:
+    for role in own(subject):
+        for position in POSITIONS:
+            for segments in PADDED:
+                _alone(subject, role, segments, position, "padding")
+    if not own(subject):
+        raise NotApplicable("cross-attention only")
+
+
+@PROPERTIES(
+    "packed documents do not see each other",
+    "Text of one document leaks into another one: what is measured on packed data holds nowhere else.",
+)
+def packed_documents(subject: Subject) -> None:
+    longest = [[1] * (LONG // 2) + [2] * (LONG // 2 - 1) + [0]]
+    for role in own(subject):
+        for position in POSITIONS:
+            for segments in [*PACKED, longest]:
+                _alone(subject, role, segments, position, "other documents")
+    if not own(subject):
+        raise NotApplicable("cross-attention only")
+
+
+@torch.no_grad()
+def _alone(subject: Subject, role: Role, segments: Segments, position: str, what: str) -> None:
+    """Compare each document of a batch with the same document alone."""
+    module, x = subject.build(role), subject.x(len(segments), len(segments[0]))
+    y = run(module, x, sequence(segments, position, dim=subject.dim))
+    for row, columns in documents(segments):
+        alone = run(module, x[row : row + 1, columns], sequence(None, position, len(columns), subject.dim))
+
+        def told(size: str, row: int = row, columns: list[int] = columns) -> str:
+            others = x.clone()
+            others[row, columns] = 0
+            others = 2 * x - others  # these columns stay, all others are doubled
+            moved = run(module, others, sequence(segments, position, dim=subject.dim))
+            reads = float((moved - y)[row, columns].abs().amax()) > TOLERANCE
+            shown = str(segments) if len(segments[0]) < LONG // 2 else f"two documents in {len(segments[0])} columns"
+            return (
+                f"role {role}, {position}, segments {shown} (0 is padding): row {row}, columns "
+                f"{columns if len(columns) < 9 else f'{columns[0]} to {columns[-1]}'} differ by {size} from the same "
+                f"text alone; "
+                + (f"they change with the inputs of {what}" if reads else f"they depend on where {what} stand")
+            )
+
+        same(y[row, columns], alone[0], told)
+
+
+@PROPERTIES(
+    "rows of a batch do not mix, in training neither",
+    "The loss of a text depends on its neighbours in the batch; figures change with the batch size.",
+)
+def batch_rows(subject: Subject) -> None:
+    for role in subject.roles:
+        for segments in (None, [[1, 1, 1], [1, 1, 0]]):
+            for training in (False, True):
+                module, x = subject.build(role).train(training), subject.x(2, 3).requires_grad_()
+                memory = memory_of(subject, None, 2, 4) if role == "cross" else None
+                if memory is not None:
+                    memory.x_BSD.requires_grad_()
+                y = run(module, x, sequence(segments, length=3), memory)
+                inputs = [x] if memory is None else [x, memory.x_BSD]
+                grads = torch.autograd.grad((y * subject.x(2, 3, 3))[0].sum(), inputs, allow_unused=True)
+                for grad in grads:
+                    if grad is not None and grad[1].abs().amax() > TOLERANCE * grad.abs().amax():
+                        mode = "training" if training else "eval"
+                        raise Violation(f"role {role}, batch of 2, {mode} mode: row 0 depends on the input of row 1")
+        module = subject.build(role)
+        with torch.no_grad():
+            x, memory = subject.x(3, 4), plain(subject, role, 3, 4)
+            whole = run(module, x, Sequence.dense(4), memory)
+            for row in range(3):
+                taken = None if memory is None else memory.take(torch.tensor([row]))
+                alone = run(module, x[row : row + 1], Sequence.dense(4), taken)
+                told = f"role {role}: row {row} of 3 differs by {{}} from the same row alone"
+                same(alone[0], whole[row], told.format)
+
+
+@PROPERTIES(
+    "cross-attention reads all of the memory and no padding of it",
+    "A translation misses a part of its source, or changes with the padding of the batch.",
+)
+def cross_memory(subject: Subject) -> None:
+    need(subject, "cross")
+    length = 5
+    module = subject.build("cross")
+    read_S = torch.zeros(length, dtype=torch.bool)
+    for number in range(8):  # a sparse variant reads other places for other queries
+        x, memory = subject.x(1, 6, 20 + number), subject.x(1, length, 40 + number).requires_grad_()
+        y = run(module, x, Sequence.dense(6), Memory(memory, Sequence.dense(length)))
+        (grad,) = torch.autograd.grad((y * subject.x(1, 6, 3)).sum(), memory, allow_unused=True)
+        if grad is not None:
+            read_S |= grad[0].abs().amax(-1) > 0
+    if not read_S.all():
+        raise Violation(f"memory of length {length}: no query of 48 reads position {int((~read_S).nonzero()[0])}")
+    with torch.no_grad():
+        for segments in ([[1, 0]], [[0, 1]], [[1, 0, 1]], [[1, 1, 1, 0], [0, 1, 1, 1]]):
+            for position in POSITIONS:
+                padded = memory_of(subject, segments, len(segments), len(segments[0]))
+                x, seq = subject.x(len(segments), 3), sequence(None, position, 3, subject.dim)
+                y = run(module, x, seq, padded)
+                for row, columns in documents(segments):
+                    cut = Memory(padded.x_BSD[row : row + 1, columns], Sequence.dense(len(columns)))
+                    alone = run(module, x[row : row + 1], sequence(None, position, 3, subject.dim), cut)
+                    told = f"memory segments {segments} (0 is padding): row {row} differs by {{}} from unpadded memory"
+                    same(y[row : row + 1], alone, told.format)
+        rows = [[1, 1], [0, 0]]
+        run(module, subject.x(2, 3), Sequence.dense(3), memory_of(subject, rows, 2, 2))  # finite for an empty memory
+
+
+@PROPERTIES(
+    "gradients are finite and right, in double precision",
+    "Training stops with NaN, or goes in a wrong direction.",
+)
+def gradients(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        for segments in ([[1, 1, 1], [0, 1, 0], [0, 0, 0]], None):
+            batch = 1 if segments is None else len(segments)
+            x, memory = subject.x(batch, 3).requires_grad_(), memory_of(subject, segments, batch, 3)
+            memory.x_BSD.requires_grad_()
+            cross, rows = role == "cross", None if role == "cross" else segments
+            real_BT1 = torch.ones(batch, 3, 1) if rows is None else (torch.tensor(rows) > 0)[..., None]
+
+            def out(x: Tensor, memory_BSD: Tensor, *_: Tensor, rows: Any = rows, key: Any = memory.seq) -> Tensor:
+                given = Memory(memory_BSD, key) if cross else None  # noqa: B023
+                return run(module, x, sequence(rows, length=3), given) * real_BT1  # noqa: B023
+
+            inputs = (x, memory.x_BSD, *module.parameters())
+            grads = torch.autograd.grad(out(*inputs).sum(), inputs, allow_unused=True)
+            if any(grad is not None and not torch.isfinite(grad).all() for grad in grads):
+                raise Violation(f"role {role}, segments {segments} (0 is padding): a gradient is not finite")
+            try:
+                gradcheck(out, inputs, fast_mode=True)
+            except GradcheckError as error:
+                text = " ".join(str(error).split())[:200]
+                raise Violation(f"role {role}, segments {segments}: autograd and finite differences: {text}") from error
+
+
+@PROPERTIES(
+    "every parameter gets a gradient",
+    "A part of the weights never learns; DDP stops with unused parameters.",
+)
+def every_parameter_learns(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise NotApplicable("it has no parameters")
+        y = run(module, subject.x(2, 6), Sequence.dense(6), plain(subject, role, 2, 6))
+        (y * subject.x(2, 6, 3)).sum().backward()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any()):
+                raise Violation(f"role {role}: '{name}' {tuple(parameter.shape)} has no gradient")
+
+
+@PROPERTIES(
+    "in eval mode the same input gives the same output, whatever came before",
+    "Two measurements of one checkpoint differ; one text changes the answer to the next.",
+)
+def deterministic(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        with torch.no_grad():
+            x, memory = subject.x(1, 5), plain(subject, role, 1, 5)
+            first = run(module, x, Sequence.dense(5), memory)
+            same(
+                run(module, x, Sequence.dense(5), memory),
+                first,
+                f"role {role}: a second call with the same input differs by {{}}; dropout left on in eval mode?".format,
+            )
+            run(module, subject.x(2, 9, 5), Sequence.dense(9), plain(subject, role, 2, 9))
+            told = f"role {role}: after a call with another shape the same input differs by {{}}; a mask kept in self?"
+            same(run(module, x, Sequence.dense(5), memory), first, told.format)
+
+
+@PROPERTIES(
+    "dropout works in training and only there",
+    "The option does nothing, or evaluation is noisy.",
+)
+def dropout(subject: Subject) -> None:
+    if "dropout" not in inspect.signature(subject.factory).parameters:
+        raise NotApplicable("it has no argument 'dropout'")
+    for role in subject.roles:
+        module, x, memory = subject.build(role, dropout=0.5), subject.x(2, 6), plain(subject, role, 2, 6)
+        with torch.no_grad():
+            expected = run(subject.build(role, dropout=0.0), x, Sequence.dense(6), memory)
+            told = f"role {role}: in eval mode dropout 0.5 differs from dropout 0 by {{}}"
+            same(run(module, x, Sequence.dense(6), memory), expected, told.format)
+            module.train()
+            if torch.equal(*(run(module, x, Sequence.dense(6), memory) for _ in range(2))):
+                raise Violation(f"role {role}: in training mode with dropout 0.5 two calls are equal")
+
+
+@PROPERTIES(
+    "bfloat16, pure and by autocast, agrees with double precision",
+    "Mixed precision, the usual way to train, gives an error or noise.",
+)
+def bfloat16(subject: Subject) -> str:
+    worst = 0.0
+    for role in subject.roles:
+        for segments in (None, [[1, 1, 1, 2, 2, 0], [0, 1, 0, 1, 1, 1]]):
+            batch, rows = 2, None if role == "cross" else segments
+            x = subject.x(batch, 6)
+            memory = memory_of(subject, segments, batch, 6) if role == "cross" else None
+            real = torch.ones(batch, 6, dtype=torch.bool) if rows is None else torch.tensor(rows) > 0
+            with torch.no_grad():
+                expected = run(subject.build(role), x, sequence(rows, length=6), memory)[real]
+                half = _to(memory, torch.bfloat16)
+                pure = run(subject.build(role, torch.bfloat16), x.bfloat16(), sequence(rows, length=6), half)
+                if pure.dtype != torch.bfloat16:
+                    raise Violation(f"role {role}: a bfloat16 module gave {pure.dtype}")
+                with torch.autocast("cpu", torch.bfloat16):
+                    single = subject.build(role, torch.float32)
+                    mixed = run(single, x.float(), sequence(rows, length=6), _to(memory, torch.float32))
+            for name, y in (("bfloat16 weights", pure), ("autocast", mixed)):
+                # The median: rounding may turn a hard choice (top-k) at a few positions.
+                error = (y[real].double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+                worst = max(worst, float(error.median()))
+                if not error.median() < 0.1:
+                    raise Violation(f"role {role}, {name}: half of the positions are off by {error.median():.2g}")
+    return f"off by {worst:.1%}"
+
+
+@PROPERTIES(
+    "a state_dict brings all of it back",
+    "A loaded checkpoint is another model than the one that was saved.",
+)
+def state_dict(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        fresh = subject.factory(subject.dim, role).double().eval()
+        fresh.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            x, memory = subject.x(1, 5), plain(subject, role, 1, 5)
+            expected = run(module, x, Sequence.dense(5), memory)
+            told = f"role {role}: loaded into a new one it differs by {{}}; a tensor that is no parameter or buffer?"
+            same(run(fresh, x, Sequence.dense(5), memory), expected, told.format)
+
+
+@PROPERTIES(
+    "any memory layout will do, and inputs stay as they were",
+    "It fails behind a transpose, or spoils the residual stream of the layer around it.",
+)
+def layout_of_inputs(subject: Subject) -> None:
+    for role in subject.roles:
+        module = subject.build(role)
+        with torch.no_grad():
+            x, memory = subject.x(2, 5), plain(subject, role, 2, 5)
+            before = x.clone()
+            expected = run(module, x, Sequence.dense(5), memory)
+            if not torch.equal(before, x):
+                raise Violation(f"role {role}: the input is changed in place")
+            strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+            told = f"role {role}: with a transposed layout of the same input it differs by {{}}"
+            same(run(module, strided, Sequence.dense(5), memory), expected, told.format)
+
+
+@PROPERTIES(
+    "it can be built and run without memory (meta device)",
+    "llmkit cannot count its parameters before training, or shard it over GPUs.",
+)
+def meta_device(subject: Subject) -> None:
+    for role in subject.roles:
+        with torch.device("meta"):
+            module = subject.factory(subject.dim, role).eval()
+            x = torch.empty(2, 5, subject.dim)
+            memory = Memory(torch.empty(2, 3, subject.dim), Sequence.dense(3, "meta")) if role == "cross" else None
+            y = module(x, Sequence.dense(5, "meta"), memory=memory)
+        if not y.is_meta:
+            raise Violation(f"role {role}: built on the meta device it returns a tensor on {y.device}")
+
+
+@PROPERTIES(
+    "torch.compile gives the same numbers",
+    "model.compile: true changes results.",
+)
+def compiles(subject: Subject) -> str:
+    if subject.compile_backend is None:
+        raise NotApplicable("left out")
+    role = subject.roles[0]
+    module, x, memory = subject.build(role), subject.x(2, 7), plain(subject, role, 2, 7)
+    with torch.no_grad():
+        expected = run(module, x, Sequence.dense(7), memory)
+        torch._dynamo.reset()
+        try:
+            compiled: Any = torch.compile(module, backend=subject.compile_backend)
+            actual = run(compiled, x, Sequence.dense(7), memory)
+        finally:
+            torch._dynamo.reset()
+    same(actual, expected, f"role {role}: compiled by {subject.compile_backend} it differs by {{}}".format)
+    return f"{subject.compile_backend}"
+
+
+@PROPERTIES(
+    "it equals its slow reference",
+    "It computes something else than it says: a scale, a head order, a sign.",
+)
+def reference(subject: Subject) -> None:
+    if subject.reference is None:
+        raise NotApplicable("no reference given")
+    for role in subject.roles:
+        module = subject.build(role)
+        for segments in (None, [[1, 1, 0, 1, 1], [1, 2, 2, 2, 0]]):
+            for position in POSITIONS:
+                batch, rows = 2, None if role == "cross" else segments
+                memory = None
+                if role == "cross":
+                    memory = memory_of(subject, None if segments is None else PADDED[4], batch, 7)
+                x, seq = subject.x(batch, 5), sequence(rows, position, 5, subject.dim)
+                with torch.no_grad():
+                    y = run(module, x, seq, memory)
+                    expected = subject.reference(module, x, sequence(rows, position, 5, subject.dim), memory)
+                real = torch.ones(batch, 5, dtype=torch.bool) if rows is None else torch.tensor(rows) > 0
+                told = f"role {role}, {position}, segments {rows}: it differs by {{}} from the reference"
+                same(y[real], expected[real], told.format)
+
+
+@PROPERTIES(
+    "time and memory grow with the length as told",
+    "Long texts cost more than expected.",
+)
+def growth(subject: Subject) -> str:
+    """A figure rather than a verdict: the exponents of time and of memory kept for the backward pass."""
+    role = subject.roles[0]
+    module = subject.build(role, torch.float32).train()
+    lengths, sizes, times = (512, 2048), [], []
+    for length in lengths:
+        x = subject.x(1, length).float().requires_grad_()
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        spent = []
+        for _ in range(3):
+            start = time.process_time()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                y = run(module, x, Sequence.dense(length), _to(plain(subject, role, 1, length), torch.float32))
+            y.sum().backward()
+            spent.append(time.process_time() - start)
+        times.append(min(spent))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        sizes.append(sum(size for pointer, size in kept.items() if pointer not in weights))
+    ratio = torch.tensor(lengths[1] / lengths[0]).log()
+    time_exponent, memory_exponent = (float(torch.tensor(b / max(a, 1e-9)).log() / ratio) for a, b in (times, sizes))
+    return f"training: time ~ T^{time_exponent:.1f}, memory ~ T^{memory_exponent:.1f}"
+
+
+def _to(memory: Memory | None, dtype: torch.dtype) -> Memory | None:
+    return None if memory is None else Memory(memory.x_BSD.to(dtype), memory.seq)
