@@ -16,11 +16,11 @@ from llmkit.errors import UserError
 
 def parser() -> Parser:
     """Return the parser of ``llmkit infer``."""
-    options = Parser("infer", "Ask a checkpoint: generate, classify or translate text.")
+    options = Parser("infer", "Ask a checkpoint: generate, classify or translate text, tag it or answer from it.")
     add = options.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of a run")
-    add("texts", metavar="TEXT", nargs="*", help="one or more texts")
-    add("--input", metavar="FILE", help="a file with one text a line; - for standard input")
+    add("texts", metavar="TEXT", nargs="*", help="texts; JSON objects for a head that reads several fields")
+    add("--input", metavar="FILE", help="a file with one text (or JSON object) a line; - for standard input")
     add("--json", action="store_true", help="one JSON object a line")
     add("--max_new_tokens", type=int, help="most tokens to generate")
     add("--temperature", type=float, help="sampling temperature; 0 is greedy")
@@ -59,20 +59,33 @@ def run(command: str, argv: list[str]) -> int:
     for text in texts:
         if not text:
             raise UserError("infer: the text is empty: a prompt needs at least one token")
+    rows: list[Any] = texts if len(model.head.inputs) == 1 else [_row(text, model.head.inputs) for text in texts]
     streams = "on_token" in inspect.signature(model.head.predict).parameters and options.num_beams == 1
     streaming = streams and sys.stdout.isatty() and not args.json
-    for start in range(0, len(texts), 1 if streaming else args.batch_size):
-        rows = texts[start : start + (1 if streaming else args.batch_size)]
+    step = 1 if streaming else args.batch_size
+    for start in range(0, len(rows), step):
         extra: dict[str, Any] = {}
         if streaming:
-            print(rows[0], end="", flush=True)
+            print(texts[start], end="", flush=True)
             extra["on_token"] = _Printer(model.tokenizer)
-        for answer in model.predict(rows, options, **extra):
+        for answer in model.predict(rows[start : start + step], options, **extra):
             if streaming:
                 print()
             else:
                 print(json.dumps(answer, ensure_ascii=False) if args.json else model.head.show(answer), flush=True)
     return 0
+
+
+def _row(text: str, fields: tuple[str, ...]) -> dict[str, str]:
+    """Return the row of a head that reads several fields, from a JSON object."""
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        row = None
+    if isinstance(row, dict) and all(isinstance(row.get(field), str) and row[field] for field in fields):
+        return row
+    shape = json.dumps(dict.fromkeys(fields, "..."))
+    raise UserError(f"infer: this checkpoint reads {' and '.join(fields)}: expected '{shape}', got {text[:60]!r}")
 
 
 def _device(name: str) -> Any:
@@ -92,7 +105,7 @@ def _lines(source: str | None) -> Iterator[str]:
         content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"infer: --input {source}: {error}") from error
-    yield from (line for line in content.splitlines() if line.strip())
+    yield from (line for line in content.split("\n") if line.strip())
 
 
 class _Printer:

@@ -16,7 +16,11 @@ from llmkit.registry import DEFAULTS, Entry, check_family, entries
 
 def run(command: str, argv: list[str]) -> int:
     """List the plugins of one family or of all. A plugin that cannot be imported is listed with its error."""
-    parser = Parser(command, "List every plugin, where it is defined and which distribution brought it.")
+    parser = Parser(
+        command,
+        "List every plugin, where it is defined and which distribution brought it. "
+        "'llmkit plugins show' tells more of one, 'check' examines one, 'new' writes one to start from.",
+    )
     parser.add_argument("family", nargs="?", help=f"list one family only: {', '.join(DEFAULTS)}")
     parser.add_argument("--json", action="store_true", help="print a JSON list of objects instead of a table")
     parser.add_argument(

@@ -1,0 +1,15 @@
+"""``llmkit plugins``: list, check, show and create plugins; one module each."""
+
+from __future__ import annotations
+
+import importlib
+
+VERBS = ("check", "new", "show")
+
+
+def run(command: str, argv: list[str]) -> int:
+    """List the plugins or, when the first word is a verb, do that; returns the exit code."""
+    verb = argv[0] if argv and argv[0] in VERBS else ""
+    module = importlib.import_module(f"llmkit.commands.plugins.{verb or 'listing'}")
+    code: int = module.run(f"{command} {verb}", argv[1:]) if verb else module.run(command, argv)
+    return code
