@@ -40,16 +40,22 @@ class Row:
     test: bool = False
     samples: str = ""
     """A TSV of the test data whose first column is translated as samples."""
+    starts_from: str = ""
+    """The row whose best checkpoint gives the weights to begin with."""
 
 
 SHAKESPEARE = "configs/generation/tinyshakespeare.yaml"
 BUDGET = ("--trainer.max_steps", "400")  # 512,000 training tokens, a quarter of a pass
-LM, MT, CLS = "Language modelling", "Translation", "Classification"
+LM, MT, CLS, MLM = "Language modelling", "Translation", "Classification", "Masked words"
+NER, QA, SUM = "Named entities", "Question answering", "Summarization"
+VARIANTS = (
+    *("standard", "lstm", "gru", "sliding_window", "differential", "latent", "linear", "retention", "low_rank"),
+    "min_gru",
+)
+WORDS = "{name: word, vocab_size: 20000, min_frequency: 2, lowercase: true}"
 ROWS: dict[str, Row] = {
     "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
-    "tinyshakespeare_standard": Row(LM, SHAKESPEARE, ("--model.attention", "standard")),
-    "tinyshakespeare_lstm": Row(LM, SHAKESPEARE, ("--model.attention", "lstm")),
-    "tinyshakespeare_gru": Row(LM, SHAKESPEARE, ("--model.attention", "gru")),
+    **{f"tinyshakespeare_{name}": Row(LM, SHAKESPEARE, ("--model.attention", name)) for name in VARIANTS},
     "wikitext2_multi_head": Row(LM, "configs/generation/wikitext2_transformer.yaml", BUDGET),
     "wikitext2_lstm": Row(LM, "configs/generation/wikitext2_lstm.yaml", BUDGET),
     "multi30k": Row(MT, "configs/translation/multi30k.yaml", test=True),
@@ -73,6 +79,18 @@ ROWS: dict[str, Row] = {
         for name in ("sst2", "trec", "chnsenticorp")
         for attention in ("multi_head", "lstm")
     },
+    "sst2_masked_lm": Row(MLM, "configs/masked_lm/sst2_masked_lm.yaml"),
+    "sst2_pretrained": Row(CLS, "configs/classification/sst2_pretrained.yaml", test=True, starts_from="sst2_masked_lm"),
+    "sst2_not_pretrained": Row(
+        CLS,
+        "configs/classification/sst2_pretrained.yaml",
+        ("--model.init_from", "null", "--data.tokenizer", WORDS),
+        test=True,
+    ),
+    **{name: Row(NER, f"configs/token_classification/{name}.yaml", test=True) for name in ("wnut17", "weibo_ner")},
+    "jaquad": Row(QA, "configs/question_answering/jaquad.yaml", test=True),
+    **{name: Row(QA, f"configs/question_answering/{name}.yaml") for name in ("xquad", "cmrc2018")},
+    "dialogsum": Row(SUM, "configs/summarization/dialogsum.yaml", test=True),
 }
 
 
@@ -102,13 +120,12 @@ def measure(name: str, output: Path, trained: bool = False) -> None:
     place = ["--name", name, "--output", str(output)]
     cpu = os.times()
     if not trained:
-        llmkit(*words, *place)
+        start = ["--model.init_from", str(_best(output / row.starts_from))] if row.starts_from else []
+        llmkit(*words, *start, *place)
     cpu_end = os.times()
     cpu_seconds = cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system
-    folder = max((output / name).glob("version_*/checkpoints"), key=_time).parent
-    best = folder / "checkpoints" / "best.ckpt"
-    if not best.exists():  # a run shorter than one validation interval
-        best = folder / "checkpoints" / "last.ckpt"
+    best = _best(output / name)
+    folder = best.parent.parent
     model = checkpoint.load(best)
     record: dict[str, Any] = {
         "row": name,
@@ -142,6 +159,13 @@ def measure(name: str, output: Path, trained: bool = False) -> None:
     (ROWS_FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _best(folder: Path) -> Path:
+    """Return the best checkpoint of the newest run below a folder."""
+    checkpoints = max(folder.glob("version_*/checkpoints"), key=_time)
+    best = checkpoints / "best.ckpt"
+    return best if best.exists() else checkpoints / "last.ckpt"  # a run shorter than one validation interval
+
+
 def _time(path: Path) -> float:
     return path.stat().st_mtime
 
@@ -149,6 +173,13 @@ def _time(path: Path) -> float:
 COLUMNS = {
     LM: {"val_loss": "val loss", "val_perplexity": "val perplexity", "val_bits_per_byte": "bits per byte"},
     MT: {"test_bleu": "BLEU", "test_chrf": "chrF", "test_perplexity": "test perplexity"},
+    MLM: {"val_loss": "val loss", "val_perplexity": "val perplexity", "val_accuracy": "words guessed"},
+    NER: {"test_f1": "test F1", "test_precision": "precision", "test_recall": "recall", "val_f1": "val F1"},
+    QA: {
+        **{"test_exact_match": "test EM", "test_f1": "test F1"},
+        **{"val_exact_match": "val EM", "val_f1": "val F1"},
+    },
+    SUM: {"test_rouge1": "ROUGE-1", "test_rouge2": "ROUGE-2", "test_rougeL": "ROUGE-L", "val_loss": "val loss"},
     CLS: {"test_accuracy": "test accuracy", "test_macro_f1": "macro F1", "val_accuracy": "val accuracy"},
 }
 
@@ -229,7 +260,7 @@ def render() -> None:
     }
     if curves:
         figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats a character)")
-        lines += ["![Validation loss of four variants on tinyshakespeare](curves.png)", ""]
+        lines += ["![Validation loss of all variants on tinyshakespeare](curves.png)", ""]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     begin, end = "<!-- results -->\n", "<!-- /results -->"

@@ -23,11 +23,17 @@ from llmkit.registry import Entry
 
 NAMES = {
     "tokenizer": ["bpe", "byte", "char", "pretrained", "unigram", "word", "wordpiece"],
-    "attention": ["grouped_query", "gru", "lstm", "multi_head", "standard"],
+    "attention": [
+        *("differential", "grouped_query", "gru", "latent", "linear", "low_rank", "lstm", "min_gru", "multi_head"),
+        *("retention", "sliding_window", "standard"),
+    ],
     "position": ["alibi", "learned", "none", "rotary", "sinusoidal"],
     "feedforward": ["gelu", "relu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
-    "head": ["classification", "generation", "translation"],
+    "head": [
+        *("classification", "generation", "masked_lm", "question_answering", "summarization", "token_classification"),
+        "translation",
+    ],
 }
 """Every first-party plugin. A name that users write into configs must not vanish by accident."""
 
@@ -109,7 +115,7 @@ def test_every_plugin_can_be_loaded(family: str, name: str) -> None:
 def test_unknown_names() -> None:
     assert message(lambda: registry.find("attention", "multihead")) == (
         "unknown attention 'multihead'. Did you mean 'multi_head'? "
-        "Allowed: grouped_query, gru, lstm, multi_head, standard."
+        f"Allowed: {', '.join(NAMES['attention'])}."
     )
     text = message(lambda: registry.entries("atention"))
     assert text.startswith("unknown family 'atention'. Did you mean 'attention'? Allowed: attention, feedforward, ")
