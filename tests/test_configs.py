@@ -39,10 +39,20 @@ def read(name: str) -> dict[str, Any]:
 
 
 def cut(source: Path, target: Path) -> None:
-    """Write a file's first line and others at equal distances; parallel files stay parallel."""
-    lines = source.read_bytes().splitlines(keepends=True)
+    """Write a file's first line and others at equal distances; parallel files stay parallel.
+
+    Of tagged sentences whole ones are kept, of questions those of two paragraphs an article.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(b"".join(lines[:: max(1, len(lines) // LINES)]))
+    content = source.read_bytes()
+    if content.startswith(b'{"') and source.suffix == ".json":
+        articles = json.loads(content)["data"][:4]
+        data = [{**article, "paragraphs": article["paragraphs"][:2]} for article in articles]
+        target.write_text(json.dumps({"data": data}), encoding="utf-8")
+        return
+    sentences = content.split(b"\n\n")
+    separator, parts = (b"\n\n", sentences) if len(sentences) > LINES / 2 else (b"\n", content.split(b"\n"))
+    target.write_bytes(separator.join(parts[:: max(1, len(parts) // LINES)]))
 
 
 def small_data(content: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -75,9 +85,32 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in small_data(content, folder).items():
             patch.setenv(variable, value)
-        batch = "--data.batch_tokens=300" if content["data"].get("batch_tokens") else "--data.batch_size=2"
-        yield name, done("fit", "--config", ROOT / "configs" / name, batch, *SHORT, "--output", folder / "runs")
+        yield name, fit(name, folder, *started(name, folder))
 
+
+def fit(name: str, folder: Path, *words: object) -> Result:
+    """Fit a config for two steps."""
+    batch = "--data.batch_tokens=300" if read(name)["data"].get("batch_tokens") else "--data.batch_size=2"
+    return done("fit", "--config", ROOT / "configs" / name, batch, *SHORT, "--output", folder / "runs", *words)
+
+
+def started(name: str, folder: Path) -> list[object]:
+    """Return the option that names the weights to begin with, after a fit of the config that they come from."""
+    given = read(name)["model"].get("init_from")
+    if given is None:
+        return []
+    (source,) = (other for other in CONFIGS if Path(other).stem == Path(given).parts[1])
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in small_data(read(source), folder / "before").items():
+            patch.setenv(variable, value)
+        return ["--model.init_from", fit(source, folder / "before").checkpoint]
+
+
+ASKED = {
+    "masked_lm": "a good [MASK]",
+    "question_answering": '{"question": "What is it?", "context": "It is a good day. A good day it is."}',
+}
+"""What is asked of a checkpoint that answers more than texts."""
 
 SHORT = (
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"),
@@ -115,8 +148,9 @@ def test_fit(fitted: tuple[str, Result]) -> None:
 
 
 def test_infer(fitted: tuple[str, Result]) -> None:
-    _, result = fitted
-    answer = done("infer", result.checkpoint, "a good day", "--json", "--max_new_tokens", "3").out
+    name, result = fitted
+    asked = ASKED.get(Path(name).parts[0], "a good day")
+    answer = done("infer", result.checkpoint, asked, "--json", "--max_new_tokens", "3").out
     assert answer.count("\n") == 1
     assert json.loads(answer)
 

@@ -20,6 +20,10 @@ from torch import nn
 from llmkit import DataModule, DecodingOptions, LanguageModel, UserError, load, plugin, registry
 
 HEADS = ("generation", "classification", "translation")
+FILES = {
+    **{"generation": "text.txt", "masked_lm": "text.txt", "classification": "labels.csv", "translation": "pairs.tsv"},
+    **{"summarization": "summaries.csv", "token_classification": "tags.conll", "question_answering": "questions.squad"},
+}
 PROMPTS = ("word 3", "line 12 of")
 
 
@@ -31,14 +35,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("\n".join(words) + "\n")
     (folder / "labels.csv").write_text("text,label\n" + "".join(f"{w},{'ab'[i % 2]}\n" for i, w in enumerate(words)))
     (folder / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{word}\t{word[::-1]}\n" for word in words))
+    (folder / "summaries.csv").write_text("document,summary\n" + "".join(f"{w},{w[:6]}\n" for w in words))
+    tagged = ["".join(f"{part}\t{'B-N' if part.isdigit() else 'O'}\n" for part in w.split()) for w in words]
+    (folder / "tags.conll").write_text("\n".join(tagged))
+    answer = {"text": "word", "answer_start": 0}
+    questions = [{"context": w, "qas": [{"id": w, "question": "which?", "answers": [answer]}]} for w in words]
+    (folder / "questions.squad").write_text(json.dumps({"data": [{"title": "", "paragraphs": questions}]}))
     (folder / "rows.txt").write_text("".join(f"word {i}\n" for i in (5, 3, 11, 4, 7)))
     return folder
 
 
 def of_head(head: str, data: Path) -> list[str]:
     """Return the options that train a head on its data."""
-    file = {"generation": "text.txt", "classification": "labels.csv", "translation": "pairs.tsv"}[head]
-    return ["--model.head", head, "--data.train", str(data / file), "--data.test", str(data / file)]
+    file = FILES[head]
+    words = ["--model.head", head, "--data.train", str(data / file), "--data.test", str(data / file)]
+    return words + (["--data.format", file.partition(".")[2]] if file.endswith(("conll", "squad")) else [])
 
 
 def fit(data: Path, output: Path, *words: object, head: str = "generation") -> Result:
@@ -83,6 +94,28 @@ def test_attention_and_head(attention: str, head: str, data: Path, tmp_path: Pat
     beams = answers(result, *PROMPTS, "--num_beams", "3", "--max_new_tokens", "5")
     assert len(beams) == 2
     assert all(isinstance(answer["text"], str) for answer in beams)
+
+
+ASKED = {
+    "masked_lm": ["word [MASK]", "line 12 [MASK] it"],
+    "question_answering": [
+        json.dumps({"question": "which?", "context": text}) for text in ("word 3", "line 12 of word 4 and line 7")
+    ],
+}
+
+
+@pytest.mark.parametrize("head", sorted(FILES.keys() - set(HEADS)))
+@pytest.mark.parametrize("attention", ["multi_head", "lstm", "low_rank"])
+def test_attention_and_further_head(attention: str, head: str, data: Path, tmp_path: Path) -> None:
+    assert FILES.keys() == registry.entries("head").keys()
+    result = fit(data, tmp_path, "--model.attention", attention, head=head)
+    asked, greedy = ASKED.get(head, PROMPTS), ("--greedy", "--max_new_tokens", "5")
+    together = answers(result, *asked, *greedy)
+    alone = [answers(result, text, *greedy)[0] for text in asked]
+    assert len(together) == 2
+    for one, other in zip(together, alone, strict=True):
+        texts = {key: value for key, value in one.items() if isinstance(value, str)}
+        assert texts == {key: other[key] for key in texts}
 
 
 @pytest.mark.parametrize(
