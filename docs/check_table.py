@@ -53,8 +53,8 @@ def main() -> None:
         lines.append("")
     lines += [BUGS, "| bug | variant | noticed by | also by |", "|---|---|---|---|"]
     for bug in bugs.BUGS:
-        options = {"reference": plain_attention.reference} if bug.source is plain_attention else {}
-        report = testing.check("attention", bugs.sown(bug), compile_backend=None, **options)
+        reference = plain_attention.reference if bug.source is plain_attention else None
+        report = testing.check("attention", bugs.sown(bug), compile_backend=None, reference=reference)
         failed = [result.name for result in report.failed]
         assert bug.caught_by in failed, bug.name
         others = ", ".join(f"`{name}`" for name in failed if name != bug.caught_by) or "-"

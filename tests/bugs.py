@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import plain_attention
 
 from llmkit.contracts import Attention
-from llmkit_plugins.attention import recurrent
+from llmkit_plugins.attention import linear, min_gru, recurrent, window
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ BUGS = [
     Bug(
         "cache position off by one",
         "rows[:, None] + S - T)",
-        "rows[:, None] + S - T - (state_seen := S > T))",
+        "rows[:, None] + S - T - int(S > T))",
         "decoding_steps",
     ),
     Bug(
@@ -179,6 +179,54 @@ BUGS = [
         "decoding_steps",
         recurrent,
         "LSTM",
+    ),
+    Bug(
+        "cache of a window never trimmed",
+        "self._mask(seq, key, q_BHTE.dtype))\n        self._trim(state, kept, key)",
+        "super()._visible(seq, key))\n        state.update(kept, positions=key.positions_BT, segments=key.segments_BT)",
+        "decoding_long",
+        window,
+        "SlidingWindow",
+    ),
+    Bug(
+        "linear attention divided by the sum over the future too",
+        'chunks.mix(q_BHTE, k_BHTE, torch.ones_like(v_BHTE[..., :1]), "weights")',
+        "q_BHTE @ k_BHTE.sum(2, keepdim=True).mT",
+        "causal_by_gradient",
+        linear,
+        "Linear",
+    ),
+    Bug(
+        "group norm over the length",
+        "self.norm(y_BTD.flatten(0, 1).to(v_BHTE.dtype)).view_as(x_BTD)",
+        "self.norm(y_BTD.mT.to(v_BHTE.dtype)).mT",
+        "causal_by_gradient",
+        linear,
+        "Retention",
+    ),
+    Bug(
+        "minGRU goes on over documents",
+        "keep_BTD = keep_BTD.masked_fill((segments_BT > running_BT[:, :-1])[..., None], 0.0)",
+        "pass",
+        "packed_documents",
+        min_gru,
+        "MinGRU",
+    ),
+    Bug(
+        "minGRU reads padding",
+        "keep_BTD.masked_fill(padding_BT1, 1.0), new_BTD.masked_fill(padding_BT1, 0.0)",
+        "keep_BTD, new_BTD",
+        "padding",
+        min_gru,
+        "MinGRU",
+    ),
+    Bug(
+        "a gradient written by hand, one position off",
+        "return new_BTD * previous_BTD, new_BTD",
+        "return new_BTD * h_BTD, new_BTD",
+        "gradients",
+        min_gru,
+        "MinGRU",
     ),
 ]
 

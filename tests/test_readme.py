@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import pytest
 import yaml
+from bugs import BUGS
 from command import Result, done
 
-from llmkit import config, main, optim, registry
+from llmkit import config, main, optim, registry, testing
 from llmkit.cli import TRAINER_DEFAULTS
 from llmkit.contracts import DecodingOptions
 from llmkit.data import DataModule
@@ -27,7 +28,7 @@ from llmkit.module import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")
+GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in ("results.md", "plugin-check.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *GUIDES]
 TINY = (
     *("--model.dim", "16", "--model.num_layers", "1", "--model.context", "16", "--model.decoding.max_new_tokens", "4"),
@@ -79,6 +80,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     forget("running_mean")
+    forget("my_attention")
 
 
 def forget(module: str) -> None:
@@ -304,12 +306,28 @@ def test_plugin_arguments_are_documented() -> None:
 
 
 def test_the_norm_of_the_guide_trains(workspace: Path) -> None:
-    (block,) = blocks(ROOT / "docs" / "plugins.md", "python")
+    (block,) = (block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "@register" in block.text)
     (workspace / "guide_norm.py").write_text(block.text)
     try:
         done("fit", "--config", "configs/quickstart.yaml", "--imports", "guide_norm.py", "--model.norm", "l2", *TINY)
     finally:
         forget("guide_norm")
+
+
+def test_the_examination_of_the_guide() -> None:
+    (block,) = (block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "examination" in block.text)
+    names: dict[str, Any] = {}
+    exec(block.text, names)
+    names["test_multi_head"]("causal_by_gradient")
+
+
+def test_every_sown_bug_is_in_the_table() -> None:
+    text = (ROOT / "docs" / "plugin-check.md").read_text("utf-8")
+    for bug in BUGS:
+        assert f"| {bug.name} | {bug.cls} | `{bug.caught_by}` |" in text, "run docs/check_table.py"
+    for family in registry.DEFAULTS:
+        for found in testing.properties(family):
+            assert f"| `{found.name}` | {found.claim} |" in text, "run docs/check_table.py"
 
 
 def test_the_guide_names_every_member_of_the_contracts() -> None:
