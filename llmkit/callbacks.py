@@ -159,7 +159,9 @@ class RunReport(Callback):
                 print(f"  {name + ':':<20} {path}")
         best = folder / "checkpoints" / "best.ckpt"
         checkpoint = best if best.exists() else folder / "checkpoints" / "last.ckpt"
-        print(f"\nUse it:  llmkit infer {checkpoint} {'TEXT'!r}", flush=True)
+        fields = model.head.inputs
+        asked = "TEXT" if len(fields) == 1 else json.dumps({name: "TEXT" for name in fields})
+        print(f"\nUse it:  llmkit infer {checkpoint} {asked!r}", flush=True)
 
     def finish(self, trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
         """Write and print validation or test results, and draw the confusion matrix if there is one."""

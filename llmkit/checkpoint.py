@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkit import config, registry
+from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ PARTS = ("model", "tokenizer", "tokenizer_state", "head_info", "config")
 STRUCTURE = ("dim", "num_layers", "norm_first", "tie_embeddings")
 PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
 """The arguments of a model that decide which weights it has."""
+ALIKE = ("attention", "position", "feedforward", "norm", "norm_first")
+"""The arguments that decide what weights of the same names and shapes mean."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,64 @@ def build(part: dict[str, Any], where: str) -> LanguageModel:
 
 def restore(model: LanguageModel, part: dict[str, Any]) -> None:
     """Give a model the tokenizer, label names and config that a checkpoint carries."""
-    tokenizer = registry.factory_of(part["tokenizer"], "tokenizer")()
-    tokenizer.from_state(part["tokenizer_state"])
-    model.tokenizer = tokenizer
+    model.tokenizer = _tokenizer(part)
     model.head.set_info(part["head_info"])
     model.head_ready = True
     model.config = part["config"]
+
+
+def _tokenizer(part: dict[str, Any]) -> Tokenizer:
+    tokenizer: Tokenizer = registry.factory_of(part["tokenizer"], "tokenizer")()
+    tokenizer.from_state(part["tokenizer_state"])
+    return tokenizer
+
+
+def initial(path: str | Path) -> tuple[Stored, Tokenizer]:
+    """Return the weights and the tokenizer of the checkpoint that ``model.init_from`` names.
+
+    Of its classes only the tokenizer's is needed. Raises UserError as ``load`` does.
+    """
+    try:
+        content = read(path)
+        part, where = content["llmkit"], f"checkpoint {path}"
+        _check_known("tokenizer", part["tokenizer"]["class_path"], where, part["config"].get("imports") or [])
+        kept = {name: content[name] for name in ("llmkit", "state_dict")}  # the optimizer's state is let go
+        return Stored(Path(path), kept), _tokenizer(part)
+    except ValueError as error:  # a UserError, or what ``from_state`` raises
+        raise UserError(f"model.init_from: {error}") from error
+
+
+def take_weights(model: LanguageModel, stored: Stored) -> str:
+    """Copy every weight of a checkpoint that has the name and the shape of one of a built model.
+
+    Returns a sentence that says what was taken and what was not. Raises UserError when nothing fits.
+    """
+    own, theirs = model.state_dict(), stored.content["state_dict"]
+    common = [name for name in own if name in theirs]
+    taken = [name for name in common if own[name].shape == theirs[name].shape]
+    spec = stored.part["model"]
+    parts = [(f"model.{key}", _name(spec.get(key)), _name(model.spec[key])) for key in ALIKE]
+    left = {
+        "of another shape": [
+            f"{name} {tuple(theirs[name].shape)} there, {tuple(own[name].shape)} here"
+            for name in common
+            if name not in taken
+        ],
+        "only there": [name for name in theirs if name not in own],
+        "only here": [name for name in own if name not in theirs],
+        "another part": [f"{key} {there} there, {here} here" for key, there, here in parts if there != here],
+    }
+    told = "".join(f"; {what}: {_first(names)}" for what, names in left.items() if names)
+    if not taken:
+        raise UserError(f"model.init_from {stored.path}: none of its weights fits this model{told}")
+    for name in taken:
+        own[name].copy_(theirs[name])
+    return f"model.init_from {stored.path}: {len(taken)} of its {len(theirs)} weights taken, and its tokenizer{told}"
+
+
+def _first(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_fits(model: LanguageModel, stored: Stored, tokenizer: type | None) -> None:

@@ -100,6 +100,11 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The checkpoint's config is below the files and the command line already (see ``run``)."""
 
+    def before_instantiate_classes(self) -> None:
+        """Let a model that comes from a checkpoint do without the one that its training began with."""
+        if self.stored is not None:
+            self.config[self.command].model.init_from = None
+
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         try:
@@ -110,7 +115,9 @@ class CLI(LightningCLI):
         self._dump_config()
         drop = ("config", "ckpt_path", "weights_only", "verbose")
         self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
-        if self.stored is not None:
+        if self.stored is None:
+            self.model.check_tokenizer(self.datamodule.tokenizer_class)
+        else:
             own = self.model.config
             checkpoint.check_fits(self.model, self.stored, self.datamodule.tokenizer_class)
             checkpoint.restore(self.model, self.stored.part)

@@ -155,9 +155,12 @@ class Sequence:
         Without ``key`` the sequence looks at itself. When there are more keys than queries, the queries are the last
         positions of the keys (cached decoding). Every row of the mask has at least one True for real memory.
         """
+        if key is self:
+            key = None
         memo_key = ("mask", id(key), causal)
         if memo_key not in self.memo:
-            # The key is kept beside the mask, so that its id cannot be given to another object meanwhile.
+            # The key is kept beside the mask, so that its id cannot be given to another object meanwhile; not this
+            # sequence itself, for FSDP walks through what it is handed and would go round in circles.
             self.memo[memo_key] = (key, self._mask(self if key is None else key, causal))
         mask: Tensor | None = self.memo[memo_key][1]
         return mask

@@ -75,6 +75,8 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         if not (data.get(stage) or data.get("source") or _values(words, f"--data.{stage}", "--data.source")):
             raise UserError(f"data.{stage} is not set: give --data.{stage} FILE")
     tree.pop("ckpt_path", None)
+    if _tokenizer_comes_along(words, trees, tree):
+        tree["data"]["tokenizer"] = None
     if imports:
         tree["imports"] = list(dict.fromkeys(imports))
     _quiet()
@@ -160,6 +162,14 @@ def _values(words: Words, *keys: str) -> list[str]:
 def _list(text: str) -> list[str]:
     value = yaml.safe_load(text)
     return [str(item) for item in value] if isinstance(value, list) else [text]
+
+
+def _tokenizer_comes_along(words: Words, trees: list[tuple[str, dict[str, Any]]], tree: dict[str, Any]) -> bool:
+    """Return whether the tokenizer is that of ``model.init_from``: no other one is asked for."""
+    files = _values(words, "--model.init_from") or [tree["model"].get("init_from")]
+    asked = [content.get("data", {}).get("tokenizer") for _, content in trees]
+    asked += [key for key, _ in words if key.startswith("--data.tokenizer")]
+    return files[-1] not in (None, "null") and not any(asked)
 
 
 def _typed_words(words: Words, tree: dict[str, Any], problems: list[str]) -> list[str]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+import string
+import unicodedata
+from collections import Counter
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,3 +103,162 @@ class ChrF(_CorpusScore):
         from sacrebleu.metrics import chrf
 
         super().__init__(chrf.CHRF())
+
+
+_ONE_BY_ONE = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_ROUGE_TOKEN = re.compile(rf"[{_ONE_BY_ONE}]|[^\W_{_ONE_BY_ONE}]+")
+
+
+class ROUGE(Metric):
+    """Mean F-measure of ROUGE over all texts, each against one reference, 0 to 100.
+
+    Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+    Tokens are runs of letters and digits in lower case, not stemmed, and the single characters of Chinese and
+    Japanese. On plain ASCII text that gives the numbers of the ``rouge_score`` package without its stemmer.
+
+    Args:
+        kind: ``1`` or ``2``: what is counted are tokens or pairs of tokens; ``L``: the longest common subsequence.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, kind: Literal["1", "2", "L"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+
+    def update(self, predictions: list[str], references: list[str]) -> None:
+        """Add texts and their references."""
+        for pair in zip(predictions, references, strict=True):
+            self.total += self._f_measure(*(_ROUGE_TOKEN.findall(text.lower()) for text in pair))
+        self.count += len(predictions)
+
+    def compute(self) -> Tensor:
+        """Return the mean F-measure, 0 to 100."""
+        return 100 * self.total / self.count
+
+    def _f_measure(self, tokens: list[str], wanted: list[str]) -> float:
+        """Return 2PR / (P + R), which is twice the common units over the units of both."""
+        if self.kind == "L":
+            common, units = _common_subsequence(tokens, wanted), len(tokens) + len(wanted)
+        else:
+            grams, others = (self._grams(row) for row in (tokens, wanted))
+            common, units = (grams & others).total(), grams.total() + others.total()
+        return 2 * common / units if units else 0.0
+
+    def _grams(self, tokens: list[str]) -> Counter[tuple[str, ...]]:
+        size = int(self.kind)
+        return Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
+
+
+def _common_subsequence(a: list[str], b: list[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    best = [0] * (len(b) + 1)  # with the part of ``a`` seen so far, for each beginning of ``b``
+    for token in a:
+        diagonal = 0
+        for i, other in enumerate(b, 1):
+            diagonal, best[i] = best[i], diagonal + 1 if token == other else max(best[i], best[i - 1])
+    return best[-1]
+
+
+class Mean(Metric):
+    """Mean of values that come as sums with their number (an accuracy, a score of texts)."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+
+    def update(self, total: float, count: int) -> None:
+        """Add ``count`` values whose sum is ``total``."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return total / count."""
+        return self.total / self.count
+
+
+_SAME_PREFIX = {"M": "I", "L": "E", "U": "S"}  # BMES and BILOU, as BIOES writes them
+
+
+def entities(tags: list[str]) -> list[tuple[str, int, int]]:
+    """Return the entities of a sentence as (label, first word, word after the last one).
+
+    Tags are ``O`` or a prefix and a label, ``B-PER``; schemes BIO, BIOES, BMES, BILOU. As conlleval counts, and seqeval
+    by default, an ``I-`` that continues no entity of its label begins one (Tjong Kim Sang and De Meulder 2003,
+    "Introduction to the CoNLL-2003 Shared Task").
+    """
+    found: list[tuple[str, int, int]] = []
+    before, label, begin = "O", "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, new = tag.partition("-")
+        prefix = _SAME_PREFIX.get(prefix, prefix)
+        if not (before in ("B", "I") and prefix in ("I", "E") and new == label):
+            if before != "O":
+                found.append((label, begin, place))
+            begin = place
+        before, label = prefix, new
+    return found
+
+
+class EntityScore(Metric):
+    """Precision, recall or F1 of entities, 0 to 1: right are those with label, first and last word right.
+
+    Computed over all entities together (micro average), as conlleval and seqeval do.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, kind: Literal["precision", "recall", "f1"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.add_state("counts", torch.zeros(3, dtype=EXACT), dist_reduce_fx="sum")
+
+    def update(self, predicted: list[list[str]], wanted: list[list[str]]) -> None:
+        """Add the tags of sentences."""
+        pairs = [(set(entities(a)), set(entities(b))) for a, b in zip(predicted, wanted, strict=True)]
+        rows = [[0, 0, 0], *([len(found & there), len(found), len(there)] for found, there in pairs)]
+        self.counts += self.counts.new_tensor(rows).sum(0)
+
+    def compute(self) -> Tensor:
+        """Return the score; 0 where nothing was found or there was nothing to find."""
+        right, found, there = self.counts
+        of = {"precision": found, "recall": there, "f1": (found + there) / 2}[self.kind]
+        score: Tensor = right / of.clamp(min=0.5)  # the least number of entities that is not zero
+        return score
+
+
+def answer_scores(answer: str, references: list[str], by_character: bool = False) -> tuple[float, float]:
+    """Return exact match and F1 of an answer, 0 to 1, each against the reference where it is best.
+
+    By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the words that
+    both have, after lower-casing, without ASCII punctuation and the articles a, an and the. By character, for texts
+    without blanks between words, it is the same for single characters, without any punctuation and white space.
+    Without references both are 0.
+    """
+    words = _answer_words(answer, by_character)
+    exact = best = 0.0
+    for reference in references:
+        wanted = _answer_words(reference, by_character)
+        exact = max(exact, float(words == wanted))
+        common = (Counter(words) & Counter(wanted)).total()
+        best = max(best, 2 * common / max(1, len(words) + len(wanted)))
+    return exact, best
+
+
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _answer_words(text: str, by_character: bool) -> list[str]:
+    if by_character:
+        return [c for c in text.lower() if not (c.isspace() or unicodedata.category(c).startswith("P"))]
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ASCII_PUNCTUATION)).split()

@@ -13,6 +13,7 @@ import pytest
 from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
 
 from llmkit.data import DataModule, hub
+from llmkit.data.sources import Options, Row, local
 from llmkit.errors import UserError
 
 ROWS = [("a b", "x"), ('c "quoted", d', "y"), ("NA", "x"), ("é", "y")]
@@ -80,6 +81,129 @@ def test_lines_with_a_pattern(tmp_path: Path) -> None:
     path.write_bytes("X:abc Wer?\n\nY:d é\u2028!\n".encode("latin-1", "replace"))
     found = labelled(tmp_path, str(path), pattern=r"(?P<label>\w+):\S+ (?P<text>.*)", encoding="latin-1")
     assert found == [("Wer?", "X"), ("é?!", "Y")]
+
+
+def rows_of(path: Path, format: Any, pattern: str | None = None) -> list[Row]:
+    return list(local("data.train", str(path), Options(format, pattern)).read())
+
+
+def test_conll(tmp_path: Path) -> None:
+    """Blocks of lines are sentences; '#' is a word where its line looks like the others, else begins a comment."""
+    path = tmp_path / "a.conll"
+    lines = [
+        "# global.columns = a b", "", "-DOCSTART- -X- O", "", "# sent_id = 1", "EU NNP B-ORG ", "# # O", "x.  y I-ORG",
+        " \t ", "", "#\tNNP\tO", "New York\tNNP\tB-LOC", "\u2028\tNNP\tO", "# a comment of ours", "", "#", "",
+        "-DOCSTART-",
+    ]  # fmt: skip
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    rows = rows_of(path, "conll")
+    assert [row.data for row in rows] == [
+        {"tokens": ["EU", "#", "x."], "tags": ["B-ORG", "O", "I-ORG"]},
+        {"tokens": ["#", "New York", "\u2028"], "tags": ["O", "B-LOC", "O"]},
+    ]
+    assert [(row.number, row.first, row.place) for row in rows] == [(6, True, f"{path}:6"), (11, True, f"{path}:11")]
+
+
+def test_conll_without_tags(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("EU\nrejects\n\n#\n!")
+    assert [row.data for row in rows_of(path, "conll")] == [{"tokens": ["EU", "rejects"]}, {"tokens": ["#", "!"]}]
+
+
+def test_conll_with_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("#\thttp://x [2009]\n1\t北0\tB-LOC\tO\n2\t京1\tI-LOC\tO\n3\t#0\tO\tO\n")
+    found = rows_of(path, "conll", r"\d+\t(?P<word>.)\d\t(?P<outer>\S+)\t(?P<inner>\S+)")
+    wanted = {"word": ["北", "京", "#"], "outer": ["B-LOC", "I-LOC", "O"], "inner": ["O", "O", "O"]}
+    assert [row.data for row in found] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern", "says"),
+    [
+        ("a O\n\nb\nc O\n", None, r":3 has no 'tags', other lines of the sentence have"),
+        ("a\tO\n\tO\n", None, r":2 does not begin with a word: '\\tO'"),
+        ("a\tO\nb O\n", r"(?P<tokens>\S+)\t(?P<tags>\S+)", r":2 does not match data\.pattern: 'b O'"),
+    ],
+)
+def test_malformed_conll(tmp_path: Path, content: str, pattern: str | None, says: str) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"^data\.train: .*a\.conll{says}$"):
+        rows_of(path, "conll", pattern)
+
+
+SQUAD = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": "A",
+            "paragraphs": [
+                {
+                    "context": "c1",
+                    "qas": [
+                        {"id": "x", "question": "q1", "answers": [{"text": "c", "answer_start": 0, "kind": "y"}]},
+                        {"id": 7, "question": "q2", "answers": [], "is_impossible": True},
+                    ],
+                },
+                {"context": "c2", "qas": [{"question": "q3"}]},
+            ],
+        },
+        {"paragraphs": [{"context": "c3", "id": "p", "qas": []}]},
+        {"title": "B", "paragraphs": [{"context": "c1", "qas": [{"id": "z", "question": "q4"}]}]},
+    ],
+}
+
+
+def test_squad(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(SQUAD, indent=1))
+    rows = rows_of(path, "squad")
+    columns = ("id", "title", "context", "question", "answers")
+    assert [tuple(map(row.data.get, columns)) for row in rows] == [
+        ("x", "A", "c1", "q1", {"text": ["c"], "answer_start": [0]}),
+        ("7", "A", "c1", "q2", {"text": [], "answer_start": []}),
+        ("3", "A", "c2", "q3", None),
+        ("z", "B", "c1", "q4", None),
+    ]
+    assert [(row.first, row.number) for row in rows] == [(True, 1), (False, 2), (True, 3), (True, 4)]
+
+
+def test_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
+    paragraphs = [
+        {"context": f"c{p}", "qas": [{"question": f"q{q}", "answers": []} for q in range(3)]} for p in range(10)
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    fields = {"text": "context", "label": "question"}
+    data = bound(Labelling(), 8, tmp_path, train=str(path), format="squad", columns=fields, validation_share=0.3)
+    sides = []
+    for stage in ("train", "validation"):
+        split: Any = data.split(stage)
+        sides.append([data.tokenizer.decode(split.features[i]["ids"]) for i in range(len(split))])
+    assert [len(side) for side in sides] == [21, 9]
+    assert not set(sides[0]) & set(sides[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", r":1 is not JSON"),
+        ("[]", r": expected SQuAD's format, but the file has no list 'data'"),
+        ('{"data": [{"paragraphs": []}, {}]}', r"data\[1\] has no list 'paragraphs'"),
+        ('{"data": [{"paragraphs": [3]}]}', r"data\[0\]\.paragraphs\[0\] has no str 'context'"),
+        (
+            json.dumps(SQUAD).replace('"answer_start": 0', '"answer_start": "0"'),
+            r"data\[0\]\.paragraphs\[0\]\.qas\[0\] has no int 'answer_start'",
+        ),
+        (json.dumps(SQUAD).replace('"q3"', "null"), r"data\[0\]\.paragraphs\[1\]\.qas\[0\] has no str 'question'"),
+    ],
+)
+def test_malformed_squad(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"^data\.train: .*a\.json.*{says}"):
+        rows_of(path, "squad")
 
 
 def test_several_files_are_sorted(tmp_path: Path) -> None:

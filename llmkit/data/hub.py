@@ -49,9 +49,16 @@ def _load(source: str, subset: str | None, split: str, streaming: bool, rank: in
 
     data = _try(source, load)
     # Class numbers become class names: those are what a prediction should say.
-    names = {name: kind.names for name, kind in (data.features or {}).items() if hasattr(kind, "names")}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in (data.features or {}).items()}  # of lists too
+    names = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "names")}
     for number, item in enumerate(data, 1):
         for name in names.keys() & item.keys():
-            if isinstance(item[name], int) and item[name] >= 0:
-                item[name] = names[name][item[name]]
+            item[name] = _named(item[name], names[name])
         yield Row(item, split, number)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Return the class name of a number, or of each number of a list; -1 stands for none."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and value >= 0 else value

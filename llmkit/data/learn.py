@@ -18,18 +18,18 @@ def train_tokenizer(
     tokenizer: Tokenizer, factory: Callable[[], Tokenizer] | None, head: Head, reader: Reader, folder: Path
 ) -> None:
     """Train the tokenizer that ``factory`` built on the head's texts, or load it from the cache."""
-    names = [name for name in head.texts if name in (*head.inputs, *head.targets)]
+    cuts = {name: f"{cut.__module__}.{cut.__qualname__}" for name, cut in head.words.items()}
 
     def write(path: Path) -> None:
         reader.check()
-        tokenizer.train(texts(reader.read, names))
+        tokenizer.train(texts(reader.read, head))
         cache.write_text(path / "state.json", tokenizer.to_state())
 
     try:
         spec = repr(registry.spec_of(factory)) if factory else ""
     except UserError:  # some other callable: what it built is known by its settings
         spec = ""
-    key = cache.digest(["tokenizer", reader.identity, names, cache.identity(tokenizer, folder), spec])
+    key = cache.digest(["tokenizer", reader.identity, cuts, cache.identity(tokenizer, folder), spec])
     path = cache.entry(folder, key, write)
     if not tokenizer.trained:
         tokenizer.from_state((path / "state.json").read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
     def write(path: Path) -> None:
         nonlocal learned
         reader.check()
-        head.learn(Columns(reader.read, head.targets))
+        head.learn(Columns(reader.read, dict.fromkeys((*head.inputs, *head.targets))))
         cache.write_text(path / "info.json", json.dumps(head.info()))
         learned = True
 

@@ -47,7 +47,10 @@ class DataModule(pl.LightningDataModule):
         subset: which configuration of ``source``.
         format: how files are read; ``auto`` goes by the suffix (unknown ones are text), or is ``lines`` with a
             ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object a line, or one list.
-        pattern: regular expression that a whole line of format ``lines`` matches; its named groups are the columns.
+            ``conll``: a word a line with its tag, an empty line after each sentence; the columns are lists. ``squad``:
+            questions about paragraphs in SQuAD's JSON, whose columns are those of the hub's ``squad``.
+        pattern: regular expression that a whole line of format ``lines`` or ``conll`` matches; its named groups are the
+            columns. Without it the first field of a ``conll`` line is in column ``tokens``, the last one in ``tags``.
         column_names: the columns of CSV or TSV files without a header.
         columns: the column of each of the head's fields; default: the field's name.
         encoding: encoding of text files.

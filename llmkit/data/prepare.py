@@ -33,6 +33,7 @@ class Fields:
 
     needed: tuple[str, ...]
     texts: frozenset[str]
+    words: frozenset[str]
     columns: Mapping[str, str]
 
     @classmethod
@@ -43,7 +44,8 @@ class Fields:
             if name not in known:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
                 raise UserError(f"data.columns: the head has no field '{name}'.{hint}")
-        return cls(head.inputs if predict else known, frozenset(head.texts), dict(columns or {}))
+        texts = frozenset(head.texts)
+        return cls(head.inputs if predict else known, texts, frozenset(head.words) - texts, dict(columns or {}))
 
     def column(self, name: str, rows: Rows) -> str:
         """Return the column of a field; plain text serves the only field that is asked for."""
@@ -51,19 +53,20 @@ class Fields:
 
     def items(self, rows: Rows, read: Iterator[Row]) -> Iterator[Item]:
         """Yield rows with the head's fields. Raises UserError, with the place, for a missing column or cell."""
-        columns = [(name, self.column(name, rows), name in self.texts) for name in self.needed]
+        columns = [(name, self.column(name, rows), name in self.texts, name in self.words) for name in self.needed]
         document = -1
         for row in read:
             fields = {}
-            for name, column, is_text in columns:
+            for name, column, is_text, is_words in columns:
                 value = row.data.get(column)
                 if value is None:
                     raise _missing(rows, row, name, column)
-                if is_text and not isinstance(value, str):
+                if (is_text or is_words) and not isinstance(value, str):
                     if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-                        kind = type(value).__name__
-                        raise UserError(f"{rows.key}: column '{column}' at {row.place} is {kind}, expected text")
-                    value = "\n".join(value)  # paragraphs
+                        found = f"column '{column}' at {row.place} is {type(value).__name__}"
+                        raise UserError(f"{rows.key}: {found}, expected text or a list of texts")
+                    if is_text:
+                        value = "\n".join(value)  # paragraphs
                 fields[name] = value
             document += row.first
             yield Item(fields, document)
@@ -144,13 +147,14 @@ class _Column:
         return (item.fields[self.name] for item in self.read())
 
 
-def texts(read: Read, names: Iterable[str]) -> Iterator[str]:
-    """Yield every text of a split; a tokenizer is trained on them."""
-    names = tuple(names)
+def texts(read: Read, head: Head) -> Iterator[str]:
+    """Yield every text of a split, whole or cut as the head has it encoded; a tokenizer is trained on them."""
     for item in read():
-        for name in names:
-            if name in item.fields:
-                yield item.fields[name]
+        for name, value in item.fields.items():
+            if name in head.words:
+                yield from head.words[name](value)
+            elif name in head.texts:
+                yield value
 
 
 def grouped(items: Iterable[Item], rows: int = ROWS) -> Iterator[list[Item]]:

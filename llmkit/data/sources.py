@@ -1,4 +1,4 @@
-"""Rows from local files (text, lines, CSV, TSV, JSON, Parquet, parallel files) and from Hugging Face ``datasets``."""
+"""Rows from local files (text, lines, CSV, TSV, JSON, Parquet, CoNLL, SQuAD, parallel files) and from ``datasets``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llmkit.errors import UserError
 
 Files = str | list[str] | dict[str, str] | None
-Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines"]
+Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conll", "squad"]
 
 CHUNK = 256 * 1024  # characters of a large text that are read as one row
 SUFFIXES: dict[str, Format] = {
@@ -31,9 +31,9 @@ class Row(NamedTuple):
     data: Mapping[str, Any]
     file: str
     number: int
-    """Line of a text file, or row of a table, from 1."""
+    """Line of a text file, or row of a table, from 1; a CoNLL sentence has that of its first line."""
     first: bool = True
-    """Whether a document begins here; False for the later chunks of a large text."""
+    """Whether a document begins here; False for later chunks of a large text, and further questions of a paragraph."""
 
     @property
     def place(self) -> str:
@@ -161,13 +161,18 @@ def _text(path: str, options: Options) -> Iterator[Row]:
                 yield Row({"text": line.rstrip("\n")}, path, number)
 
 
-def _lines(path: str, options: Options) -> Iterator[Row]:
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(options.pattern or "")
+        compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(f"data.pattern is not a regular expression: {error}") from error
-    if not pattern.groupindex:
+    if not compiled.groupindex:
         raise UserError("data.pattern has no named group; a column is written (?P<name>...)")
+    return compiled
+
+
+def _lines(path: str, options: Options) -> Iterator[Row]:
+    pattern = _compiled(options.pattern or "")
     with _open(path, options) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -175,6 +180,58 @@ def _lines(path: str, options: Options) -> Iterator[Row]:
                 if match is None:
                     raise UserError(f"{path}:{number} does not match data.pattern: {line.strip()[:60]!r}")
                 yield Row(match.groupdict(), path, number)
+
+
+def _conll(path: str, options: Options) -> Iterator[Row]:
+    """Yield sentences: blocks of lines, a word with its columns on each, that empty lines divide."""
+    match = _compiled(options.pattern).fullmatch if options.pattern else _word_and_tag
+    widths: set[int] = set()  # numbers of fields that lines of words have
+    with _open(path, options) as file:
+        for empty, block in groupby(enumerate(file, 1), lambda numbered: not numbered[1].strip()):
+            if empty:
+                continue
+            lines = [(number, line.rstrip("\n")) for number, line in block if not line.startswith("-DOCSTART-")]
+            widths.update(_num_fields(line) for _, line in lines if not line.startswith("#"))
+            words: list[tuple[int, dict[str, str | None]]] = []
+            for number, line in lines:
+                found = match(line)
+                # A word may be '#': such a line is a comment only where it does not look like the others.
+                if line.startswith("#") and (found is None or not (options.pattern or _num_fields(line) in widths)):
+                    continue
+                if found is None:
+                    wrong = "does not match data.pattern" if options.pattern else "does not begin with a word"
+                    raise UserError(f"{path}:{number} {wrong}: {line[:60]!r}")
+                words.append((number, found.groupdict()))
+            if words:
+                yield _sentence(path, words)
+
+
+def _word_and_tag(line: str) -> re.Match[str] | None:
+    """Return the first and the last field, which are divided by tabs where there is one, else by blanks."""
+    return _BY_TABS.fullmatch(line) or _BY_BLANKS.fullmatch(line)
+
+
+_BY_TABS = re.compile(r"(?P<tokens>[^\t]+)\t(?:.*\t)? *(?P<tags>\S+)\s*")
+_BY_BLANKS = re.compile(r"(?P<tokens>\S+)(?:\s(?:.*\s)?(?P<tags>\S+))?\s*")
+
+
+def _num_fields(line: str) -> int:
+    return len(line.split("\t") if "\t" in line else line.split())
+
+
+def _sentence(path: str, words: list[tuple[int, dict[str, str | None]]]) -> Row:
+    """Return the columns of a sentence; one that no line has (words without tags, say) is left out."""
+    data: dict[str, list[str]] = {}
+    for name in words[0][1]:
+        if all(columns[name] is None for _, columns in words):
+            continue
+        data[name] = []
+        for number, columns in words:
+            value = columns[name]
+            if value is None:
+                raise UserError(f"{path}:{number} has no '{name}', other lines of the sentence have")
+            data[name].append(value)
+    return Row(data, path, words[0][0])
 
 
 def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> Iterator[Row]:
@@ -224,8 +281,47 @@ def _json_line(path: str, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        hint = ". Expected one object a line, or one list of objects" if number == 1 else ""
+        expected = ". Expected one object a line, or one list of objects; for SQuAD's files set data.format: squad"
+        hint = expected if number == 1 else ""
         raise UserError(f"{path}:{number} is not JSON: {error.msg}{hint}") from error
+
+
+def _squad(path: str, options: Options) -> Iterator[Row]:
+    """Yield the questions of a SQuAD file (v1.1, or v2.0 with unanswerable ones); each paragraph is a document."""
+    with _open(path, options) as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+    place = ""
+
+    def get(parent: Any, key: str, kind: type) -> Any:
+        value = parent.get(key) if isinstance(parent, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(
+                f"{path}: expected SQuAD's format, but {place or 'the file'} has no {kind.__name__} '{key}'"
+            )
+        return value
+
+    number = 0
+    for a, article in enumerate(get(content, "data", list)):
+        place = f"data[{a}]"
+        for p, paragraph in enumerate(get(article, "paragraphs", list)):
+            place = f"data[{a}].paragraphs[{p}]"
+            context = get(paragraph, "context", str)
+            for q, entry in enumerate(get(paragraph, "qas", list)):
+                number += 1
+                place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                question = get(entry, "question", str)
+                row: dict[str, Any] = {"id": str(entry.get("id", number)), "title": str(article.get("title", ""))}
+                row |= {"context": context, "question": question}
+                if "answers" in entry:  # there are none where they are to be predicted
+                    answers = get(entry, "answers", list)
+                    row["answers"] = {
+                        "text": [get(answer, "text", str) for answer in answers],
+                        "answer_start": [get(answer, "answer_start", int) for answer in answers],
+                    }
+                yield Row(row, path, number, first=q == 0)
 
 
 def _parquet(path: str, options: Options) -> Iterator[Row]:
@@ -240,6 +336,7 @@ def _parquet(path: str, options: Options) -> Iterator[Row]:
 
 _READERS: dict[str, Callable[[str, Options], Iterator[Row]]] = {
     "text": _text, "lines": _lines, "csv": _csv, "tsv": _tsv, "json": _json, "parquet": _parquet,
+    "conll": _conll, "squad": _squad,
 }  # fmt: skip
 
 

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import nn
 
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Memory,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
-from llmkit.decoding import beam_search, generate
-from llmkit.losses import linear_cross_entropy
-from llmkit.metrics import BLEU, ChrF, MeanLoss, Perplexity
-from llmkit_plugins.head.generation import special_ids
+from llmkit.contracts import DecodingOptions
+from llmkit.metrics import BLEU, ChrF
+from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
 
-class Translation(Head):
+class Translation(SequenceToSequence):
     """Translation: reads a source text, writes a target text (encoder-decoder, label smoothing, beam search).
 
     Vaswani et al. 2017, arXiv:1706.03762.
@@ -39,110 +19,15 @@ class Translation(Head):
         bleu_tokenize: how sacrebleu tokenizes for BLEU: 13a (most languages), zh, ja-mecab, char, ...
     """
 
-    topology = "encoder_decoder"
     inputs = ("source",)
     targets = ("target",)
     texts = ("source", "target")
     decoding = DecodingOptions(temperature=0.0, num_beams=5)
 
     def __init__(self, label_smoothing: float = 0.1, bleu_tokenize: str = "13a") -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
+        super().__init__(label_smoothing)
         self.bleu_tokenize = bleu_tokenize
 
-    def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Return ``source`` and ``target`` ids, each ended by eos and cut to the context."""
-        sources = tokenizer.encode_batch(rows["source"])
-        features: dict[str, list[Any]] = {"source": [[*row[: max_length - 1], tokenizer.eos_id] for row in sources]}
-        longest = [len(row) + 1 for row in sources]
-        if "target" in rows:
-            targets = tokenizer.encode_batch(rows["target"])
-            # BLEU compares with the text as it was written, so its bytes travel along.
-            features["reference"] = [list(text.encode()) for text in rows["target"]]
-            features["target"] = [[*row[: max_length - 1], tokenizer.eos_id] for row in targets]
-            longest = [max(a, len(b) + 1) for a, b in zip(longest, targets, strict=True)]
-        features["length"] = [min(length, max_length) for length in longest]
-        features["truncated"] = [int(length > max_length) for length in longest]
-        return features
-
-    def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
-        """Return source (B, S), its segments where padded, and target input and targets, (B, T)."""
-        sources = [feature["source"] for feature in features]
-        batch = {"source": padded(sources, tokenizer.pad_id), "bos": torch.tensor(tokenizer.bos_id)}
-        segments = segments_of([len(row) for row in sources])
-        if segments is not None:
-            batch["segments"] = segments
-        if "target" in features[0]:
-            targets = [feature["target"] for feature in features]
-            batch["ids"] = padded([[tokenizer.bos_id, *row[:-1]] for row in targets], tokenizer.pad_id)
-            batch["targets"] = padded(targets, IGNORE)
-            batch["reference"] = padded([feature["reference"] for feature in features], IGNORE)
-        return batch
-
-    def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed, smoothed cross-entropy of the target tokens."""
-        return self._loss(net, batch, self._memory(net, batch), self.label_smoothing)
-
-    def _memory(self, net: Network, batch: Batch) -> Memory:
-        return net.encode(batch["source"], Sequence.of(batch["source"], batch.get("segments")))
-
-    def _loss(self, net: Network, batch: Batch, memory: Memory, smoothing: float) -> Loss:
-        # Target padding stands at the end, where causal attention never looks, and its loss is ignored.
-        seq = Sequence.dense(batch["ids"].shape[1], batch["ids"].device)
-        hidden_BTD = net.decode(batch["ids"], seq, memory=memory)
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, smoothing)
-
-    def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss and perplexity (not smoothed); on the test data BLEU and chrF of the translations too."""
-        metrics: dict[str, nn.Module] = {"loss": MeanLoss(), "perplexity": Perplexity()}
-        if stage == "test":
-            metrics |= {"bleu": BLEU(self.bleu_tokenize), "chrf": ChrF()}
-        return metrics
-
-    def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-        """Update the metrics with a batch; with BLEU among them, translate it."""
-        memory = self._memory(net, batch)
-        loss = self._loss(net, batch, memory, 0.0)
-        metrics["loss"].update(loss)
-        metrics["perplexity"].update(loss)
-        if "bleu" in metrics:
-            references = [bytes(b for b in row if b != IGNORE).decode() for row in batch["reference"].tolist()]
-            translations = self._translate(net, batch, memory, tokenizer, self.decoding)
-            metrics["bleu"].update(translations, references)
-            metrics["chrf"].update(translations, references)
-
-    def _translate(
-        self, net: Network, batch: Batch, memory: Memory, tokenizer: Tokenizer, options: DecodingOptions
-    ) -> list[str]:
-        starts = [[tokenizer.bos_id]] * len(batch["source"])
-        limit = options.max_new_tokens or min(net.max_length - 1, 2 * batch["source"].shape[1] + 20)
-        search = beam_search if options.num_beams > 1 else generate
-        ids = search(
-            net,
-            starts,
-            dataclasses.replace(options, max_new_tokens=limit),
-            eos_id=tokenizer.eos_id,
-            banned=sorted(special_ids(tokenizer) - {tokenizer.eos_id}),
-            memory=memory,
-            device=batch["source"].device,
-        )
-        return tokenizer.decode_batch(ids)
-
-    def predict(
-        self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
-    ) -> list[dict[str, Any]]:
-        """Return ``source`` and ``text`` (the translation) of each row."""
-        texts = self._translate(net, batch, self._memory(net, batch), tokenizer, options)
-        sources = tokenizer.decode_batch(batch["source"].tolist())
-        return [{"source": source, "text": text} for source, text in zip(sources, texts, strict=True)]
-
-    def show(self, answer: dict[str, Any]) -> str:
-        """Return the translation."""
-        return str(answer["text"])
-
-    def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
-        """Return two source texts with their translations."""
-        rows = {name: value[:2] if value.dim() else value for name, value in batch.items()}
-        answers = self.predict(net, rows, tokenizer, self.decoding)
-        return "\n".join(f"{answer['source']}\n  -> {answer['text']}" for answer in answers)
+    def text_metrics(self) -> dict[str, nn.Module]:
+        """Return BLEU and chrF."""
+        return {"bleu": BLEU(self.bleu_tokenize), "chrf": ChrF()}
