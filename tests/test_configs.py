@@ -45,7 +45,7 @@ def cut(source: Path, target: Path) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     content = source.read_bytes()
-    if content.startswith(b'{"') and source.suffix == ".json":
+    if source.suffix == ".json" and content.lstrip().startswith(b"{"):
         articles = json.loads(content)["data"][:4]
         data = [{**article, "paragraphs": article["paragraphs"][:2]} for article in articles]
         target.write_text(json.dumps({"data": data}), encoding="utf-8")

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 from bugs import BUGS
-from command import Result, done
+from command import Result, done, llmkit
 
 from llmkit import config, main, optim, registry, testing
 from llmkit.cli import TRAINER_DEFAULTS
@@ -128,6 +128,12 @@ def check(words: list[str], result: Result) -> None:
         assert [json.loads(line)["label"] for line in text.splitlines()]
     elif words[0] == "infer":
         assert text.strip() or "letters" in words[1]  # an untrained translator may say nothing
+    elif words[:2] == ["plugins", "check"]:
+        assert " 0 failed" in text
+    elif words[:2] == ["plugins", "new"]:
+        assert all(f"\n  {command}\n" in text for command in lines(README) if f"{words[3]}." in command)
+    elif words[:2] == ["plugins", "show"]:
+        assert "arXiv" in text and "FLOPs" in text
     elif words[0] == "plugins":
         assert all(name in text for name in registry.entries("attention"))
     elif words[0] == "inspect":
@@ -135,6 +141,20 @@ def check(words: list[str], result: Result) -> None:
     elif words[0] == "fit":
         assert result.folder.joinpath("config.yaml").is_file()
         assert result.folder.joinpath("checkpoints", "best.ckpt").is_file()
+
+
+def test_the_shown_examination_is_what_check_prints(workspace: Path) -> None:
+    passed, failed = (block.text for block in blocks(README, "text") if "causal_by_gradient" in block.text)
+    printed = done("plugins", "check", "running_mean.py:RunningMean", "--no_compile").out
+    for line in passed.splitlines():
+        assert line.removesuffix("...)") in printed, line
+    (count,) = re.findall(r"there are (\d+) properties", README.read_text("utf-8"))
+    assert int(count) == len(testing.properties("attention"))
+    wrong = plugin_snippet().replace("causal=True", "causal=False").replace("running_mean", "wrong_mean")
+    (workspace / "wrong_mean.py").write_text(wrong)
+    result = llmkit("plugins", "check", "wrong_mean.py:RunningMean", "--no_compile")
+    forget("wrong_mean")
+    assert result.code == 1 and failed in result.out
 
 
 def test_the_shown_output_is_what_a_fit_prints(workspace: Path) -> None:
