@@ -81,11 +81,11 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A config's name and what fitting it for two steps on small data printed."""
     name: str = request.param
     folder = tmp_path_factory.mktemp("run")
-    content = read(name)
+    begin = started(name, folder)
     with pytest.MonkeyPatch.context() as patch:
-        for variable, value in small_data(content, folder).items():
+        for variable, value in small_data(read(name), folder).items():
             patch.setenv(variable, value)
-        yield name, fit(name, folder, *started(name, folder))
+        yield name, fit(name, folder, *begin)
 
 
 def fit(name: str, folder: Path, *words: object) -> Result:
