@@ -160,7 +160,7 @@ class RunReport(Callback):
         best = folder / "checkpoints" / "best.ckpt"
         checkpoint = best if best.exists() else folder / "checkpoints" / "last.ckpt"
         fields = model.head.inputs
-        asked = "TEXT" if len(fields) == 1 else json.dumps({name: "TEXT" for name in fields})
+        asked = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
         print(f"\nUse it:  llmkit infer {checkpoint} {asked!r}", flush=True)
 
     def finish(self, trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:

@@ -114,8 +114,7 @@ def test_every_plugin_can_be_loaded(family: str, name: str) -> None:
 
 def test_unknown_names() -> None:
     assert message(lambda: registry.find("attention", "multihead")) == (
-        "unknown attention 'multihead'. Did you mean 'multi_head'? "
-        f"Allowed: {', '.join(NAMES['attention'])}."
+        f"unknown attention 'multihead'. Did you mean 'multi_head'? Allowed: {', '.join(NAMES['attention'])}."
     )
     text = message(lambda: registry.entries("atention"))
     assert text.startswith("unknown family 'atention'. Did you mean 'attention'? Allowed: attention, feedforward, ")

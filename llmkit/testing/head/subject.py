@@ -1,0 +1,356 @@
+"""A head under examination: example rows, a tokenizer and a network to try it with."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit import registry
+from llmkit.backbone import Backbone
+from llmkit.contracts import (
+    IGNORE,
+    Batch,
+    DecodingOptions,
+    Head,
+    Memory,
+    Network,
+    Sequence,
+    Stage,
+    State,
+    Tokenizer,
+    padded,
+    segments_of,
+)
+from llmkit.testing.parts import disturb, seeded
+from llmkit.testing.report import NotApplicable, Violation
+
+CONTEXT = 64
+TOLERANCE = 1e-5
+Rows = Mapping[str, list[Any]]
+Items = list[dict[str, Any]]
+Reference = Callable[[Head, Network, dict[str, Any], Tokenizer], tuple[float, float]]
+"""(head, net, row, tokenizer) -> (total, count): the loss of one row by plain means."""
+
+CONTEXTS = [
+    "Ann is in Rome.",
+    "Bob is in Oslo.",
+    "Ann Lee sleeps. Bob does not sleep, he reads a book about foxes. The lazy dog is in the garden. It sleeps too.",
+    "我爱北京。",
+    "The dog sleeps.",
+]
+FIELDS: dict[str, list[Any]] = {
+    "text": ["a [MASK]", "b [MASK]", "one [MASK] step", "Zwölf 狐 [MASK]", "one text, longer than all [MASK] others"],
+    "label": ["neg", "pos", "neg", "meh", "pos"],
+    "source": ["a b", "c d", "ein Schritt", "我爱学习", "ein Satz, länger als alle anderen"],
+    "target": ["A B", "C D", "a step", "I love to learn", "one sentence, longer than all others"],
+    "document": [
+        "a b. c",
+        "d e. f",
+        "The fox jumps. It is quick.",
+        "我爱学习。狐狸。",
+        "A text of three. Sentences. All short.",
+    ],
+    "summary": ["a b", "d e", "A fox jumps", "学习", "three short sentences"],
+    "tokens": [
+        ["Ann"],
+        ["Bob"],
+        ["Ann", "Lee", "is", "in", "Rome"],
+        ["我", "爱", "北", "京"],
+        ["the", "dog", "of", "Bob", "Stone", "barks", "at", "us", "in", "Oslo"],
+    ],
+    "tags": [
+        ["B-PER"],
+        ["B-PER"],
+        ["B-PER", "I-PER", "O", "O", "B-LOC"],
+        ["O", "O", "B-LOC", "I-LOC"],
+        ["O", "O", "O", "B-PER", "I-PER", "O", "O", "O", "O", "B-LOC"],
+    ],
+    "question": ["Where is Ann?", "Where is Bob?", "What sleeps in the garden?", "哪里？", "Who sleeps?"],
+    "context": CONTEXTS,
+    "answers": [
+        {"text": [answer], "answer_start": [text.index(answer)]}
+        for text, answer in zip(CONTEXTS, ["Rome", "Oslo", "The lazy dog", "北京", "The dog"], strict=True)
+    ],
+}
+"""Rows for the fields that heads usually have, the smallest first; two of a kind are equally long."""
+
+
+class Bytes(Tokenizer):
+    """One id a byte, behind the special ones."""
+
+    pad_id, bos_id, eos_id, unk_id, mask_id, sep_id = range(6)
+    vocab_size = 262
+    trained = True
+
+    def train(self, texts: Iterator[str]) -> None:
+        """Do nothing: the bytes are the vocabulary."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return six more than each byte."""
+        return [[byte + 6 for byte in text.encode()] for text in texts]
+
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        """Return the bytes as text."""
+        return [bytes(i - 6 for i in row if i >= 6).decode("utf-8", "replace") for row in ids]
+
+    def to_state(self) -> str:
+        """Return an empty object."""
+        return "{}"
+
+    def from_state(self, state: str) -> None:
+        """Do nothing."""
+
+
+TOKENIZER = Bytes()
+
+
+class ContractNetwork(Network):
+    """What the contract lets a head see of a network, and nothing else. It watches the context."""
+
+    def __init__(self, net: Backbone, output_weight_VD: Tensor | None = None) -> None:
+        self._net = net
+        self._output_weight_VD = net.output_weight_VD if output_weight_VD is None else output_weight_VD
+
+    def encode(self, ids_BT: Tensor, seq: Sequence) -> Memory:
+        """Run the encoder."""
+        self._watch(ids_BT)
+        return self._net.encode(ids_BT, seq)
+
+    def decode(
+        self, ids_BT: Tensor, seq: Sequence, *, memory: Memory | None = None, state: list[State] | None = None
+    ) -> Tensor:
+        """Run the decoder."""
+        self._watch(ids_BT)
+        return self._net.decode(ids_BT, seq, memory=memory, state=state)
+
+    def init_state(self, batch_size: int, max_length: int) -> list[State] | None:
+        """Return empty decoding states."""
+        return self._net.init_state(batch_size, max_length)
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The output matrix."""
+        return self._output_weight_VD
+
+    @property
+    def max_length(self) -> int:
+        """The context."""
+        return CONTEXT
+
+    def _watch(self, ids_BT: Tensor) -> None:
+        if ids_BT.shape[1] > CONTEXT:
+            raise Violation(f"the network is given {ids_BT.shape[1]} columns at once, and the context is {CONTEXT}")
+
+
+class Column:
+    """A column that can be read again and again, but has no length and no index: training rows need not fit memory."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A head under examination.
+
+    Attributes:
+        factory: builds it.
+        dim: width of the network.
+        seed: of weights.
+        rows: a few rows by field, or None for those that fit the usual fields.
+        reference: the loss of one row by plain means, if there is one.
+    """
+
+    factory: functools.partial[Any]
+    dim: int = 16
+    seed: int = 0
+    rows: Rows | None = None
+    reference: Reference | None = None
+
+    @property
+    def cls(self) -> Any:
+        """The class of the head."""
+        return registry.target_of(self.factory)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a row that are read."""
+        return tuple(dict.fromkeys((*self.cls.inputs, *self.cls.targets)))
+
+    @functools.cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """The rows. Raises NotApplicable where a field is not known."""
+        known = FIELDS if self.rows is None else self.rows
+        missing = [name for name in self.fields if name not in known]
+        if missing:
+            raise NotApplicable(f"rows for {', '.join(missing)} are needed: give rows={{field: [values]}}")
+        return {name: list(known[name]) for name in self.fields}
+
+    def head(self, dtype: torch.dtype = torch.float64) -> Head:
+        """Return a head as the framework makes it, in eval mode, with weights that hide nothing."""
+        with seeded(self.seed):
+            found: Head = self.factory()
+            found.learn({name: Column(values) for name, values in self.columns.items()})
+            found.set_tokenizer(TOKENIZER)
+            found.build(self.dim, TOKENIZER.vocab_size)
+            disturb(found)
+        found.decoding = self.decoding(found)
+        return found.to(dtype).eval()
+
+    @staticmethod
+    def decoding(head: Head) -> DecodingOptions:
+        """Return its way to generate, without chance and quickly done."""
+        beams = min(head.decoding.num_beams, 2)
+        return dataclasses.replace(head.decoding, temperature=0.0, max_new_tokens=4, num_beams=beams)
+
+    def backbone(self, dtype: torch.dtype = torch.float64) -> Backbone:
+        """Return a small network of the head's topology, in eval mode."""
+        with seeded(self.seed):
+            net = Backbone(
+                vocab_size=TOKENIZER.vocab_size,
+                dim=self.dim,
+                num_layers=1,
+                topology=self.cls.topology,
+                max_length=CONTEXT,
+                attention=registry.resolve("attention", None),
+                cross_attention=registry.resolve("attention", None),
+                position=registry.resolve("position", None),
+                feedforward=registry.resolve("feedforward", None),
+                norm=registry.resolve("norm", None),
+            )
+            disturb(net)
+            for parameter in net.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(8)  # far from the even distribution that a new network predicts
+        return net.to(dtype).eval()
+
+    @functools.cached_property
+    def net(self) -> ContractNetwork:
+        """The network of most properties, in double precision."""
+        return ContractNetwork(self.backbone())
+
+    @functools.cached_property
+    def ready(self) -> Head:
+        """A head that all properties may use, as long as they do not change it."""
+        return self.head()
+
+    @functools.cached_property
+    def items(self) -> Items:
+        """The rows as items of features, with their targets."""
+        return items_of(self.ready.encode(copy.deepcopy(self.columns), TOKENIZER, CONTEXT))
+
+    @property
+    def inputs(self) -> dict[str, list[Any]]:
+        """The rows without their targets."""
+        return {name: copy.deepcopy(self.columns[name]) for name in self.cls.inputs}
+
+    def told(self, *indices: int) -> str:
+        """Return rows as they are named in messages."""
+        rows = []
+        for index in indices:
+            values = [f"{name} {self.columns[name][index]!r:.60}" for name in self.inputs]
+            rows.append(f"row {index} ({', '.join(values)})")
+        return " and ".join(rows)
+
+    def batch(self, items: Items, head: Head | None = None) -> Batch:
+        """Return items as one batch for loss and evaluate, as the data layer makes it."""
+        head = self.ready if head is None else head
+        if head.layout == "examples":
+            return head.collate(copy.deepcopy(items), TOKENIZER)
+        rows = [item["ids"][: CONTEXT + 1] for item in items]
+        batch = {
+            "ids": padded([row[:-1] for row in rows], TOKENIZER.pad_id),
+            "targets": padded([row[1:] for row in rows], IGNORE),
+            "bytes": torch.tensor(float(sum(len(row) - 1 for row in rows))),
+        }
+        segments = segments_of([len(row) - 1 for row in rows])
+        return batch if segments is None else {**batch, "segments": segments}
+
+    def loss(self, *indices: int, net: Network | None = None) -> tuple[float, float]:
+        """Return total and count of the loss of these items as one batch."""
+        with torch.no_grad():
+            found = self.ready.loss(net or self.net, self.batch([self.items[index] for index in indices]))
+        return float(found.total), float(found.count)
+
+    @functools.cached_property
+    def losses(self) -> list[tuple[float, float]]:
+        """Total and count of each item alone."""
+        return [self.loss(index) for index in range(len(self.items))]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages whose metrics differ; the test data have those of the validation data, or further ones."""
+        same = self.ready.metrics("test").keys() == self.ready.metrics("validation").keys()
+        return ["validation"] if same else ["validation", "test"]
+
+    def added(self, indices: list[int]) -> tuple[float, float]:
+        """Return total and count of these items, each alone."""
+        return sum(self.losses[index][0] for index in indices), sum(self.losses[index][1] for index in indices)
+
+    def evaluated(self, stage: Stage, parts: Iterable[list[int]]) -> dict[str, Any]:
+        """Return metrics after they were updated with these items, batch by batch."""
+        metrics: dict[str, Any] = self.ready.metrics(stage)
+        for part in parts:
+            self.evaluate(metrics, part)
+        return metrics
+
+    def evaluate(self, metrics: dict[str, Any], indices: list[int]) -> None:
+        """Update metrics with these items as one batch, as Lightning does."""
+        with torch.inference_mode():
+            self.ready.evaluate(self.net, self.batch([self.items[index] for index in indices]), metrics, TOKENIZER)
+
+    def predict(self, columns: Rows, head: Head | None = None) -> list[dict[str, Any]]:
+        """Return the answers to rows as one batch."""
+        head = self.ready if head is None else head
+        with torch.inference_mode():
+            items = items_of(head.encode(copy.deepcopy(dict(columns)), TOKENIZER, CONTEXT))
+            return head.predict(self.net, head.collate(items, TOKENIZER), TOKENIZER, head.decoding)
+
+
+def subject(
+    factory: functools.partial[Any],
+    *,
+    dim: int | None = None,
+    seed: int = 0,
+    rows: Rows | None = None,
+    reference: Reference | None = None,
+) -> Subject:
+    """Return what is examined."""
+    return Subject(factory, dim or 16, seed, rows, reference)
+
+
+def items_of(features: Mapping[str, list[Any]]) -> Items:
+    """Return features column by column as items."""
+    return [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Return whether two answers are the same but for rounding."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) or (a != a and b != b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return bool(a == b)
+
+
+def close_to(found: tuple[float, float], expected: tuple[float, float]) -> bool:
+    return abs(found[1] - expected[1]) < 1e-6 * max(1, expected[1]) and math.isclose(
+        found[0], expected[0], rel_tol=TOLERANCE, abs_tol=1e-7
+    )
+
+
+def sums(loss: tuple[float, float]) -> str:
+    return f"{loss[0]:.6g} over {loss[1]:g}"
