@@ -49,13 +49,16 @@ BUDGET = ("--trainer.max_steps", "400")  # 512,000 training tokens, a quarter of
 LM, MT, CLS, MLM = "Language modelling", "Translation", "Classification", "Masked words"
 NER, QA, SUM = "Named entities", "Question answering", "Summarization"
 VARIANTS = (
-    *("standard", "lstm", "gru", "sliding_window", "differential", "latent", "linear", "retention", "low_rank"),
+    *("standard", "lstm", "gru", "differential", "latent", "linear", "retention", "low_rank"),
     "min_gru",
 )
 WORDS = "{name: word, vocab_size: 20000, min_frequency: 2, lowercase: true}"
 ROWS: dict[str, Row] = {
     "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
     **{f"tinyshakespeare_{name}": Row(LM, SHAKESPEARE, ("--model.attention", name)) for name in VARIANTS},
+    "tinyshakespeare_sliding_window": Row(
+        LM, SHAKESPEARE, ("--model.attention", "sliding_window", "--model.attention.window", "16")
+    ),
     "wikitext2_multi_head": Row(LM, "configs/generation/wikitext2_transformer.yaml", BUDGET),
     "wikitext2_lstm": Row(LM, "configs/generation/wikitext2_lstm.yaml", BUDGET),
     "multi30k": Row(MT, "configs/translation/multi30k.yaml", test=True),
