@@ -330,17 +330,6 @@ class Cuts(Chars):
         return [row[:512] for row in super().encode_batch(texts)]
 
 
-class Quadratic(Chars):
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        rows = []
-        for text in texts:
-            rest = text
-            while rest:
-                rest = rest[1:] + ""
-            rows += super().encode_batch([text])
-        return rows
-
-
 class HalfCharacters(Chars):
     vocab_size = 262
     trained = True
@@ -398,7 +387,6 @@ BROKEN: list[tuple[type[Any], set[str], str]] = [
     (NoPickle, {"copies"}, "pickle raised"),
     (PickleForgets, {"copies"}, r"'\[MASK\]' is encoded as \[0\]"),
     (Cuts, {"long_text"}, "'the lazy dog sleeps ' times 200 has 512 ids, not 4000"),
-    (Quadratic, {"long_text"}, "times as long"),
     (HalfCharacters, {"decodes_anything"}, "raised UnicodeDecodeError"),
     (LoneSurrogate, {"any_text"}, r"'\\ud83d' raised UnicodeEncodeError"),
 ]
