@@ -214,27 +214,27 @@ def highlights(records: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+HEAD = """\
+# Results
+
+Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from a
+shipped config. Figures are those of the run's best checkpoint on the validation data, or of its last step where the run
+is shorter than one validation interval. CPU s is the CPU time of the whole training command (- where it was not
+measured); its wall-clock time stands below the table, on a machine that had other work to do.
+
+The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in sight
+beside validation accuracy, over a handful of variants, so these two test figures may be a little too good. Those of all
+other rows were chosen on validation data alone; the fine-tuning rate of sst2_pretrained too, though test figures with a
+lower rate had been measured before. XQuAD and CMRC are one file each here: their figures are of the tenth of its
+paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of its validation
+split. No row was repeated with other seeds: differences between variants of about a point may be chance.
+"""
+
+
 def render() -> None:
     """Write ``docs/results.md``, ``docs/curves.png`` and the table of README.md from the rows measured so far."""
     records = {name: json.loads((ROWS_FOLDER / f"{name}.json").read_text()) for name in ROWS if _measured(name)}
-    lines = [
-        "# Results",
-        "",
-        "Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command",
-        "shown, from a shipped config. Figures are those of the run's best checkpoint on the validation data, or of",
-        "its last step where the run is shorter than one validation interval. CPU s is the CPU time of the whole",
-        "training command (- where it was not measured); its wall-clock time stands below the table, on a machine",
-        "that had other work to do.",
-        "",
-        "The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in",
-        "sight beside validation accuracy, over a handful of variants, so these two test figures may be a little too good.",
-        "Those of all other rows were chosen on validation data alone; the fine-tuning rate of sst2_pretrained too, though",
-        "test figures with a lower rate had been measured before. XQuAD and CMRC are one file each here: their figures are",
-        "of the tenth of its paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is",
-        "the file of its validation split. No row was repeated with other seeds: differences between variants of about a",
-        "point may be chance.",
-        "",
-    ]
+    lines = [HEAD]
     for table, columns in COLUMNS.items():
         rows = [record for record in records.values() if record["table"] == table]
         if not rows:
