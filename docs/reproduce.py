@@ -217,9 +217,9 @@ def highlights(records: dict[str, Any]) -> str:
 HEAD = """\
 # Results
 
-Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from a
-shipped config. Figures are those of the run's best checkpoint on the validation data, or of its last step where the run
-is shorter than one validation interval. CPU s is the CPU time of the whole training command (- where it was not
+Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from
+a shipped config. Figures are those of the run's best checkpoint on the validation data, or of its last step where the
+run is shorter than one validation interval. CPU s is the CPU time of the whole training command (- where it was not
 measured); its wall-clock time stands below the table, on a machine that had other work to do.
 
 The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in sight
