@@ -134,12 +134,22 @@ def test_reference_from_a_file(folder: Path) -> None:
         (["attention/multi_head", "--only", "casual_by_value"], "no property 'casual_by_value' of attention"),
         (["attention/multi_head", "--sed", "1"], "unknown plugins check option '--sed'. Did you mean '--seed'?"),
         (["textbook_module.py:SelfAttention", "--init.embed_dim=8"], "embed_dim is the width: give it as --dim"),
+        (["tokenizer/char", "--dim", "8"], "the examination of a tokenizer has no option 'dim'; it has: seed"),
+        (["head/classification", "--rows", "none.json"], "--rows none.json: "),
         ([], "TARGET"),
     ],
 )
 def test_mistakes(words: list[str], message: str, folder: Path) -> None:
     result = llmkit("plugins", "check", *words)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
+
+
+def test_rows_of_a_head(folder: Path) -> None:
+    (folder / "rows.json").write_text(json.dumps({"text": ["a", "b b", "c", "d"], "label": ["x", "y", "y", "x"]}))
+    words = ("plugins", "check", "head/classification", "--rows", "rows.json", "--only", "learns", "--json")
+    result = llmkit(*words)
+    (learned,) = json.loads(result.out)["results"]
+    assert learned["detail"] == f"{len(json.dumps({'labels': ['x', 'y']}))} characters"
 
 
 def test_a_plugin_that_raises_is_told_with_its_place(folder: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -95,4 +96,8 @@ def _subject(family: str, plugin: Any, options: dict[str, Any]) -> tuple[Any, st
     arguments = ", ".join(f"{key}={value!r}" for key, value in factory.keywords.items())
     module = importlib.import_module(f"llmkit.testing.{_MODULES[family][0]}")
     title = f"{family}: {cls.__module__}.{cls.__qualname__}({arguments})"
+    known = [name for name in inspect.signature(module.subject).parameters if name != "factory"]
+    for name in options:
+        if name not in known:
+            raise UserError(f"the examination of a {family} has no option '{name}'; it has: {', '.join(known)}")
     return module.subject(factory, **options), title

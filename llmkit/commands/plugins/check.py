@@ -26,6 +26,7 @@ def run(command: str, argv: list[str]) -> int:
     add("--seed", type=int, default=0, help="seed of weights and inputs")
     add("--only", nargs="+", metavar="PROPERTY", help="examine these properties only")
     add("--reference", metavar="FILE:FUNCTION", help="a slow form of it, (module, x_BTD, seq, memory) -> (B, T, D)")
+    add("--rows", metavar="FILE", help="for a head with fields of its own: a JSON file, {field: [value, ...]}")
     add("--no_compile", action="store_true", help="leave torch.compile out, which takes the most time")
     add("--imports", nargs="+", action="extend", default=[], metavar="FILE_OR_MODULE", help="import these first")
     add("--json", action="store_true", help="print a JSON object instead of a table")
@@ -48,16 +49,26 @@ def run(command: str, argv: list[str]) -> int:
         given["compile_backend"] = None
     if options.reference:
         given["reference"] = _function(options.reference)
-    try:
-        report = testing.check(family, factory, only=options.only, **given)
-    except TypeError as error:
-        raise UserError(f"{options.target}: {error}") from error
+    if options.rows:
+        given["rows"] = _rows(options.rows)
+    report = testing.check(family, factory, only=options.only, **given)
     if options.json:
         found = {"title": report.title, "results": [dataclasses.asdict(result) for result in report.results]}
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print(report)
     return 1 if report.failed else 0
+
+
+def _rows(file: str) -> Any:
+    """Return the rows of a JSON file, column by column."""
+    try:
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--rows {file}: {error}") from error
+    if not isinstance(rows, dict) or not all(isinstance(column, list) and column for column in rows.values()):
+        raise UserError(f"--rows {file}: expected {{field: [value, ...]}}")
+    return rows
 
 
 def _spec(class_path: str, arguments: dict[str, Any]) -> registry.Spec:
