@@ -144,6 +144,15 @@ def test_mistakes(words: list[str], message: str, folder: Path) -> None:
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
 
 
+def test_a_mistyped_verb() -> None:
+    result = llmkit("plugins", "chekc", "attention/lstm")
+    assert result.code == 2
+    assert (
+        result.err
+        == "llmkit: error: unknown plugins command 'chekc'. Did you mean 'check'? Allowed: check, new, show.\n"
+    )
+
+
 def test_rows_of_a_head(folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps({"text": ["a", "b b", "c", "d"], "label": ["x", "y", "y", "x"]}))
     words = ("plugins", "check", "head/classification", "--rows", "rows.json", "--only", "learns", "--json")
