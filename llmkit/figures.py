@@ -44,10 +44,11 @@ def loss_curve(csv_file: Path, png_file: Path) -> bool:
 def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str = "loss (nats)") -> None:
     """Draw several curves by label into one picture."""
     figure, axes = _axes()
-    for label, points in curves.items():
+    for number, (label, points) in enumerate(curves.items()):
         steps, values = zip(*points, strict=True)
-        few = len(points) < 60
-        axes.plot(steps, values, label=label, linewidth=1.6, marker="o" if few else None, markersize=3)
+        marker = "o" if len(points) < 60 else None
+        style = "-" if number < 10 else "--"  # there are ten colours
+        axes.plot(steps, values, style, label=label, linewidth=1.6, marker=marker, markersize=3)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
