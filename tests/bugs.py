@@ -106,7 +106,7 @@ BUGS = [
     Bug(
         "data on the CPU",
         "scores = scores if bias",
-        "float(scores.sum())\n        scores = scores if bias",
+        "scores.detach().sum().item()\n        scores = scores if bias",
         "meta_device",
     ),
     Bug(
