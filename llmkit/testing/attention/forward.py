@@ -92,7 +92,7 @@ def _stops(subject: Subject, module: Attention, role: Role, batch: int, length: 
 def mixes_positions(subject: Subject) -> None:
     for role in own(subject):
         length = 6
-        reads_TS = _reads(subject, role, None, 1, length)[0]
+        reads_TS = _reads(subject, role, length)
         if not reads_TS.tril(-1).any():
             raise Violation(f"role {role}, length {length}: no output depends on an earlier position")
         if role == "bidirectional" and not reads_TS.triu(1).any():
@@ -101,14 +101,18 @@ def mixes_positions(subject: Subject) -> None:
         raise NotApplicable("cross-attention only")
 
 
-def _reads(subject: Subject, role: Role, segments: Segments | None, batch: int, length: int) -> Tensor:
-    """Return whether each output depends on each input of its row, by gradient: (B, T, S)."""
-    module, x = subject.build(role), subject.x(batch, length).requires_grad_()
-    weights = subject.x(batch, length, 3)
-    y = run(module, x, sequence(segments, length=length))
-    rows = [torch.autograd.grad((y * weights)[:, t].sum(), x, retain_graph=True)[0] for t in range(length)]
-    sizes_BTS = torch.stack(rows, 1).abs().amax(-1)
-    return sizes_BTS > TOLERANCE * sizes_BTS.amax()
+def _reads(subject: Subject, role: Role, length: int) -> Tensor:
+    """Return whether each output of a row depends on each of its inputs, by gradient, (T, S)."""
+    module, x = subject.build(role), subject.x(1, length).requires_grad_()
+    y = run(module, x, Sequence.dense(length)) * subject.x(1, length, 3)
+    sizes_TS = torch.stack([_gradient(y[:, t], x).abs().amax(-1)[0] for t in range(length)])
+    return sizes_TS > TOLERANCE * sizes_TS.amax()
+
+
+def _gradient(y: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of a sum; zeros where nothing depends on x."""
+    (grad,) = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return grad
 
 
 @PROPERTIES(
@@ -120,10 +124,9 @@ def causal_by_gradient(subject: Subject) -> None:
     for length in (2, 3, 7):
         for position in POSITIONS:
             module, x = subject.build("causal"), subject.x(1, length).requires_grad_()
-            y = run(module, x, sequence(None, position, length, subject.dim))
+            y = run(module, x, sequence(None, position, length, subject.dim)) * subject.x(1, length, 3)
             for t in range(length):
-                (grad,) = torch.autograd.grad((y * subject.x(1, length, 3))[:, t].sum(), x, retain_graph=True)
-                size_S = grad[0].abs().amax(-1)
+                size_S = _gradient(y[:, t], x)[0].abs().amax(-1)
                 later = (size_S[t + 1 :] > TOLERANCE * size_S.amax().clamp(min=1e-3)).nonzero()
                 if len(later):
                     raise Violation(
