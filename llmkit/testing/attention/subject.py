@@ -110,3 +110,8 @@ def need(subject: Subject, role: Role) -> None:
     """Raise NotApplicable unless the variant can be built as ``role``."""
     if role not in subject.roles:
         raise NotApplicable(f"it cannot be built as '{role}'")
+
+
+def cast(memory: Memory | None, dtype: torch.dtype) -> Memory | None:
+    """Return a memory in another dtype."""
+    return None if memory is None else Memory(memory.x_BSD.to(dtype), memory.seq)
