@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from llmkit.errors import UserError
     from llmkit.module import LanguageModel
     from llmkit.registry import plugin, register
+    from llmkit.saving import Checkpoints
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
+    "Checkpoints",
     "DataModule",
     "DecodingOptions",
     "Feedforward",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Checkpoints": "llmkit.saving",
     "DataModule": "llmkit.data",
     "LanguageModel": "llmkit.module",
     "UserError": "llmkit.errors",

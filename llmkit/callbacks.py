@@ -12,10 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.loggers import CSVLogger
 
 from llmkit import figures
 from llmkit.module import LanguageModel
+from llmkit.saving import run_folder
 
 DEFAULT_VAL_INTERVAL = 500
 """Batches between two validations, at most, when the config does not say."""
@@ -87,7 +87,8 @@ class Progress(ProgressBar):
             seconds = (now - self._started) / (step - self._first_step) * (float(total) - step)
             left = f"  {duration(max(0.0, seconds))} left"
         of = "" if total == float("inf") else f"/{int(total)}"
-        line = f"step {step}{of}  loss {float(outputs['loss']):.4f}  {rate:,.0f} tokens/s{left}"
+        loss = pl_module.last_loss if isinstance(pl_module, LanguageModel) else outputs["loss"]
+        line = f"step {step}{of}  loss {float(loss):.4f}  {rate:,.0f} tokens/s{left}"
         self._last, self._tokens = now, 0
         print(f"\r{line:<78}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
         self._open_line = tty
@@ -177,15 +178,6 @@ class RunReport(Callback):
             print(f"  confusion matrix: {path}")
         print(f"  results: {folder / 'results.json'}", flush=True)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save on Ctrl-C and say how to go on."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and trainer.global_step > 0:
-            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path)
-            if trainer.is_global_zero:
-                print(f"llmkit: interrupted at step {trainer.global_step}; saved {path}", file=sys.stderr)
-                print("Go on with the same command and --ckpt_path last", file=sys.stderr, flush=True)
-
     def _print_results(self, model: LanguageModel, prefix: str) -> None:
         for name, value in _scalars(model, prefix).items():
             print(f"  {name:<20} {value:.4f}" if isinstance(value, float) else f"  {name:<20} {value}")
@@ -221,11 +213,3 @@ def _scalars(model: LanguageModel, prefix: str) -> dict[str, Any]:
         if callable(signature):
             values[f"{name}_signature"] = signature()
     return values
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Return the folder of this run."""
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            return Path(logger.log_dir)
-    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from llmkit import checkpoint
-from llmkit.callbacks import DEFAULT_VAL_INTERVAL, Progress, RunReport, run_folder
+from llmkit.callbacks import DEFAULT_VAL_INTERVAL, Progress, RunReport
 from llmkit.data import DataModule
 from llmkit.errors import UserError
+from llmkit.failures import explain, is_out_of_memory
 from llmkit.messages import gist
 from llmkit.module import LanguageModel
 from llmkit.optim import fast_bf16
+from llmkit.saving import Checkpoints, WholeFileIO, run_folder
+from llmkit.stopping import Stopping
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
@@ -84,6 +89,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--imports", type=list[str] | str | None, default=None, help="Local modules or .py files with plugins."
         )
+        parser.add_class_arguments(Checkpoints, "checkpoint")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -109,9 +115,13 @@ class CLI(LightningCLI):
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         try:
             super().instantiate_classes()
+        except UserError:
+            raise
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
-            # Nothing has run yet: what fails here are the values of the config.
-            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+            # Nothing has run yet: what fails here are the values of the config, or the code of a plugin.
+            if not isinstance(error, ValueError) and explain(error):
+                raise
+            raise UserError(str(error)) from error
         self._dump_config()
         drop = ("config", "ckpt_path", "weights_only", "verbose")
         self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
@@ -120,7 +130,7 @@ class CLI(LightningCLI):
         else:
             own = self.model.config
             checkpoint.check_fits(self.model, self.stored, self.datamodule.tokenizer_class)
-            checkpoint.restore(self.model, self.stored.part)
+            checkpoint.restore(self.model, self.stored.part, f"checkpoint {self.stored.path}")
             checkpoint.check_weights(self.model, self.stored)
             self.model.config, self.model.source = own, f"checkpoint {self.stored.path}"
 
@@ -130,6 +140,7 @@ class CLI(LightningCLI):
         for key in ("accumulate_grad_batches", "val_check_interval"):
             if given.get(key) is not None and given[key] == 0:
                 raise UserError(f"trainer.{key} must be at least 1, got 0")
+        kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
         loggers = given.get("logger")
         folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
@@ -140,25 +151,44 @@ class CLI(LightningCLI):
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         self.report = RunReport()
-        own: list[pl.Callback] = [self.report]
+        own: list[pl.Callback] = [self.report, Stopping()]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress())
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
-        if saves and not given.get("fast_dev_run") and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            name, mode = self.model.head.monitor
-            own.append(
-                ModelCheckpoint(
-                    filename="best", monitor=f"val_{name}", mode=mode, save_last=True, enable_version_counter=False
-                )
-            )
+        if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
+            own.append(self._get(self.config_init, "checkpoint"))
         kwargs["callbacks"] = [*callbacks, *own]
-        if given.get("precision") is None:
-            kwargs["precision"] = fast_precision(given.get("accelerator", "auto"))
         if given.get("default_root_dir") is None:
-            kwargs["default_root_dir"] = output
-        if given.get("max_epochs") is None and given.get("max_steps") in (None, -1) and given.get("max_time") is None:
-            kwargs["max_epochs"] = 10
-        return super().instantiate_trainer(**kwargs)
+            # A requeued SLURM job looks here for its checkpoint: no other run's must be found.
+            job = os.environ.get("SLURM_JOB_ID")
+            kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileIO()
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command. Raises UserError, with the sizes that set it, where memory does not suffice."""
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            raise
+        except Exception as error:
+            step = self.trainer.global_step if self.command == "fit" else -1
+            if self.stored is not None and not explain(error) and checkpoint.is_to_blame(self.stored, error, step):
+                text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
+            if not is_out_of_memory(error):
+                raise
+            model, data = self.model, self.datamodule
+            batch = "data.batch_tokens" if data.batch_tokens else "data.batch_size"
+            spec = ", ".join(f"model.{key} {model.spec[key]}" for key in ("dim", "num_layers", "context"))
+            raise UserError(
+                f"out of memory ({' '.join(str(error).split())[:160]}). What sets it: {batch} "
+                f"{data.batch_tokens or data.batch_size}{model.batch_shape}, {spec}{model.size}, precision "
+                f"{self.trainer.precision}. Lower {batch} first (trainer.accumulate_grad_batches makes up for it), "
+                f"then model.context or model.dim"
+            ) from error
 
     def after_fit(self) -> None:
         """Measure the best checkpoint and print the closing report."""
@@ -166,10 +196,7 @@ class CLI(LightningCLI):
         if trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         saver = trainer.checkpoint_callback
-        best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
-        if isinstance(saver, ModelCheckpoint) and not best:
-            # The run was shorter than one validation interval.
-            trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt")
+        best = getattr(saver, "best_model_path", "")
         trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)
         self.report.finish_fit(trainer, model)
 
@@ -192,6 +219,16 @@ class CLI(LightningCLI):
                     for answer in answers:
                         handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
             print(f"predictions: {path}")
+
+
+def filled_in(given: Any) -> dict[str, Any]:
+    """Return the trainer's settings that llmkit makes where a config leaves them open."""
+    filled: dict[str, Any] = {}
+    if given.get("precision") is None:
+        filled["precision"] = fast_precision(given.get("accelerator", "auto"))
+    if given.get("max_epochs") is None and given.get("max_steps") in (None, -1) and given.get("max_time") is None:
+        filled["max_epochs"] = 10
+    return filled
 
 
 def fast_precision(accelerator: str) -> str:

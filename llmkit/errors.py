@@ -8,7 +8,19 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line on stderr, exit code 2, no traceback."""
+    """What the user can mend: a line on stderr for each problem, exit code 2, no traceback."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(" | ".join(problems))
+        self.problems = problems
+
+
+class Stopped(Exception):  # noqa: N818
+    """A signal asked the run to stop; it has saved and said how to go on. Its exit code is the shell's for a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.code = 128 + signum
 
 
 def note(message: str) -> None:

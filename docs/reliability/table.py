@@ -1,0 +1,100 @@
+"""Write the tables of ``docs/reliability.md`` from what the scripts beside this one recorded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "reliability.md"
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        rows: what is in it.
+        columns: key of a row -> head of the column.
+    """
+    lines = [list(columns.values()), ["---"] * len(columns), *([str(row[key]) for key in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def kills(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the kills."""
+    sums: Counter[str] = Counter()
+    for row in rows:
+        sums.update({key: value for key, value in row.items() if isinstance(value, int)})
+        row["differences"] = len(row["differences"])
+        sums["differences"] += row["differences"]
+    columns = {"configuration": "configuration", "attention": "attention", "workers": "workers"}
+    columns |= {
+        "accumulation": "batches a step",
+        "kills_step": "killed in a step",
+        "kills_validation": "in a validation",
+    }
+    columns |= {"kills_writing": "while writing", "from_the_start": "before a checkpoint", "losses": "losses compared"}
+    columns |= {"tensors": "tensors compared", "differences": "differences"}
+    total = {**dict.fromkeys(columns, ""), **sums, "configuration": "**all**", "workers": "", "accumulation": ""}
+    told = f"{sums['kills']} kills over {len(rows)} configurations, {sums['differences']} differences.\n\n"
+    return told + table([*rows, total], columns)
+
+
+def soak(found: dict[str, Any]) -> str:
+    """Return the table of the soak."""
+    last, ratio = found["last"], found["second_half_to_first"]
+    names = {"memory": "resident memory, MiB", "open_files": "open files", "disk": "checkpoints on disk, MiB"}
+    rows = [{"what": name, "end": f"{last[key]:.0f}", "ratio": f"{ratio[key]:.3f}"} for key, name in names.items()]
+    told = (
+        f"{last['minutes']:.0f} minutes, {found['steps']:,} steps, {found['saved']:,} checkpoints written, "
+        f"{last['checkpoints']} names kept. Medians of the second half of the time against the first, without "
+        "the first tenth:\n\n"
+    )
+    return told + table(rows, {"what": "", "end": "at the end", "ratio": "second half to first"})
+
+
+def fuzz(results: list[dict[str, Any]]) -> str:
+    """Return the table of the damaged files."""
+    kinds = sorted({result["kind"] for result in results})
+    rows = []
+    for kind in kinds:
+        own = [result for result in results if result["kind"] == kind]
+        outcomes = Counter(result["outcome"] for result in own)
+        failed = len(own) - outcomes["loaded"] - outcomes["refused"]
+        slowest = max(result["seconds"] for result in own)
+        row = {"kind": kind, "files": len(own), "loaded": outcomes["loaded"], "refused": outcomes["refused"]}
+        rows.append({**row, "failed": failed, "slowest": f"{slowest:.1f} s"})
+    heads = {"kind": "files", "files": "number", "loaded": "loaded", "refused": "refused in one line"}
+    heads |= {"failed": "crashed, hung or ran code", "slowest": "slowest"}
+    return f"{len(results):,} files, {sum(row['failed'] for row in rows)} failures.\n\n" + table(rows, heads)
+
+
+def configs(found: dict[str, Any]) -> str:
+    """Return the sentence on broken configs."""
+    return (
+        f"Tried with {found['cases']} configs and command lines broken one way each (`tests/test_broken_configs.py`): "
+        f"{found['right']} got key, place and remedy right, {found['accepted']} were accepted, "
+        f"{found['tracebacks']} showed a traceback."
+    )
+
+
+WRITERS: dict[str, Callable[[Any], str]] = {"kills": kills, "soak": soak, "fuzz": fuzz, "configs": configs}
+
+
+def main() -> None:
+    """Put each table between its marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, write in WRITERS.items():
+        path = HERE / f"{name}.json"
+        if path.exists():
+            before, _, rest = page.partition(f"<!-- {name} -->")
+            after = rest.partition(f"<!-- /{name} -->")[2]
+            page = f"{before}<!-- {name} -->\n{write(json.loads(path.read_text()))}\n<!-- /{name} -->{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A run that dies at any moment and is resumed is the run that was left alone, for every head and kind of loader."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command import done, llmkit
+from faults import PowerCut
+
+from llmkit.commands.verify import resume
+from llmkit.commands.verify.resume import Verdict, differ, files_of, lines_differ
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def campaign() -> Any:
+    """Return the script of the long campaign: its configurations are those of this test."""
+    spec = importlib.util.spec_from_file_location("kill", ROOT / "docs" / "reliability" / "kill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+KILL = campaign()
+NAMES = list(KILL.configs(Path("data")))
+STEPS, INTERVAL = 12, 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the campaign's data."""
+    path = tmp_path_factory.mktemp("resume")
+    KILL.write_data(path)
+    return path
+
+
+def fit_words(folder: Path, name: str, output: Path) -> list[str]:
+    config = copy.deepcopy(KILL.configs(folder)[name])
+    config["model"] |= {"dim": 16, "num_layers": 1}
+    config["data"]["num_workers"] = 0  # processes of their own are in the tests below
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(config))
+    own = {"max_steps": STEPS, "val_check_interval": INTERVAL, "limit_val_batches": 2, "enable_progress_bar": "false"}
+    options = [f"--trainer.{key}={value}" for key, value in own.items()]
+    every = "--checkpoint.every_n_steps=3"
+    return ["fit", "--config", str(output / "config.yaml"), *options, every, "--name=run"]
+
+
+def traced(output: Path, dying: tuple[int, str] | None) -> list[str]:
+    trace = {"class_path": resume.TRACE, "init_args": {"folder": str(output / "trace")}}
+    callbacks: list[dict[str, Any]] = [trace]
+    if dying is not None:
+        callbacks.append({"class_path": "faults.Dying", "init_args": {"batch": dying[0], "moment": dying[1]}})
+    words = [f"--output={output}", f"--trainer.callbacks={json.dumps(callbacks)}"]
+    return [*words, "--imports=faults"]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    (path,) = (output / "trace").iterdir()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
+    """Within a step, and within a validation or a checkpoint; nothing is tidied up, as with SIGKILL."""
+    words = fit_words(folder, name, tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done(*words, *traced(whole, None))
+    expected = lines(whole)
+    batches = sum(line["event"] == "batch" for line in expected)
+    found = []
+    later = ("validation", "writing")[NAMES.index(name) % 2]
+    for number, dying in enumerate([(batches // 3, "backward"), (batches * 2 // 3, later), None]):
+        again = ["--ckpt_path=last"] if number else []
+        if dying is None:
+            done(*words, *traced(parts, None), *again)
+        else:
+            with pytest.raises(PowerCut):
+                llmkit(*words, *traced(parts, dying), *again)
+        found += lines(parts)
+    differences = list(lines_differ(expected, found))
+    tensors = 0
+    for (file, one), (_, two) in zip(files_of(whole), files_of(parts), strict=True):
+        tensors += differ(one, two, file, differences)
+    assert differences == []
+    assert tensors > 20
+
+
+def test_killed_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``llmkit verify resume`` with real SIGKILLs: accumulation, worker processes, dropout."""
+    config = copy.deepcopy(KILL.configs(folder)["classification"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config", str(tmp_path / "config.yaml"), "--steps", "16", "--kills", "3"]
+    assert resume.run(words) == 0
+    told = capsys.readouterr().out
+    assert "Identical after 3 kill(s): 48 losses, 12 validations" in told
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict], None]:
+    def use(verdict: Verdict) -> None:
+        monkeypatch.setattr(resume, "verify", lambda *words, **more: verdict)
+
+    return use
+
+
+def test_a_difference_is_told(verdicts: Callable[[Verdict], None], capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts(Verdict(differences=["batch 3: loss is 1.0, after resuming 2.0", "x"]))
+    assert resume.run(["--config", "x.yaml"]) == 1
+    assert "NOT IDENTICAL: 2 difference(s), the first:\n  batch 3: loss" in capsys.readouterr().out
+
+
+def test_what_counts_as_a_difference() -> None:
+    one: dict[str, Any] = {"a": torch.tensor([0.0, float("nan")]), "b": [1, {"c": torch.ones(2)}], "d": float("nan")}
+    assert differences(one, copy.deepcopy(one)) == []
+    assert differences(one, {**one, "a": torch.tensor([-0.0, float("nan")])}) == ["x: a differs"]
+    assert differences(one, {**one, "a": one["a"].double()}) == ["x: a differs"]
+    assert differences(one, {**one, "b": [2, one["b"][1]]}) == ["x: b[0]: 1, after resuming 2"]
+    assert differences(one, {"a": one["a"], "b": one["b"]}) == ["x: only one run has d"]
+
+
+def differences(one: Any, two: Any) -> list[str]:
+    found: list[str] = []
+    differ(one, two, "x", found)
+    return found
+
+
+def test_what_counts_as_another_trace() -> None:
+    whole = [{"event": "batch", "at": n, "step": n, "loss": float(n).hex(), "time": 0.0} for n in (1, 2, 3)]
+    killed = [{**line, "time": 1.0} for line in whole[:2]] + [whole[1], whole[2]]
+    assert list(lines_differ(whole, killed)) == []
+    assert list(lines_differ(whole, killed[:2])) == ["batch 3: missing in the resumed run"]
+    other = {**whole[1], "loss": (2.5).hex()}
+    assert list(lines_differ(whole, [*killed, other])) == ["batch 2: loss is 2.0, after resuming 2.5"]
+    assert list(lines_differ(whole, [*killed, {**other, "at": 4}])) == ["batch 4: only in the resumed run"]

@@ -1,0 +1,150 @@
+"""Checkpoint files: whole or not there at all, the right ones kept, the best one taken along when a run resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import TINY, Result, done, llmkit
+
+from llmkit.saving import WholeFileIO, sweep, write_whole
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Run in a forked process; returns its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_text("old")
+
+    def write(part: Path) -> None:
+        part.write_text("half of the n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(lambda: write_whole(path, write)) == -signal.SIGKILL
+    assert path.read_text() == "old"
+    (left,) = [file for file in tmp_path.iterdir() if file != path]
+    assert not left.name.endswith(".ckpt")  # nobody takes it for a checkpoint
+
+    def write_all(part: Path) -> None:
+        part.write_text("new")
+
+    write_whole(path, write_all)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """The limit on a file's size fails as a full disk does: in the middle of a write."""
+    path = tmp_path / "last.ckpt"
+    WholeFileIO().save_checkpoint({"weights": torch.zeros(10)}, path)
+
+    def save() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            WholeFileIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+        except OSError as error:
+            os._exit(7 if error.filename == str(path) else 8)
+
+    assert in_a_child(save) == 7
+    assert read(path)["weights"].shape == (10,)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
+    folder = tmp_path / "version_3" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("last.ckpt.part", "best.ckpt.part", "last.ckpt"):
+        (folder / name).write_text("x")
+        os.utime(folder / name, (0, 0))
+    now = time.time()
+    os.utime(folder / "best.ckpt.part", (now, now))  # being written
+    sweep(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt.part", "last.ckpt"]
+
+
+WORSE = ("--model.optimizer", "{name: SGD, lr: 3.0}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
+"""A rate at which the loss soon gets worse, so that the best checkpoint is an early one."""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A fit that saves every third step and validates every fourth."""
+    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    own = ("--checkpoint.every_n_steps", "3", "--checkpoint.keep", "2", "--trainer.val_check_interval", "4")
+    return ["fit", "--data.train", str(tmp_path / "text.txt"), *TINY, *own, "--output", str(tmp_path / "runs")]
+
+
+def steps_of(result: Result) -> dict[str, int]:
+    folder = result.folder / "checkpoints"
+    return {path.name: read(path)["global_step"] for path in folder.iterdir()}
+
+
+def scores(result: Result) -> dict[int, float]:
+    rows = (result.folder / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    cells = [dict(zip(names, row.split(","), strict=True)) for row in rows[1:]]
+    return {int(cell["step"]) + 1: float(cell["val_loss"]) for cell in cells if cell["val_loss"]}
+
+
+def test_which_checkpoints_there_are(words: list[str]) -> None:
+    """After 10 steps: saved at 3, 4 (validation), 6, 8, 9 and 10; the two newest and the best one stay."""
+    result = done(*words, "--trainer.max_steps", "10", *WORSE)
+    values = scores(result)
+    best = min(values, key=lambda step: values[step])
+    assert best < 8  # else this test shows nothing
+    assert steps_of(result) == {"last.ckpt": 10, "best.ckpt": best, "step_9.ckpt": 9, "step_10.ckpt": 10}
+    folder = result.folder / "checkpoints"
+    assert (folder / "last.ckpt").samefile(folder / "step_10.ckpt")  # the newest is written once
+
+
+def test_a_resumed_run_has_the_best_checkpoint_of_before(words: list[str], tmp_path: Path) -> None:
+    """It lies in the run's own folder, and decides what the closing report measures, as without the interruption."""
+    schedule = (*words, *WORSE)
+    whole = done(*schedule, "--trainer.max_steps", "12", "--name", "whole")
+    done(*schedule, "--trainer.max_steps", "9", "--name", "parts")
+    resumed = done(*schedule, "--trainer.max_steps", "12", "--name", "parts", "--ckpt_path", "last")
+    assert resumed.folder.name == "version_1"
+    assert steps_of(resumed)["best.ckpt"] == steps_of(whole)["best.ckpt"] < 9
+    results = [json.loads((run.folder / "results.json").read_text()) for run in (whole, resumed)]
+    assert results[0] == results[1]
+
+
+def test_weights_that_are_not_finite_are_not_saved(words: list[str], tmp_path: Path) -> None:
+    spoil = '{"class_path": "faults.Spoil", "init_args": {"step": 4}}'
+    own = ("--imports", "faults", "--trainer.callbacks", spoil, "--trainer.max_steps", "9")
+    result = llmkit(*words, *own, "--model.max_bad_steps", "100", "--trainer.val_check_interval", "1000")
+    assert result.code == 2
+    assert "step 6: the weights are not finite" in result.err
+    (last,) = (tmp_path / "runs").rglob("last.ckpt")
+    assert read(last)["global_step"] == 3
+
+
+@pytest.mark.parametrize(("key", "value"), [("every_n_steps", "0"), ("keep", "-1")])
+def test_numbers_out_of_range(key: str, value: str, words: list[str]) -> None:
+    result = llmkit(*words, f"--checkpoint.{key}", value)
+    assert result.code == 2
+    assert f"checkpoint.{key} must be" in result.err

@@ -1,0 +1,108 @@
+"""SIGTERM, Ctrl-C and SLURM's signal: the step ends, the run is saved and goes on exactly; a validation is not lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import TINY, Result, done, llmkit
+
+from llmkit.commands.verify.resume import differ
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A fit of 8 steps with a validation of 3 batches after every fourth one."""
+    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    own = ("--imports", "faults", "--model.dropout", "0.1", "--trainer.max_steps", "8")
+    every = (
+        "--trainer.val_check_interval",
+        "4",
+        "--trainer.limit_val_batches",
+        "3",
+        "--trainer.log_every_n_steps",
+        "1",
+    )
+    data = ("--data.train", str(tmp_path / "text.txt"))
+    return ["fit", *data, *TINY, *own, *every, "--output", str(tmp_path / "runs")]
+
+
+def sender(number: int, step: int, validation_batch: int = -1) -> tuple[str, str]:
+    arguments = {"number": number, "step": step, "validation_batch": validation_batch}
+    return "--trainer.callbacks", json.dumps({"class_path": "faults.Sender", "init_args": arguments})
+
+
+def last(result: Result) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(result.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return content
+
+
+def same(one: Result, two: Result) -> None:
+    """Assert that two finished runs are equal in weights, optimizer, results and (after the stop) metrics."""
+    first, second = last(one), last(two)
+    for content in (first, second):
+        # How many validation batches were begun: one more, where one was not ended.
+        del content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    found: list[str] = []
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+        differ(first[part], second[part], part, found)
+    assert found == []
+    results = [json.loads((run.folder / "results.json").read_text()) for run in (one, two)]
+    assert results[0] == results[1]
+    rows = [(run.folder / "metrics.csv").read_text().splitlines() for run in (one, two)]
+    assert rows[1][0] == rows[0][0]
+    assert rows[1][1:] == rows[0][-len(rows[1]) + 1 :]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("where", ["in a step", "before a validation", "in a validation"])
+def test_the_run_goes_on_as_if_it_had_not_been_stopped(number: int, where: str, words: list[str]) -> None:
+    at = {"in a step": (5, -1), "before a validation": (3, -1), "in a validation": (4, 1)}[where]
+    before = signal.getsignal(signal.SIGINT)
+    whole = done(*words, "--name", "whole")
+    stopped = llmkit(*words, "--name", "parts", *sender(number, *at))
+    assert stopped.code == 128 + number
+    step = {"in a step": 6, "before a validation": 4, "in a validation": 4}[where]
+    assert f"at step {step}; saved " in stopped.err
+    assert "--ckpt_path last" in stopped.err
+    assert signal.getsignal(signal.SIGINT) == before
+    resumed = done(*words, "--name", "parts", "--ckpt_path", "last")
+    assert resumed.folder.name == "version_1"
+    same(whole, resumed)
+
+
+def test_the_second_ctrl_c_stops_at_once(words: list[str], tmp_path: Path) -> None:
+    """Two of them within a step: nobody waits for its end, and nothing is saved."""
+    two = json.dumps([json.loads(sender(signal.SIGINT, 3)[1])] * 2)
+    with pytest.raises(SystemExit):  # Lightning's way to leave on a KeyboardInterrupt
+        llmkit(*words, "--trainer.callbacks", two)
+    assert not list(tmp_path.rglob("last.ckpt"))
+
+
+def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes in the middle of a step; the requeued job finds its own checkpoint, another job does not."""
+    whole = done(*words, "--name", "whole")
+    for key, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(key, value)
+    commands: list[Any] = []
+
+    def requeue(command: list[str], **options: Any) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", requeue)
+    done(*words, "--name", "job", *sender(signal.SIGUSR1, 5))
+    assert commands == [["scontrol", "requeue", "7"]]
+    (saved,) = tmp_path.rglob("hpc_ckpt_1.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 6
+    requeued = done(*words, "--name", "job")
+    rows = (requeued.folder / "metrics.csv").read_text().splitlines()
+    assert rows[1].split(",")[rows[0].split(",").index("step")] == "6"  # the seventh step is its first
+    same(whole, requeued)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    other = done(*words, "--name", "job")
+    assert len((other.folder / "metrics.csv").read_text().splitlines()) > len(rows)
