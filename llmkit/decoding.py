@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, padded
+from llmkit.errors import UserError
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token id) as soon as a token is chosen."""
@@ -111,10 +112,13 @@ def generate(
     done = [False] * len(prompts)
     decoder: Decoder | None = None
     columns = 0
+    starts = [max(0, len(text) - net.max_length) for text in texts]  # of what the network still sees of each text
     for _ in range(options.max_new_tokens):
         if decoder is None or columns >= net.max_length:
-            keep = net.max_length if decoder is None else max(1, net.max_length // 2)
-            kept = [text[-keep:] for text in texts]
+            for row, text in enumerate(texts if decoder is not None else []):
+                if len(text) - starts[row] >= net.max_length:  # not the others: a row is not cut by its neighbours
+                    starts[row] = len(text) - max(1, net.max_length // 2)
+            kept = [text[start:] for text, start in zip(texts, starts, strict=True)]
             lengths = torch.tensor([len(text) for text in kept])
             columns = int(lengths.max())
             segments = (torch.arange(columns)[None] < lengths[:, None]).long().to(device)
@@ -154,7 +158,10 @@ def _choose(scores_BV: Tensor, options: DecodingOptions, banned: Rows[int], gene
         # Drop a token when those before it reach top_p already; the best one always stays.
         ordered = ordered.masked_fill(share.cumsum(-1) - share >= options.top_p, -torch.inf)
         scores_BV = torch.empty_like(scores_BV).scatter_(-1, order, ordered)
-    return torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)[:, 0]
+    shares_BV = scores_BV.softmax(-1)
+    if not bool(shares_BV.isfinite().all()):
+        raise UserError("the model's scores are NaN or infinite: its weights have diverged, or are damaged")
+    return torch.multinomial(shares_BV, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()

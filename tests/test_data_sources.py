@@ -13,7 +13,9 @@ import pytest
 from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
 
 from llmkit.data import DataModule, hub
-from llmkit.data.sources import Options, Row, local
+from llmkit.data.formats import Options
+from llmkit.data.rows import Bad, Row
+from llmkit.data.sources import local
 from llmkit.errors import UserError
 
 ROWS = [("a b", "x"), ('c "quoted", d', "y"), ("NA", "x"), ("é", "y")]
@@ -84,7 +86,13 @@ def test_lines_with_a_pattern(tmp_path: Path) -> None:
 
 
 def rows_of(path: Path, format: Any, pattern: str | None = None) -> list[Row]:
-    return list(local("data.train", str(path), Options(format, pattern)).read())
+    rows = local("data.train", str(path), Options(format, pattern)).read()
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def bad_of(path: Path, format: Any, pattern: str | None = None) -> list[str]:
+    rows = local("data.train", str(path), Options(format, pattern)).read()
+    return [row.told(Path(row.file).name) for row in rows if isinstance(row, Bad)]
 
 
 def test_conll(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_conll(tmp_path: Path) -> None:
         {"tokens": ["EU", "#", "x."], "tags": ["B-ORG", "O", "I-ORG"]},
         {"tokens": ["#", "New York", "\u2028"], "tags": ["O", "B-LOC", "O"]},
     ]
-    assert [(row.number, row.first, row.place) for row in rows] == [(6, True, f"{path}:6"), (11, True, f"{path}:11")]
+    assert [(row.number, row.first, row.file) for row in rows] == [(6, True, str(path)), (11, True, str(path))]
 
 
 def test_conll_without_tags(tmp_path: Path) -> None:
@@ -121,16 +129,16 @@ def test_conll_with_a_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "pattern", "says"),
     [
-        ("a O\n\nb\nc O\n", None, r":3 has no 'tags', other lines of the sentence have"),
-        ("a\tO\n\tO\n", None, r":2 does not begin with a word: '\\tO'"),
-        ("a\tO\nb O\n", r"(?P<tokens>\S+)\t(?P<tags>\S+)", r":2 does not match data\.pattern: 'b O'"),
+        ("a O\n\nb\nc O\n", None, "a.conll:3 has no 'tags', other lines of the sentence have"),
+        ("a\tO\n\tO\n", None, "a.conll:2 does not begin with a word: '\\tO'"),
+        ("a\tO\nb O\n", r"(?P<tokens>\S+)\t(?P<tags>\S+)", "a.conll:2 does not match data.pattern: 'b O'"),
     ],
 )
 def test_malformed_conll(tmp_path: Path, content: str, pattern: str | None, says: str) -> None:
     path = tmp_path / "a.conll"
-    path.write_text(content)
-    with pytest.raises(UserError, match=rf"^data\.train: .*a\.conll{says}$"):
-        rows_of(path, "conll", pattern)
+    path.write_text(content + "\nd\tO\n")
+    assert bad_of(path, "conll", pattern) == [says]
+    assert rows_of(path, "conll", pattern)[-1].data == {"tokens": ["d"], "tags": ["O"]}
 
 
 SQUAD = {
@@ -190,20 +198,34 @@ def test_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
     [
         ("{", r":1 is not JSON"),
         ("[]", r": expected SQuAD's format, but the file has no list 'data'"),
-        ('{"data": [{"paragraphs": []}, {}]}', r"data\[1\] has no list 'paragraphs'"),
-        ('{"data": [{"paragraphs": [3]}]}', r"data\[0\]\.paragraphs\[0\] has no str 'context'"),
-        (
-            json.dumps(SQUAD).replace('"answer_start": 0', '"answer_start": "0"'),
-            r"data\[0\]\.paragraphs\[0\]\.qas\[0\] has no int 'answer_start'",
-        ),
-        (json.dumps(SQUAD).replace('"q3"', "null"), r"data\[0\]\.paragraphs\[1\]\.qas\[0\] has no str 'question'"),
+        (json.dumps(SQUAD)[:-9], r":1 is not JSON"),
     ],
 )
-def test_malformed_squad(tmp_path: Path, content: str, says: str) -> None:
+def test_a_file_that_is_not_squad(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"^data\.train: .*a\.json.*{says}"):
+    with pytest.raises(UserError, match=rf"^data\.train: .*a\.json{says}"):
         rows_of(path, "squad")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says", "left"),
+    [
+        ('"data": [', '"data": [{}, ', "1 (data[0]) has no list 'paragraphs'", "x 7 4 z"),
+        ('"data": [', '"data": [3, ', "1 (data[0]) has no list 'paragraphs'", "x 7 4 z"),
+        ('"context": "c1", ', "", "1 (data[0].paragraphs[0]) has no str 'context'", "2 z"),
+        ('"q1"', "null", "1 (data[0].paragraphs[0].qas[0]) has no str 'question'", "7 3 z"),
+        ('start": 0', 'start": "0"', "1 (data[0].paragraphs[0].qas[0]) has no int 'answer_start'", "7 3 z"),
+        ('"answers": []', '"answers": {}', "2 (data[0].paragraphs[0].qas[1]) has no list 'answers'", "x 3 z"),
+    ],
+)
+def test_malformed_squad(tmp_path: Path, old: str, new: str, says: str, left: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(SQUAD).replace(old, new, 1))
+    assert bad_of(path, "squad") == [f"a.json:{says}"]
+    rows = rows_of(path, "squad")
+    assert " ".join(row.data["id"] for row in rows) == left
+    assert rows[0].first  # also where the first question of a paragraph is the bad one
 
 
 def test_several_files_are_sorted(tmp_path: Path) -> None:
@@ -261,7 +283,7 @@ def test_class_numbers_become_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: builder)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     read = hub.Hub("name", None, False).rows("data.train", "train").read
-    assert [row.data["label"] for row in read()] == ["yes", "no"]
+    assert [row.data["label"] for row in read() if isinstance(row, Row)] == ["yes", "no"]
 
 
 # What is wrong
@@ -278,18 +300,22 @@ def fails(folder: Path, message: str, content: str | bytes = "", name: str = "tr
 
 def test_wrong_columns(tmp_path: Path) -> None:
     content = "text,label\na,x\n"
-    message = r"data\.columns: column 'txt' for the head's field 'text' is not in train\.csv .*"
-    fails(tmp_path, message + r"Did you mean 'text'\? Columns: text, label\.", content, columns={"text": "txt"})
+    message = r"data\.train: .*train\.csv:2 has no column 'txt' for the head's field 'text'\."
+    hint = r" Did you mean 'text'\? Columns: text, label\. data\.columns names those to read\.$"
+    fails(tmp_path, message + hint, content, columns={"text": "txt"})
     message = r"data\.columns: the head has no field 'txet'\. Did you mean 'text'\? Fields: text, label\."
     fails(tmp_path, message, content, columns={"txet": "text"})
-    fails(tmp_path, r"column 'label' .* is not in train\.txt", "a\nb\n", name="train.txt")
+    fails(tmp_path, r"train\.txt:1 has no column 'label' ", "a\nb\n", name="train.txt")
 
 
 def test_wrong_cells(tmp_path: Path) -> None:
-    row = '{"text": "a", "label": 1}\n'
-    fails(tmp_path, r"train\.json:2 is empty \(null\)", row + '{"text": null, "label": 1}', name="train.json")
-    fails(tmp_path, r"train\.json:2 is int, expected text", row + '{"text": 3, "label": 1}', name="train.json")
-    fails(tmp_path, r"column 'label' .*\(row 2\)", row + '{"text": "a"}', name="train.json")
+    def cell(says: str, row: str) -> None:
+        fails(tmp_path, rf"train\.json:2 {says}", '{"text": "a", "label": 1}\n' + row, name="train.json")
+
+    cell(r"has an empty cell \(null\) in column 'text'", '{"text": null, "label": 1}')
+    cell(r"has int, expected text or a list of texts, in column 'text'", '{"text": 3, "label": 1}')
+    cell(r"has list, expected text or a list of texts, in column 'text'", '{"text": ["a", 3], "label": 1}')
+    cell(r"has no column 'label' ", '{"text": "a"}')
 
 
 def test_no_rows(tmp_path: Path) -> None:
@@ -304,7 +330,7 @@ def test_no_rows(tmp_path: Path) -> None:
 
 def test_malformed_files(tmp_path: Path) -> None:
     fails(tmp_path, r"data\.train: .*train\.csv:3 has 1 cells, expected 2", "text,label\na,x\nb\n")
-    fails(tmp_path, r"data\.train: .*train\.csv: Error: unexpected end", 'text,label\n"a,x\n')
+    fails(tmp_path, r"data\.train: .*train\.csv:2 opens a quotation mark that is not closed", 'text,label\n"a,x\n')
     fails(tmp_path, r"a\.json:2 is not JSON", '{"text": "a", "label": 1}\n{"text\n', name="a.json")
     fails(tmp_path, r"a\.json:1 is not JSON.*one object a line", '{\n"text": "a"}', name="a.json")
     fails(tmp_path, r"a\.json:2 is not JSON", '[{"text": "a",\n}]', name="a.json")
@@ -345,7 +371,7 @@ def test_parallel_files_that_do_not_fit(tmp_path: Path) -> None:
     fails(tmp_path, told, head=Translating(), train=files)
     several: Any = {"source": str(tmp_path / "a.*")}
     fails(tmp_path, r"data\.train\.source: parallel files come one by field", head=Translating(), train=several)
-    fails(tmp_path, r"column 'target' .* is not in", head=Translating(), train={"source": files["source"]})
+    fails(tmp_path, r"a\.en:1 has no column 'target' ", head=Translating(), train={"source": files["source"]})
 
 
 def test_what_is_not_configured(tmp_path: Path) -> None:

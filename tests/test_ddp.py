@@ -1,9 +1,10 @@
-"""Two processes, started as a user does: the same model and the same numbers as one process, and one run folder."""
+"""Two processes: the same model and the same numbers as one process, and one run folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,36 +14,143 @@ from typing import Any
 import pytest
 import torch
 from command import TINY, done
+from ddp_worker import epoch_sums
 
-TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy")
+from llmkit import load
+
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+FSDP2 = json.dumps({"class_path": SHARDED, "init_args": SIZES})
+CPU = ("--trainer.accelerator", "cpu")
+TWO = (*CPU, "--trainer.devices", "2", "--trainer.strategy")
+
+
+def without(options: Sequence[str], *keys: str) -> list[str]:
+    """Return options without some keys and their values."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [word for key, value in pairs if key not in keys for word in (key, value)]
+
+
 EXACT = (
+    *without(TINY, "--data.batch_size", "--trainer.max_steps"),
+    *("--trainer.precision", "32-true", "--model.dropout", "0", "--trainer.limit_val_batches", "1.0"),
     *(
-        "--trainer.precision",
-        "32-true",
-        "--model.dropout",
-        "0",
         "--model.optimizer",
         "{name: SGD, lr: 0.2, momentum: 0.9}",
+        "--model.scheduler",
+        "{name: ConstantLR, factor: 1.0}",
     ),
-    *("--model.scheduler", "{name: ConstantLR, factor: 1.0}", "--trainer.max_steps", "4"),
-    *("--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1.0"),
+    *("--trainer.max_steps", "4"),
 )
 
 
-def start(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, which starts further ones."""
-    command = [sys.executable, "-m", "llmkit", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+class Run:
+    """A fit that is done by one process with large batches and by two with smaller ones.
+
+    Args:
+        words: its options.
+        one: rows of a batch and batches of a step, where one process trains.
+        two: the same where two do, for each of them.
+        strategy: how the two share the work.
+    """
+
+    def __init__(
+        self, words: Sequence[object], one: tuple[int, int], two: tuple[int, int], strategy: str = "ddp"
+    ) -> None:
+        self.words, self.one, self.two, self.strategy = words, one, two, strategy
+
+    def command(self, output: Path, processes: int) -> list[str]:
+        """Return the words behind ``llmkit fit``."""
+        rows, batches = self.one if processes == 1 else self.two
+        where = CPU if processes == 1 else (*TWO, self.strategy)
+        sizes = ("--data.batch_size", rows, "--trainer.accumulate_grad_batches", batches)
+        words = (*self.words, *EXACT, *sizes, *where, "--trainer.val_check_interval", 2 * batches, "--output", output)
+        return [str(word) for word in words]
 
 
-def processes(*words: object) -> str:
-    """Start a command that has to succeed; returns what its processes printed."""
-    result = start(*words)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data of unequal lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    rows = "".join(f"{'word ' * (i % 5)}{i},{'abc'[i % 3]}\n" for i in range(23))
+    (folder / "labels.csv").write_text(f"text,label\n{rows}")
+    pairs = "".join(f"{'word ' * (i % 3)}{i}\t{'Wort ' * (3 * (i % 2))}{i}\n" for i in range(7))
+    (folder / "pairs.tsv").write_text(f"source\ttarget\n{pairs}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path) -> dict[str, Run]:
+    """The fits by name. An epoch of rows of unequal lengths is a step, so that each step sees the same rows."""
+    text = ("--data.train", data / "text.txt")
+    labels = [f"--data.{part}={data / 'labels.csv'}" for part in ("train", "validation")]
+    pairs = [f"--data.{part}={data / 'pairs.tsv'}" for part in ("train", "validation")]
+    labels += ["--model.head=classification", "--model.head.dropout=0"]
+    return {
+        "blocks sharded": Run(text, (4, 1), (2, 1), FSDP2),
+        "classification": Run(labels, (23, 1), (12, 1)),
+        "classification accumulated": Run(labels, (23, 1), (5, 3)),
+        "classification sharded": Run(labels, (23, 1), (5, 3), FSDP2),
+        "translation accumulated": Run([*pairs, "--model.head=translation"], (7, 1), (2, 2)),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folders of one process."""
+    folders: dict[str, Path] = {}
+    for name, run in runs.items():
+        same = next((other for other in folders if runs[other].words == run.words), None)
+        output = tmp_path_factory.mktemp("one")
+        folders[name] = folders[same] if same else done("fit", *run.command(output, 1)).folder
+    return folders
+
+
+@pytest.fixture(scope="module")
+def together(
+    runs: dict[str, Run], alone: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder below which two processes put their runs, and what they printed. All is asked in one start."""
+    folder = tmp_path_factory.mktemp("two")
+    commands = [["fit", *run.command(folder / name, 2)] for name, run in runs.items()]
+    commands += [
+        [*words, *TWO, "ddp", "--output", str(folder / f"{name} test")] for name, words in measurements(alone, data)
+    ]
+    tasks = {"commands": commands, "sums": sums(data), "answer": str(folder / "sums.json"), "cache": str(folder / "c")}
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        given = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(folder / "tasks.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
+        piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **piped))
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
+    return folder, "".join(printed)
+
+
+def measurements(alone: dict[str, Path], data: Path) -> list[tuple[str, list[str]]]:
+    """Return commands that measure what one process trained: accuracy, and BLEU of beam search."""
+    found = []
+    for name, file in (("classification", "labels.csv"), ("translation accumulated", "pairs.tsv")):
+        words = ("test", "--ckpt_path", alone[name] / "checkpoints" / "last.ckpt", "--data.test", data / file)
+        found.append((name, [str(word) for word in (*words, "--trainer.precision", "32-true", "--data.batch_size", 4)]))
+    return found
+
+
+def sums(data: Path) -> list[tuple[str, str]]:
+    """Return the heads and files whose losses are added up over epochs."""
+    files = {"classification": "labels.csv", "translation": "pairs.tsv", "generation": "text.txt"}
+    return [(head, str(data / file)) for head, file in files.items()]
 
 
 def results(output: Path) -> dict[str, Any]:
@@ -57,52 +165,102 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
     """Assert that results are equal but for rounding."""
     assert one.keys() == two.keys()
     for key, value in one.items():
-        assert two[key] == (pytest.approx(value, abs=1e-5, rel=1e-5) if isinstance(value, float) else value), key
+        assert two[key] == (pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value), key
 
 
-def without(options: Sequence[str], *keys: str) -> list[str]:
-    """Return options without some keys and their values."""
-    pairs = zip(options[::2], options[1::2], strict=True)
-    return [word for key, value in pairs if key not in keys for word in (key, value)]
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+    return {key: value.double() for key, value in found.items()}
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", json.dumps({"class_path": SHARDED, "init_args": SIZES})], ids=["ddp", "sharded"]
-)
-def test_two_processes_train_as_one_with_the_double_batch(strategy: str, tmp_path: Path) -> None:
-    """Weights and metrics of a language model: each step sees the same blocks."""
-    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
-    words = ("--data.train", tmp_path / "text.txt", *without(TINY, "--data.batch_size", "--trainer.max_steps"), *EXACT)
-    one = done("fit", *words, "--data.batch_size", "4", "--output", tmp_path / "one")
-    printed = processes("fit", *words, *TWO, strategy, "--data.batch_size", "2", "--output", tmp_path / "two")
-    assert printed.count("Run folder:") == 1  # one process reports
+def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of all weights over their norm."""
+    assert found.keys() == wanted.keys()
+    off = torch.stack([(found[key] - value).norm() for key, value in wanted.items()]).norm()
+    return float(off / torch.stack([value.norm() for value in wanted.values()]).norm())
+
+
+NAMES = [
+    *("blocks sharded", "classification", "classification accumulated", "classification sharded"),
+    "translation accumulated",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one(name: str, alone: dict[str, Path], together: tuple[Path, str]) -> None:
+    """The rows are odd in number and of unequal lengths: what the processes count in a step differs."""
+    run = together[0] / name / "run" / "version_0"
+    same(results(alone[name].parent.parent), results(together[0] / name))
+    for kind in ("best", "last"):
+        assert difference(weights(run, kind), weights(alone[name], kind)) < 2e-6
+
+
+def test_the_steps_change_the_weights(runs: dict[str, Run], alone: dict[str, Path], tmp_path: Path) -> None:
+    """Otherwise equal ones would say nothing."""
+    name = "translation accumulated"
+    one_step = done("fit", *runs[name].command(tmp_path, 1), "--trainer.max_steps", 1).folder
+    assert difference(weights(one_step), weights(alone[name])) > 1e-2
+
+
+def test_one_process_reports(runs: dict[str, Run], together: tuple[Path, str]) -> None:
+    assert together[1].count("Run folder:") == len(runs)
+
+
+@pytest.mark.parametrize("name", ["classification", "translation accumulated"])
+def test_two_processes_measure_as_one(
+    name: str, alone: dict[str, Path], data: Path, together: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Accuracy, F1, the confusion matrix, BLEU and chrF."""
+    done(*dict(measurements(alone, data))[name], *CPU, "--output", tmp_path)
+    same(results(tmp_path), results(together[0] / f"{name} test"))
+
+
+def test_an_epoch_of_two_processes_holds_every_row_once(data: Path, together: tuple[Path, str], tmp_path: Path) -> None:
+    """Sums of losses, counts and rows over an epoch of 23 rows, of 7, and of blocks, in batches of 4."""
+    found = json.loads((together[0] / "sums.json").read_text())
+    wanted = [epoch_sums(head, file, tmp_path) for head, file in sums(data)]
+    assert [epoch[2] for epoch in wanted[0]] == [23, 23]
+    for two, one in zip(found, wanted, strict=True):
+        for a, b in zip(two, one, strict=True):
+            assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_a_sharded_checkpoint_loads_on_one_process(
+    alone: dict[str, Path], data: Path, together: tuple[Path, str]
+) -> None:
+    folder = together[0] / "classification sharded" / "run" / "version_0"
+    models = [load(path / "checkpoints" / "last.ckpt") for path in (folder, alone["classification sharded"])]
+    texts = [line.rpartition(",")[0] for line in (data / "labels.csv").read_text().splitlines()[1:]]
+    for answer, wanted in zip(*(model.predict(texts) for model in models), strict=True):
+        assert answer["label"] == wanted["label"]
+        assert answer["probability"] == pytest.approx(wanted["probability"], rel=1e-5)
+
+
+# Started as a user does
+
+
+def start(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, which starts the second one."""
+    command = [sys.executable, "-m", "llmkit", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_one_command_starts_two_processes(data: Path, tmp_path: Path) -> None:
+    run = Run(("--data.train", data / "text.txt"), (4, 1), (2, 1))
+    one = done("fit", *run.command(tmp_path / "one", 1))
+    two = start("fit", *run.command(tmp_path / "two", 2))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Run folder:") == 1
     same(results(tmp_path / "one"), results(tmp_path / "two"))
-    for name in ("best", "last"):
-        weights = [
-            torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-            for folder in (one.folder, tmp_path / "two" / "run" / "version_0")
-        ]
-        assert weights[0].keys() == weights[1].keys()
-        for key, value in weights[0].items():
-            torch.testing.assert_close(weights[1][key], value, rtol=1e-5, atol=1e-5, msg=key)
+    for kind in ("best", "last"):
+        found = weights(tmp_path / "two" / "run" / "version_0", kind)
+        assert difference(found, weights(one.folder, kind)) < 2e-6
 
 
-def test_two_processes_measure_as_one(tmp_path: Path) -> None:
-    """Every row counts once, though their number is odd and their lengths differ."""
-    rows = "".join(f"{'word ' * (i % 5)}{i},{'abc'[i % 3]}\n" for i in range(23))
-    (tmp_path / "labels.csv").write_text(f"text,label\n{rows}")
-    data = ("--data.train", tmp_path / "labels.csv", "--data.test", tmp_path / "labels.csv")
-    fitted = done("fit", *data, *TINY, "--model.head", "classification", "--output", tmp_path / "fit")
-    words = ("test", "--ckpt_path", fitted.checkpoint, "--trainer.precision", "32-true", "--data.batch_size", "4")
-    done(*words, "--trainer.accelerator", "cpu", "--output", tmp_path / "one")
-    processes(*words, *TWO, "ddp", "--output", tmp_path / "two")
-    same(results(tmp_path / "one"), results(tmp_path / "two"))
-
-
-def test_tensor_parallel_is_refused(tmp_path: Path) -> None:
+def test_tensor_parallel_is_refused(data: Path, tmp_path: Path) -> None:
     """Lightning's default splits layers, which no layer here supports: the processes would train apart, unnoticed."""
-    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
-    words = ("--data.train", tmp_path / "text.txt", *TINY, *TWO, json.dumps({"class_path": SHARDED}))
+    words = ("--data.train", data / "text.txt", *TINY, *TWO, json.dumps({"class_path": SHARDED}))
     result = start("fit", *words, "--output", tmp_path / "runs")
     assert result.returncode == 2
     assert "data_parallel_size" in result.stderr

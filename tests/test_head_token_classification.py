@@ -398,4 +398,4 @@ def test_the_row_with_too_few_tags_is_told(tmp_path: Path) -> None:
     words = ("--model.head", "token_classification", "--data.train", path, "--data.validation", path)
     result = llmkit("fit", *words, *TINY, "--output", tmp_path / "runs")
     assert result.code == 2
-    assert "data.train: a.jsonl: the sentence 'a b' has 2 tokens and 1 tags" in result.err
+    assert "a.jsonl:2 is refused by the head: the sentence 'a b' has 2 tokens and 1 tags" in result.err

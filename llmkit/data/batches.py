@@ -76,31 +76,51 @@ class Position:
 
 
 class TrainingOrder(SequentialSampler):
-    """The batches of each epoch for this rank: every rank gets equally many, a remainder of the epoch is left out.
+    """The batches of each epoch for this rank: every rank gets equally many, and each row comes once an epoch.
+
+    Where the number of batches is no multiple of the number of ranks, the last ones are shared out in smaller pieces;
+    where even single rows do not go round, some batches take one row more. Only when an epoch has fewer rows than
+    there are ranks do rows repeat.
 
     One iteration is as long as an epoch, from ``start`` on into the next epoch. (It is a SequentialSampler for
     Lightning, which would exchange it for one that counts rows when ``overfit_batches`` is set.)
 
     Args:
-        plan: gives the index arrays of an epoch, always ``count`` of them.
+        plan: gives the index arrays of an epoch, none of them empty.
+        count: how many index arrays that always are.
+        rows: how many rows are in all of them together.
+        seed: seed of the order.
         fixed: every iteration is as the first one (for ``overfit_batches``).
     """
 
-    def __init__(self, plan: Plan, count: int, seed: int, fixed: bool = False) -> None:
-        self.plan, self.count, self.seed, self.fixed = plan, count, seed, fixed
+    def __init__(self, plan: Plan, count: int, rows: int, seed: int, fixed: bool = False) -> None:
+        self.plan, self.count, self.rows, self.seed, self.fixed = plan, count, rows, seed, fixed
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return max(1, self.count // world()[1])
+        size = world()[1]
+        return max(1, min(-(-self.count // size), self.rows // size))
 
     def __iter__(self) -> Iterator[Any]:
         rank, size = world()
         epoch, start = (0, 0) if self.fixed else (self.epoch, self.start)
         for part in (range(start, len(self)), range(start)):
-            batches = self.plan(np.random.default_rng([self.seed, epoch])) if part else []
+            batches = self._shared(self.plan(np.random.default_rng([self.seed, epoch])), size) if part else []
             for number in part:
                 yield batches[(number * size + rank) % len(batches)]
             epoch += 1
+
+    def _shared(self, batches: Sequence[Index], size: int) -> list[Index]:
+        """Return the same rows in ``len(self)`` batches for each of ``size`` ranks; fewer than ``size`` stay single."""
+        rounds, found = len(self), list(batches)
+        wanted = rounds * size
+        for number, batch in enumerate(found[wanted:], wanted - size):
+            found[number] = np.concatenate([found[number], batch])
+        found = found[:wanted]
+        first = rounds - 1  # of the rounds that have to be shared out anew, as few as can be
+        while first > 0 and sum(map(len, found[first * size :])) < (rounds - first) * size:
+            first -= 1
+        return found[: first * size] + halved(found[first * size :], wanted - first * size)
 
 
 class EvaluationOrder(SequentialSampler):
@@ -115,14 +135,8 @@ class EvaluationOrder(SequentialSampler):
 
     @cached_property
     def _batches(self) -> list[Index]:
-        batches = list(self.plan())
-        while len(batches) % world()[1]:
-            at = max(range(len(batches)), key=lambda i: len(batches[i]))
-            half = len(batches[at]) // 2
-            if half == 0:
-                break
-            batches[at : at + 1] = [batches[at][:half], batches[at][half:]]
-        return batches
+        batches, size = self.plan(), world()[1]
+        return halved(batches, -(-len(batches) // size) * size)
 
     def __len__(self) -> int:
         rank, size = world()
@@ -131,6 +145,21 @@ class EvaluationOrder(SequentialSampler):
     def __iter__(self) -> Iterator[Any]:
         rank, size = world()
         yield from self._batches[rank::size]
+
+
+def halved(batches: Sequence[Index], wanted: int) -> list[Index]:
+    """Return the batches with the largest halved, again and again, until there are ``wanted``, or all are single rows.
+
+    A part of a batch needs no more memory than the batch, whatever it was planned by.
+    """
+    found = list(batches)
+    while len(found) < wanted:
+        at = max(range(len(found)), key=lambda i: len(found[i]))
+        half = len(found[at]) // 2
+        if half == 0:
+            break
+        found[at : at + 1] = [found[at][:half], found[at][half:]]
+    return found
 
 
 class Loader(DataLoader[Any]):

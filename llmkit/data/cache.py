@@ -6,16 +6,23 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-VERSION = 1  # part of every key: raise it when the format of what is stored changes
+from llmkit.errors import note
+
+VERSION = 2  # part of every key: raise it when the format of what is stored changes
+CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
+MAPPED = ".bin"  # arrays that are mapped and may be large: their size alone is compared
+DAY = 24 * 3600  # seconds
 
 
 def root(cache_dir: str | None) -> Path:
@@ -35,7 +42,7 @@ def file_digest(path: str | Path, folder: Path) -> str:
     memo = folder / "files" / digest([os.path.realpath(path), info.st_ino, info.st_size, info.st_mtime_ns, changed])
     try:
         return memo.read_text()
-    except OSError:
+    except (OSError, ValueError):
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     # A file changed a moment ago can change again within the resolution of its times.
@@ -54,17 +61,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def entry(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
-    """Return the folder of an entry; where it is missing, ``write`` fills a new folder that then takes its place.
+    """Return the folder of an entry; where it is missing or damaged, ``write`` fills a new one that takes its place.
 
     Several processes may do so at once: the first one wins, the others throw their copy away.
     """
     path = folder / key
     if path.is_dir():
-        return path
+        damage = _damage(path)
+        if damage is None:
+            return path
+        note(f"the cache entry {path} is damaged ({damage}): it is thrown away and made again")
+        shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
     try:
         write(temporary)
+        write_text(temporary / CONTENTS, json.dumps({file.name: _contents(file) for file in temporary.iterdir()}))
         try:
             os.replace(temporary, path)
         except OSError:
@@ -73,6 +86,39 @@ def entry(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _contents(file: Path) -> list[int]:
+    """Return the size of a file and, where it is read as a whole anyway, a checksum."""
+    found = [file.stat().st_size]
+    if file.suffix != MAPPED:
+        found.append(zlib.crc32(file.read_bytes()))
+    return found
+
+
+def _damage(path: Path) -> str | None:
+    """Return what is wrong with an entry, if anything is."""
+    try:
+        for name, expected in json.loads((path / CONTENTS).read_text(encoding="utf-8")).items():
+            if _contents(path / name) != expected:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return str(error.strerror)
+    except (ValueError, AttributeError):
+        return f"{CONTENTS} is not what was written"
+    return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed a day ago or earlier were writing."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"[0-9a-f]{32}\.\w{8}", path.name):
+            try:
+                written = max(file.stat().st_mtime for file in [path, *path.iterdir()])
+            except OSError:  # another process has just finished it
+                continue
+            if time.time() - written > DAY:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def plain(value: Any) -> bool:

@@ -12,9 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from llmkit.contracts import Head, Stage
 from llmkit.data import cache
+from llmkit.data.formats import Options
 from llmkit.data.hub import Hub
 from llmkit.data.prepare import Fields, Item, cut, measure
-from llmkit.data.sources import Files, Options, Rows, local
+from llmkit.data.rows import OnBadRow, Rows, Skipped
+from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
 from llmkit.errors import UserError
 
@@ -26,11 +28,19 @@ class Reader(NamedTuple):
     read: Callable[..., Iterator[Item]]
     """Takes (shard, number of shards) for training data; the default is everything."""
     identity: list[Any]
+    skipped: Skipped
+    """What the latest reading left out."""
 
     def check(self) -> None:
-        """Raise UserError when there is no row."""
+        """Raise UserError when there is no row, or none that is good."""
         if next(self.read(), None) is None:
-            raise UserError(f"{self.rows.key}: no rows in {', '.join(self.rows.names)}")
+            raise self.empty(self.skipped)
+
+    def empty(self, skipped: Skipped) -> UserError:
+        """Return the error for a split without rows, because none are there or because these were skipped."""
+        told = skipped.told(self.skipped.seen)
+        because = f": {told}" if told else ""
+        return UserError(f"{self.rows.key}: no rows in {', '.join(self.rows.names)}{because}")
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Corpus:
     source: str | None
     subset: str | None
     options: Options
+    on_bad_row: OnBadRow
     columns: dict[str, str] | None
     documents: Literal["file", "line"]
     validation_share: float
@@ -70,23 +81,25 @@ class Corpus:
         columns = [(name, fields.column(name, rows), name in fields.texts) for name in fields.needed]
         # The content of files too large to be tokenized ahead is not read for a hash either.
         files = [_stat(file) if self.streaming else cache.file_digest(file, self.folder) for file in rows.files]
-        identity: list[Any] = [files, rows.identity, columns]
+        identity: list[Any] = [files, rows.identity, columns, self.on_bad_row]
+        skipped = Skipped(rows.key, self.on_bad_row)
         if not part:
-            return Reader(rows, partial(_sharded, rows, fields), identity)
+            return Reader(rows, partial(_sharded, rows, fields, skipped), identity, skipped)
         rows = replace(rows, sharded=None)  # what shards begin with is not what the whole begins with
-        read = partial(_sharded, rows, fields)
+        read = partial(_sharded, rows, fields, skipped)
         if self.streaming:
             identity += [stage, HELD_OUT]
             if stage == "validation":
-                return Reader(rows, lambda: take(read(), HELD_OUT), identity)
+                return Reader(rows, lambda: take(read(), HELD_OUT), identity, skipped)
             size = sum(1 for _ in take(read(), HELD_OUT))
             if size and next(islice(read(), size, None), None) is None:
                 raise UserError(f"{rows.key}: all {size} rows would be set aside for validation. Set data.validation.")
-            return Reader(rows, partial(_sharded, rows, fields, skip=size), identity)
+            return Reader(rows, partial(_sharded, rows, fields, skipped, skip=size), identity, skipped)
         text = next((name for name in fields.needed if name in fields.texts), None) if self.joins(stage, head) else None
         identity += [stage, self.validation_share]
         share = self.validation_share
-        return Reader(rows, lambda: cut(read, self._size(read, text), rows.key, share, stage, text), identity)
+        measured = partial(self._size, read, text)
+        return Reader(rows, lambda: cut(read, measured(), rows.key, share, stage, text), identity, skipped)
 
     def _size(self, read: Callable[[], Iterator[Item]], text: str | None) -> tuple[int, int]:
         """Return the size of the training rows, measured once for both of their parts."""
@@ -115,10 +128,12 @@ class Corpus:
         return self.hub.rows(key, given)
 
 
-def _sharded(rows: Rows, fields: Fields, shard: int = 0, shards: int = 1, skip: int = 0) -> Iterator[Item]:
+def _sharded(
+    rows: Rows, fields: Fields, skipped: Skipped, shard: int = 0, shards: int = 1, skip: int = 0
+) -> Iterator[Item]:
     if rows.sharded is not None:
-        return fields.items(rows, rows.sharded(shard, shards))
-    return islice(fields.items(rows, rows.read()), skip + shard, None, shards)
+        return fields.items(rows, rows.sharded(shard, shards), skipped)
+    return islice(fields.items(rows, rows.read(), skipped), skip + shard, None, shards)
 
 
 def _stat(file: str) -> list[Any]:

@@ -100,6 +100,11 @@ class Examples:
         return self._count
 
     @property
+    def training_rows(self) -> int:
+        """Number of rows of an epoch."""
+        return self._count
+
+    @property
     def num_batches(self) -> int:
         """Number of training batches of an epoch."""
         return len(self._bounds) - 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from llmkit.data.sources import Row, Rows
+from llmkit.data.rows import Bad, Read, Row, Rows
 from llmkit.errors import UserError, nearest
 
 
@@ -26,7 +26,7 @@ class Hub:
         if split.partition("[")[0].partition("+")[0] not in self.splits:
             hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
             raise UserError(f"{key}: '{self.source}' has no split '{split}'.{hint}")
-        load = partial(_load, self.source, self.subset, split, self.streaming)
+        load = partial(_load, key, self.source, self.subset, split, self.streaming)
         # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
         identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
         return Rows(key, [split], load, identity=identity, sharded=load if self.streaming else None)
@@ -42,7 +42,9 @@ def _try(source: str, load: Callable[[Any], Any]) -> Any:
         raise UserError(f"data.source: '{source}' cannot be loaded: {text}") from error
 
 
-def _load(source: str, subset: str | None, split: str, streaming: bool, rank: int = 0, world: int = 1) -> Iterator[Row]:
+def _load(
+    key: str, source: str, subset: str | None, split: str, streaming: bool, rank: int = 0, world: int = 1
+) -> Read:
     def load(datasets: Any) -> Any:
         data = datasets.load_dataset(source, subset, split=split, streaming=streaming)
         return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
@@ -51,10 +53,18 @@ def _load(source: str, subset: str | None, split: str, streaming: bool, rank: in
     # Class numbers become class names: those are what a prediction should say.
     kinds = {name: getattr(kind, "feature", kind) for name, kind in (data.features or {}).items()}  # of lists too
     names = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "names")}
-    for number, item in enumerate(data, 1):
-        for name in names.keys() & item.keys():
-            item[name] = _named(item[name], names[name])
-        yield Row(item, split, number)
+    number = 0
+    try:
+        for number, item in enumerate(data, 1):
+            try:
+                named = {name: _named(item[name], names[name]) for name in names.keys() & item.keys()}
+            except IndexError:
+                yield Bad("has a class number that the data set has no name for", split, number)
+            else:
+                yield Row({**item, **named}, split, number)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{key}: '{source}' cannot be read after row {number} of '{split}': {text}") from error
 
 
 def _named(value: Any, names: list[str]) -> Any:

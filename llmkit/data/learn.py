@@ -42,7 +42,12 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
     def write(path: Path) -> None:
         nonlocal learned
         reader.check()
-        head.learn(Columns(reader.read, dict.fromkeys((*head.inputs, *head.targets))))
+        columns = Columns(reader.read, dict.fromkeys((*head.inputs, *head.targets)))
+        try:
+            head.learn(columns)
+        except UserError as error:
+            place = f"{columns.at}: " if columns.at else ""
+            raise UserError(f"{reader.rows.key}: {place}{error}") from error
         cache.write_text(path / "info.json", json.dumps(head.info()))
         learned = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,14 +17,16 @@ from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer, note_truncated
 from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
-from llmkit.data.corpus import Corpus, Reader
+from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features
+from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
-from llmkit.data.prepare import features, grouped, pieces
-from llmkit.data.sources import Files, Format, Options
+from llmkit.data.prepare import encoded, features, grouped, pieces
+from llmkit.data.rows import OnBadRow, Skipped
+from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
-from llmkit.errors import UserError
+from llmkit.errors import UserError, note
 
 STAGES: dict[str | None, tuple[Stage, ...]] = {
     "fit": ("train", "validation"),
@@ -54,6 +57,11 @@ class DataModule(pl.LightningDataModule):
         column_names: the columns of CSV or TSV files without a header.
         columns: the column of each of the head's fields; default: the field's name.
         encoding: encoding of text files.
+        on_bad_row: what is done with a row that cannot be used: a line that is not JSON, has bytes that are not of the
+            encoding or does not match the pattern, a table's row with too few or too many cells, a missing column, an
+            empty (null) cell, a text that is none, a row that the head refuses. ``error`` stops and names file and
+            row; ``skip`` leaves such rows out (of a text file that is one document, the lines) and tells how many they
+            were. A file that cannot be read at all is an error in any case.
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
@@ -89,6 +97,7 @@ class DataModule(pl.LightningDataModule):
         column_names: list[str] | None = None,
         columns: dict[str, str] | None = None,
         encoding: str = "utf-8",
+        on_bad_row: OnBadRow = "error",
         documents: Literal["file", "line"] = "file",
         validation_share: float = 0.1,
         tokenizer: Callable[[], Tokenizer] | None = None,
@@ -114,7 +123,7 @@ class DataModule(pl.LightningDataModule):
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
         options = Options(format, pattern, column_names, encoding)
         self._corpus = Corpus(
-            given, source, subset, options, columns, documents, validation_share, streaming, self._folder
+            given, source, subset, options, on_bad_row, columns, documents, validation_share, streaming, self._folder
         )
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
@@ -127,6 +136,7 @@ class DataModule(pl.LightningDataModule):
         self._head_ready = self._learned = False
         self._splits: dict[Stage, Blocks | Examples] = {}
         self._position: Position | None = None
+        self._told: set[str] = set()  # what was told of rows that were skipped
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
         """Say what the data is for. ``setup`` takes it from the trainer's module (attributes of these names).
@@ -194,7 +204,7 @@ class DataModule(pl.LightningDataModule):
             reader = self._corpus.reader("train", head)
             if self.streaming:
                 read = reader.read
-                reader = Reader(reader.rows, lambda: take(read(), SAMPLE), [*reader.identity, SAMPLE])
+                reader = reader._replace(read=lambda: take(read(), SAMPLE), identity=[*reader.identity, SAMPLE])
             if untrained:
                 train_tokenizer(self._tokenizer, self._factory, head, reader, self._folder)
             if unlearned:
@@ -211,30 +221,38 @@ class DataModule(pl.LightningDataModule):
     def _prepare(self, stage: Stage) -> Blocks | Examples:
         head, tokenizer, joins = self.head, self.tokenizer, self._corpus.joins(stage, self.head)
         reader = self._corpus.reader(stage, head)
-        encode = partial(pieces if joins else features, head=head, tokenizer=tokenizer, context=self._context)
+        encode: Callable[[Any], Any] = partial(
+            pieces if joins else features, head=head, tokenizer=tokenizer, context=self._context
+        )
 
         def write(folder: Path) -> None:
             reader.check()
-            bar = tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False)
+            refused = Skipped(reader.rows.key, reader.skipped.policy)
+            empty = True
 
             def groups() -> Iterator[Any]:
-                for group in grouped(reader.read()):
-                    try:
-                        yield encode(group)
-                    except UserError as error:
-                        raise UserError(f"{reader.rows.key}: {', '.join(reader.rows.names)}: {error}") from error
-                    bar.update(len(group))
+                nonlocal empty
+                with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
+                    for group in grouped(reader.read()):
+                        for found in encoded(group, encode, refused):
+                            empty = False
+                            yield found
+                        bar.update(len(group))
 
             if joins:
                 write_tokens(folder, chain.from_iterable(groups()), tokenizer, self.pack)
             else:
                 Features.of(groups()).write(folder)
-            bar.close()
+            if empty:
+                raise reader.empty(refused)
+            told = [skipped.told(reader.skipped.seen) for skipped in (reader.skipped, refused)]
+            cache.write_text(folder / "skipped.json", json.dumps([text for text in told if text]))
 
         used = [cache.identity(head, self._folder), head.info(), self._context]
         state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
         key = cache.digest([stage == "predict", joins, self.pack, reader.identity, used, state])
         path = cache.entry(self._folder, key, write)
+        self._tell(reader.rows.key, json.loads((path / "skipped.json").read_text()))
         if not joins:
             found = Features.read(path)
             if world()[0] == 0:
@@ -245,6 +263,13 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"{reader.rows.key}: fewer than two tokens in {', '.join(reader.rows.names)}")
         kind = Packed if self.pack else Blocks
         return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
+
+    def _tell(self, key: str, skipped: list[str]) -> None:
+        """Tell what was skipped, once: both parts of a split that is cut know of the same rows."""
+        for text in (f"{key}: {told}" for told in skipped):
+            if world()[0] == 0 and text not in self._told:
+                note(text)
+            self._told.add(text)
 
     @property
     def _rows_of_a_batch(self) -> int:
@@ -262,7 +287,9 @@ class DataModule(pl.LightningDataModule):
         else:
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-            order = TrainingOrder(split.training_order, split.num_batches, self.seed, fixed=overfit)
+            order = TrainingOrder(
+                split.training_order, split.num_batches, split.training_rows, self.seed, fixed=overfit
+            )
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position
@@ -291,7 +318,7 @@ class DataModule(pl.LightningDataModule):
             raise UserError("trainer.overfit_batches does not go with data.streaming")
         batch = self.batch_size if self.head.layout == "examples" else self._rows_of_a_batch
         stream = Stream(
-            reader.read, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,
+            reader.read, reader.skipped, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,
             self.shuffle_buffer, self.seed, rank, size, endless=size > 1,
         )  # fmt: skip
         # The library would deal out its files to the workers a second time.

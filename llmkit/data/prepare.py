@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from llmkit.contracts import Head, Stage, Tokenizer
-from llmkit.data.sources import Row, Rows
+from llmkit.data.formats import shortened
+from llmkit.data.rows import Bad, Row, Rows, Skipped, flaw
 from llmkit.data.tokens import Piece
 from llmkit.errors import UserError, nearest
+
+T = TypeVar("T")
 
 ROWS, CHARACTERS = 1000, 2_000_000  # most that is encoded at once
 
 
 class Item(NamedTuple):
-    """The head's fields of one row, and the document it is part of (a document of its own for most rows)."""
+    """The head's fields of one row, the document it is part of (of its own for most rows), and where it stands."""
 
     fields: dict[str, Any]
     document: int
+    file: str = ""
+    number: int = 0
 
 
 Read = Callable[[], Iterator[Item]]
@@ -51,35 +55,49 @@ class Fields:
         """Return the column of a field; plain text serves the only field that is asked for."""
         return "text" if rows.single and len(self.needed) == 1 else self.columns.get(name, name)
 
-    def items(self, rows: Rows, read: Iterator[Row]) -> Iterator[Item]:
-        """Yield rows with the head's fields. Raises UserError, with the place, for a missing column or cell."""
-        columns = [(name, self.column(name, rows), name in self.texts, name in self.words) for name in self.needed]
-        document = -1
+    def items(self, rows: Rows, read: Iterator[Row | Bad], skipped: Skipped) -> Iterator[Item]:
+        """Yield rows with the head's fields; ``skipped`` is told of those that are bad or lack a field."""
+        columns = [(name, self.column(name, rows)) for name in self.needed]
+        document, begins = -1, False
+        skipped.begin()
         for row in read:
-            fields = {}
-            for name, column, is_text, is_words in columns:
-                value = row.data.get(column)
-                if value is None:
-                    raise _missing(rows, row, name, column)
-                if (is_text or is_words) and not isinstance(value, str):
-                    if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-                        found = f"column '{column}' at {row.place} is {type(value).__name__}"
-                        raise UserError(f"{rows.key}: {found}, expected text or a list of texts")
-                    if is_text:
-                        value = "\n".join(value)  # paragraphs
-                fields[name] = value
-            document += row.first
-            yield Item(fields, document)
+            if isinstance(row, Row):
+                begins = begins or row.first  # the first rows of a document may be bad
+                found = self._fields(row, columns)
+                if not isinstance(found, Bad):
+                    document, begins = document + begins, False
+                    skipped.seen += row.lines
+                    yield Item(found, document, row.file, row.number)
+                    continue
+                row = found
+            skipped.add(row)
+            skipped.seen += 1
 
+    def _fields(self, row: Row, columns: list[tuple[str, str]]) -> dict[str, Any] | Bad:
+        fields = {}
+        for name, column in columns:
+            if column not in row.data:
+                found = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
+                told = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {found}"
+                return Bad(told, row.file, row.number)
+            value = row.data[column]
+            problem = flaw(value) if isinstance(value, str) else self._problem(name, value)
+            if problem:
+                return Bad(f"{problem} in column '{column}'", row.file, row.number)
+            # A text may come in paragraphs.
+            fields[name] = "\n".join(value) if name in self.texts and isinstance(value, list) else value
+        return fields
 
-def _missing(rows: Rows, row: Row, name: str, column: str) -> UserError:
-    if column in row.data:
-        return UserError(f"{rows.key}: column '{column}' at {row.place} is empty (null)")
-    found = ", ".join(row.data) or "(none)"
-    return UserError(
-        f"data.columns: column '{column}' for the head's field '{name}' is not in {Path(row.file).name} "
-        f"(row {row.number}).{nearest(column, row.data)} Columns: {found}."
-    )
+    def _problem(self, name: str, value: Any) -> str | None:
+        """Return what is wrong with the value of a field that is not a string."""
+        if value is None:
+            return "has an empty cell (null)"
+        parts = value if isinstance(value, list) else [value]
+        strings = [part for part in parts if isinstance(part, str)]
+        text = name in self.texts or name in self.words
+        if (text and len(strings) < len(parts)) or isinstance(value, bytes):
+            return f"has {type(value).__name__}, expected text or a list of texts,"
+        return flaw("".join(strings))
 
 
 def measure(read: Read, text: str | None) -> tuple[int, int]:
@@ -108,7 +126,7 @@ def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, 
             piece = item.fields[text][skip:]
             skip = max(0, skip - len(item.fields[text]))
             if piece[:left]:
-                yield Item({**item.fields, text: piece[:left]}, 0)
+                yield item._replace(fields={**item.fields, text: piece[:left]}, document=0)
             left = max(0, left - len(piece))
         return
     if count == 1:
@@ -121,15 +139,19 @@ def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, 
 
 
 class Columns(Mapping[str, Iterable[Any]]):
-    """Columns of a split that are read again whenever they are iterated, so that none need fit into memory."""
+    """Columns of a split that are read again whenever they are iterated, so that none need fit into memory.
+
+    Attributes:
+        at: the place of the row that was given last; empty before the first and after the last one.
+    """
 
     def __init__(self, read: Read, names: Iterable[str]) -> None:
-        self._read, self._names = read, tuple(names)
+        self._read, self._names, self.at = read, tuple(names), ""
 
     def __getitem__(self, name: str) -> Iterable[Any]:
         if name not in self._names:
             raise KeyError(name)
-        return _Column(self._read, name)
+        return _Column(self, self._read, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -140,11 +162,15 @@ class Columns(Mapping[str, Iterable[Any]]):
 
 @dataclass(frozen=True)
 class _Column:
+    columns: Columns
     read: Read
     name: str
 
     def __iter__(self) -> Iterator[Any]:
-        return (item.fields[self.name] for item in self.read())
+        for item in self.read():
+            self.columns.at = f"{item.file}:{item.number}"
+            yield item.fields[self.name]
+        self.columns.at = ""
 
 
 def texts(read: Read, head: Head) -> Iterator[str]:
@@ -171,15 +197,32 @@ def grouped(items: Iterable[Item], rows: int = ROWS) -> Iterator[list[Item]]:
         yield group
 
 
+def encoded(group: list[Item], encode: Callable[[list[Item]], T], skipped: Skipped) -> Iterator[T]:
+    """Yield what ``encode`` makes of a group: in smaller groups when the head refuses it, to find the rows at fault."""
+    try:
+        found = encode(group)
+    except UserError as error:
+        if len(group) == 1:
+            skipped.add(Bad(f"is refused by the head: {error}", group[0].file, group[0].number))
+            return
+        half = len(group) // 2
+        yield from encoded(group[:half], encode, skipped)
+        yield from encoded(group[half:], encode, skipped)
+    else:
+        yield found
+
+
 def features(group: list[Item], head: Head, tokenizer: Tokenizer, context: int) -> dict[str, list[Any]]:
     """Return what the head makes of a group of items, column by column."""
     columns = {name: [item.fields[name] for item in group] for name in group[0].fields}
     return head.encode(columns, tokenizer, context)
 
 
-def pieces(group: list[Item], head: Head, tokenizer: Tokenizer, context: int) -> Iterator[Piece]:
-    """Yield the tokens of a group of items, for a head that joins its rows."""
+def pieces(group: list[Item], head: Head, tokenizer: Tokenizer, context: int) -> list[Piece]:
+    """Return the tokens of a group of items, for a head that joins its rows."""
     names = [name for name in head.texts if name in group[0].fields]
-    encoded = features(group, head, tokenizer, context)["ids"]
-    for item, ids in zip(group, encoded, strict=True):
-        yield Piece(ids, sum(len(item.fields[name].encode()) for name in names), item.document)
+    ids = features(group, head, tokenizer, context)["ids"]
+    return [
+        Piece(found, sum(len(item.fields[name].encode()) for name in names), item.document)
+        for item, found in zip(group, ids, strict=True)
+    ]

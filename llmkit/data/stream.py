@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llmkit.contracts import Batch, Head, Tokenizer
 from llmkit.data.examples import Examples, Features
-from llmkit.data.prepare import Item, features, grouped, pieces
+from llmkit.data.prepare import Item, encoded, features, grouped, pieces
+from llmkit.data.rows import Skipped
 from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
-from llmkit.errors import UserError
+from llmkit.errors import UserError, note
 
 HELD_OUT = (1000, 2_000_000)  # rows and characters at the head of a stream that serve as validation
 SAMPLE = (10_000, 20_000_000)  # rows and characters after them that tokenizer and labels are learned from
@@ -40,11 +42,13 @@ class Stream(IterableDataset[Batch]):
 
     Args:
         read: gives the rows of one shard, from (shard, number of shards).
+        skipped: what reading leaves out; the first shard tells of it, the first row at once, all at the end of a pass.
         pool: rows, or blocks of ``context`` tokens, that are shuffled together.
         endless: begin again at the end, because ranks that run out early would leave the others waiting.
     """
 
     read: Callable[[int, int], Iterator[Item]]
+    skipped: Skipped
     head: Head
     tokenizer: Tokenizer
     context: int
@@ -70,23 +74,32 @@ class Stream(IterableDataset[Batch]):
         return islice(self._rounds(shard, self.world * workers), skip, None)
 
     def _rounds(self, shard: int, shards: int) -> Iterator[Batch]:
+        self.skipped.at_once = shard == 0
         for number in count() if self.endless else (0,):
             empty = True
             for batch in self._batches(shard, shards, number):
                 empty = False
                 yield batch
+            told = self.skipped.told(self.skipped.seen)
+            if empty and told and self.skipped.count == self.skipped.seen:
+                raise UserError(f"{self.skipped.key}: {told}")
             if empty and self.endless:
-                raise UserError(f"data.train: too few rows for {shards} readers")
+                raise UserError(f"{self.skipped.key}: too few rows for {shards} readers")
+            if told and shard == 0:
+                note(f"{self.skipped.key}: {told}")
 
     def _batches(self, shard: int, shards: int, number: int) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, self.epoch, number, shard])
         items = self.read(shard, shards)
         if self.head.layout == "examples":
             return self._examples(items, rng)
-        groups = grouped(items)
-        encoded = (piece for group in groups for piece in pieces(group, self.head, self.tokenizer, self.context))
-        ids = joined(encoded, self.tokenizer, self.pack)
+        ids = joined(chain.from_iterable(self._encoded(items, pieces)), self.tokenizer, self.pack)
         return self._packed(ids, rng) if self.pack else self._blocks(ids, rng)
+
+    def _encoded(self, items: Iterable[Item], what: Callable[..., Any]) -> Iterator[Any]:
+        encode = partial(what, head=self.head, tokenizer=self.tokenizer, context=self.context)
+        for group in grouped(items):
+            yield from encoded(group, encode, self.skipped)
 
     @property
     def _rows(self) -> int:
@@ -95,9 +108,10 @@ class Stream(IterableDataset[Batch]):
 
     def _examples(self, items: Iterator[Item], rng: np.random.Generator) -> Iterator[Batch]:
         while pool := list(islice(items, self._rows)):
-            encoded = (features(group, self.head, self.tokenizer, self.context) for group in grouped(pool))
-            split = Examples(Features.of(encoded), self.head, self.tokenizer, self.batch_size, self.batch_tokens)
-            yield from (split[indices] for indices in split.training_order(rng))
+            found = Features.of(self._encoded(pool, features))
+            if found.count:
+                split = Examples(found, self.head, self.tokenizer, self.batch_size, self.batch_tokens)
+                yield from (split[indices] for indices in split.training_order(rng))
 
     def _blocks(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
         size = self._rows * self.context

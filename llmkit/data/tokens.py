@@ -73,7 +73,7 @@ def write_tokens(folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, pa
         for ids, count, begins in joined(pieces, tokenizer, pack):
             if begins:
                 starts.append(size)
-            np.asarray(ids, dtype).tofile(file)
+            file.write(np.asarray(ids, dtype).tobytes())  # unlike tofile it says that the disk is full
             size += len(ids)
             num_bytes += count
     if pack:
@@ -92,7 +92,9 @@ class Blocks:
     """Blocks of ``context`` tokens cut from the stream of a split, with the next token as target.
 
     Training order: every epoch has its own offset of the first block, so that blocks are not cut at the same places
-    again, and its own order. Evaluation: blocks from the first token on, each target exactly once.
+    again, and its own order. What is before the offset and too little for a block after the last one, less than two
+    contexts of tokens together, is read in other epochs. Evaluation: blocks from the first token on, each target
+    exactly once.
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int, pad_id: int) -> None:
@@ -100,7 +102,7 @@ class Blocks:
         self.size = tokens.size
         self._columns = np.arange(context + 1)
         # Room for any offset below the context, where the stream is long enough.
-        self._training_blocks = max(1, (self.size - context) // context)
+        self.training_rows = max(1, (self.size - context) // context)
 
     def __len__(self) -> int:
         """Number of targets: none means that there is nothing to train on."""
@@ -123,14 +125,14 @@ class Blocks:
     @property
     def num_batches(self) -> int:
         """Number of training batches of an epoch."""
-        return max(1, self._training_blocks // self.batch_size)
+        return -(-self.training_rows // self.batch_size)
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
-        """Return the batches of an epoch; the incomplete last one is left out, unless it is the only one."""
-        room = self.size - 1 - self._training_blocks * self.context
+        """Return the batches of an epoch; the last one may be smaller."""
+        room = self.size - 1 - self.training_rows * self.context
         offset = int(rng.integers(room + 1)) if room > 0 else 0
-        starts = offset + self.context * rng.permutation(self._training_blocks)
-        return split_batches(starts, self.batch_size)[: self.num_batches]
+        starts = offset + self.context * rng.permutation(self.training_rows)
+        return split_batches(starts, self.batch_size)
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return batches that hold every target once, in the order of the text."""
@@ -177,11 +179,11 @@ class Packed(Blocks):
         self._start, self._length = start[order], length[order]
         self.num_rows = int(row.max(initial=-1)) + 1
         self._first = np.searchsorted(row[order], np.arange(self.num_rows + 1))  # where the pieces of each row begin
-        self._training_blocks = self.num_rows
+        self.training_rows = self.num_rows
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the rows of an epoch, in batches."""
-        return split_batches(rng.permutation(self.num_rows), self.batch_size)[: self.num_batches]
+        return split_batches(rng.permutation(self.num_rows), self.batch_size)
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return all rows in batches."""

@@ -1,0 +1,383 @@
+"""The same number however computed: what a model makes of rows, in many kinds of batches, against one row at a time.
+
+In a plugin's own tests::
+
+    from llmkit.testing import invariance
+
+    findings = invariance.check(LanguageModel(head=MyHead, context=64), DataModule(train="rows.csv"))
+    assert all(finding.passed for finding in findings), findings
+
+``llmkit verify metrics --config FILE`` prints the same as a table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmkit.backbone import Backbone
+from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
+from llmkit.data import DataModule
+from llmkit.data.examples import Examples
+from llmkit.data.tokens import Blocks, Index, split_batches
+from llmkit.errors import UserError
+from llmkit.metrics import EXACT
+from llmkit.module import LanguageModel
+from llmkit.testing.head.subject import alike, items_of
+
+SIZES = (1, 2, 3, 8, 64)
+ACCUMULATIONS = (1, 2, 4, 8)
+TOLERANCE = 1e-6
+NEW_TOKENS = 8
+"""Most tokens of a text that is written: enough for a difference to show."""
+
+Batches = list[Index]
+Ways = dict[str, Batches]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the comparison said of one number.
+
+    Attributes:
+        what: which number.
+        reference: its value, computed one row at a time.
+        difference: the largest difference of any way of batching: relative, for values below 1 absolute.
+        first: the first way of batching that is off by more than ``TOLERANCE``, and its rows; empty: none.
+        exact: the difference in double precision, where single precision alone would not have passed.
+    """
+
+    what: str
+    reference: str
+    difference: float
+    first: str = ""
+    exact: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the number does not depend on the batching."""
+        return not self.first
+
+
+class Rows(Protocol):
+    """What gives the batch of some rows: a split of the data, or ``Cut``."""
+
+    def __getitem__(self, rows: Index, /) -> Batch:
+        """Return these rows as one batch."""
+
+
+def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
+    """Compare loss, metrics, answers and gradients of a model over many ways of batching the same rows.
+
+    The rows are of the validation data, where there are any; for the gradients of the training data. They are read in
+    batches of 1 to 64, in several orders, by ``batch_tokens``, and beside the longest row; blocks of a joined text are
+    cut to unequal lengths and padded as well. Everything is computed in eval mode, on the model's device and in the
+    precision of its weights. What differs in single precision is computed again in double precision, which tells
+    rounding from a fault.
+
+    Args:
+        model: built or not; without weights it gets new ones.
+        data: its data.
+        rows: how many rows (or blocks) are looked at.
+
+    Raises:
+        UserError: the data cannot be prepared, or is streamed and has no validation part.
+    """
+    build(model, data)
+    return compare(model, data, rows)
+
+
+def compare(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
+    """Do what ``check`` does, with a model and data that ``build`` has seen."""
+    assert model.tokenizer is not None
+    net, head, training, decoding = model.network, model.head, model.training, model.head.decoding
+    limit = min(decoding.max_new_tokens or NEW_TOKENS, NEW_TOKENS)
+    head.decoding = dataclasses.replace(decoding, temperature=0.0, max_new_tokens=limit)
+    model.eval()
+    try:
+        found = _findings(net, head, model.tokenizer, data, rows)
+        failed = {finding.what for finding in found if not finding.passed}
+        weight = net.output_weight_VD
+        if failed and weight.dtype == torch.float32 and weight.device.type != "mps":
+            exact = copy.deepcopy(net).double(), copy.deepcopy(head).double()
+            again = {finding.what: finding for finding in _findings(*exact, model.tokenizer, data, rows)}
+            found = [_doubted(finding, again[finding.what]) for finding in found]
+    finally:
+        head.decoding = decoding
+        model.train(training)
+    return found
+
+
+def _doubted(single: Finding, double: Finding) -> Finding:
+    """Return what is found in single precision, cleared where it is rounding."""
+    if single.passed or not double.passed:
+        return single
+    return dataclasses.replace(single, first="", exact=double.difference)
+
+
+def build(model: LanguageModel, data: DataModule) -> None:
+    """Prepare the data and build the network, as the start of a fit does, without a trainer."""
+    data.bind(model.head, model.context, model.tokenizer, model.head_ready)
+    data.setup("fit")
+    model.tokenizer, model.head_ready = data.tokenizer, True
+    model.configure_model()
+
+
+def _findings(net: Backbone, head: Head, tokenizer: Tokenizer, data: DataModule, count: int) -> list[Finding]:
+    stage: Stage = "validation" if data.val_dataloader() else "train"
+    if stage == "train" and data.streaming:
+        raise UserError("data.validation is needed to compare numbers of streamed data")
+    split = data.split(stage)
+    rows = chosen(split, count)
+    ways = arrangements(split, rows, data.batch_tokens or 2 * net.max_length)
+    examined = Examined(net, head, tokenizer, split)
+    found = [*examined.losses(ways), *examined.metrics(ways), examined.answers(ways)]
+    if isinstance(split, Blocks):
+        examined = Examined(net, head, tokenizer, Cut(split), " of padded rows")
+        found += [*examined.losses(ways), *examined.metrics(ways)]
+    if not data.streaming:
+        split = data.split("train")
+        examined = Examined(net, head, tokenizer, Cut(split) if isinstance(split, Blocks) else split)
+        found.append(examined.gradient(chosen(split, count)))
+    return found
+
+
+def chosen(split: Blocks | Examples, count: int) -> Index:
+    """Return ``count`` rows of a split, short and long ones, the longest first."""
+    order = np.concatenate(split.evaluation_order())
+    places = np.linspace(0, len(order) - 1, min(count, len(order))).astype(np.int64)
+    longest, *others = order[places]
+    return np.array([longest, *np.random.default_rng(0).permutation(others)], np.int64)
+
+
+def arrangements(split: Blocks | Examples, rows: Index, batch_tokens: int) -> Ways:
+    """Return ways to batch the rows, by name; the last one has a row more than once."""
+    ways = {f"batch size {size}": split_batches(rows, size) for size in SIZES}
+    ways["batch size 8, backwards"] = split_batches(rows[::-1], 8)
+    ways["batch size 5, shuffled"] = split_batches(np.random.default_rng(1).permutation(rows), 5)
+    if isinstance(split, Examples):
+        by_tokens = Examples(split.features, split.head, split.tokenizer, 1, batch_tokens)
+        kept = [batch[np.isin(batch, rows)] for batch in by_tokens.evaluation_order()]
+        ways[f"batch_tokens {batch_tokens}"] = [batch for batch in kept if len(batch)]
+        ways["beside the longest row"] = [np.array([row, rows[0]]) for row in rows]
+    return ways
+
+
+class Cut:
+    """Blocks of a text cut to unequal lengths; several of them are padded to the context, one alone is not."""
+
+    def __init__(self, split: Blocks) -> None:
+        self.split = split
+
+    def __getitem__(self, rows: Index) -> Batch:
+        """Return rows as one batch with segments."""
+        batch, context = self.split[rows], self.split.context
+        lengths = torch.tensor([np.random.default_rng(int(row)).integers(1, context + 1) for row in rows])
+        width = context if len(rows) > 1 else int(lengths)
+        padding = torch.arange(width) >= lengths[:, None]
+        ids, targets = batch["ids"][:, :width], batch["targets"][:, :width]
+        segments = batch["segments"][:, :width] if "segments" in batch else (ids != self.split.pad_id).long()
+        cut = targets.masked_fill(padding, IGNORE)
+        return {
+            "ids": ids.masked_fill(padding, self.split.pad_id),
+            "targets": cut,
+            "segments": segments.masked_fill(padding, 0),
+            "bytes": (cut != IGNORE).sum() * self.split.bytes_per_token,
+        }
+
+
+class Comparison:
+    """The largest difference of a number over the ways of batching, and the first one that is too large."""
+
+    def __init__(self) -> None:
+        self.difference, self.first = 0.0, ""
+
+    def add(self, difference: float, where: Callable[[], str]) -> None:
+        """Note a difference; ``where`` tells its place, if it is the first that is too large."""
+        difference = math.inf if math.isnan(difference) else difference
+        self.difference = max(self.difference, difference)
+        if difference > TOLERANCE and not self.first:
+            self.first = where()
+
+    def finding(self, what: str, reference: str) -> Finding:
+        """Return what was found."""
+        return Finding(what, reference, self.difference, self.first)
+
+
+class Examined:
+    """A model's numbers for rows of one source.
+
+    Args:
+        net: the network, in eval mode.
+        head: the head, likewise.
+        tokenizer: the tokenizer.
+        source: gives the batch of some rows.
+        suffix: what is added to the names of the numbers.
+    """
+
+    def __init__(self, net: Backbone, head: Head, tokenizer: Tokenizer, source: Rows, suffix: str = "") -> None:
+        self.net, self.head, self.tokenizer, self.source, self.suffix = net, head, tokenizer, source, suffix
+        self.device = net.output_weight_VD.device
+
+    def batch(self, rows: Index) -> Batch:
+        """Return rows as one batch on the device."""
+        return self._moved(self.source[rows])
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def losses(self, ways: Ways) -> list[Finding]:
+        """Compare the training loss, in eval mode, and what it counts, batch by batch with the sums of their rows."""
+        alone = {row: self._loss(np.array([row])) for row in distinct(ways)}
+        total, count = (sum(pair[i] for pair in alone.values()) for i in (0, 1))
+        losses, counts = Comparison(), Comparison()
+        for way, batches in ways.items():
+            for batch in batches:
+                found = self._loss(batch)
+                wanted = [sum(alone[row][i] for row in batch.tolist()) for i in (0, 1)]
+                where = functools.partial("{}, {}".format, way, told(batch))
+                losses.add(abs(found[0] - wanted[0]) / max(abs(wanted[0]), wanted[1], 1e-9), where)
+                counts.add(abs(found[1] - wanted[1]), where)
+        return [
+            losses.finding(f"loss{self.suffix}", f"{total / max(count, 1):.6g}"),
+            counts.finding(f"count of the loss{self.suffix}", f"{count:g}"),
+        ]
+
+    @torch.no_grad()
+    def _loss(self, rows: Index) -> tuple[float, float]:
+        found = self.head.loss(self.net, self.batch(rows))
+        return float(found.total), float(found.count)
+
+    def metrics(self, ways: Ways) -> list[Finding]:
+        """Compare the validation metrics, and those that the test data have beside them."""
+        stages: dict[Stage, str] = {"validation": "val", "test": "test"}
+        known: set[str] = set()
+        found = []
+        for stage, prefix in stages.items():
+            names = [name for name in self.head.metrics(stage) if name not in known]
+            known.update(names)
+            if names:
+                found += self._metrics(ways, stage, {name: f"{prefix}_{name}{self.suffix}" for name in names})
+        return found
+
+    def _metrics(self, ways: Ways, stage: Stage, names: dict[str, str]) -> list[Finding]:
+        compared = {name: Comparison() for name in names}
+        references: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        for way, batches in ways.items():
+            rows = tuple(sorted(np.concatenate(batches).tolist()))
+            if rows not in references:
+                references[rows] = self._measured(stage, one_by_one(rows))
+            measured = self._measured(stage, batches)
+            for name, comparison in compared.items():
+                where = functools.partial(self._culprit, way, stage, name, batches)
+                comparison.add(gap(measured[name], references[rows][name]), where)
+        reference = next(iter(references.values()))
+        return [comparison.finding(names[name], shown(reference[name])) for name, comparison in compared.items()]
+
+    @torch.inference_mode()
+    def _measured(self, stage: Stage, batches: Batches) -> dict[str, Tensor]:
+        metrics: dict[str, Any] = self.head.metrics(stage)
+        for metric in metrics.values():
+            metric.to(self.device)
+        for batch in batches:
+            self.head.evaluate(self.net, self.batch(batch), metrics, self.tokenizer)
+        return {name: metric.compute().cpu().double() for name, metric in metrics.items()}
+
+    def _culprit(self, way: str, stage: Stage, name: str, batches: Batches) -> str:
+        """Return the way, and which of its batches is off by itself."""
+        for batch in batches:
+            alone = self._measured(stage, one_by_one(batch.tolist()))
+            if gap(self._measured(stage, [batch])[name], alone[name]) > TOLERANCE:
+                return f"{way}, {told(batch)}"
+        return f"{way}, no batch by itself but all together (a mean of the batches' means?)"
+
+    def answers(self, ways: Ways) -> Finding:
+        """Compare the answers; texts are written greedily and are short."""
+        alone = {row: self._answers(np.array([row]))[0] for row in distinct(ways)}
+        compared = Comparison()
+        for way, batches in ways.items():
+            for batch in batches:
+                pairs = zip(batch.tolist(), self._answers(batch), strict=True)
+                off = [row for row, answer in pairs if not alike(answer, alone[row])]
+                where = functools.partial("{}, {}: another answer to row {}".format, way, told(batch), *off[:1])
+                compared.add(len(off) / len(batch), where)
+        return compared.finding("answers", f"to {len(alone)} rows")
+
+    @torch.inference_mode()
+    def _answers(self, rows: Index) -> list[dict[str, Any]]:
+        batch = self.source[rows]
+        if self.head.layout == "blocks":  # asked with short texts that end in a token to guess, for heads that guess
+            features = self.head.encode({name: [""] * len(rows) for name in self.head.inputs}, self.tokenizer, 1)
+            pad, mask = self.tokenizer.pad_id, self.tokenizer.mask_id
+            texts = [ids[: 1 + row % 13] for row, ids in zip(rows.tolist(), batch["ids"].tolist(), strict=True)]
+            features["ids"] = [[*(i for i in ids if i != pad), mask][-self.net.max_length :] for ids in texts]
+            batch = self.head.collate(items_of(features), self.tokenizer)
+        return self.head.predict(self.net, self._moved(batch), self.tokenizer, self.head.decoding)
+
+    def gradient(self, rows: Index) -> Finding:
+        """Compare the gradient of the mean loss, accumulated over several batches, with that of the rows one by one."""
+        wanted = self._gradient(one_by_one(rows.tolist()), EXACT)
+        norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
+        compared = Comparison()
+        for batches in ACCUMULATIONS:
+            cuts = np.arange(1, batches) ** 2 * len(rows) // batches**2  # unequal: equal ones hide a mean of means
+            parts = [part for part in np.split(rows, cuts) if len(part)]
+            off = [(a.to(EXACT) - b).norm() for a, b in zip(self._gradient(parts), wanted, strict=True)]
+            sizes = " + ".join(str(len(part)) for part in parts)
+            where = functools.partial("accumulation {}, of {} rows".format, len(parts), sizes)
+            compared.add(float(torch.stack(off).norm() / norm.clamp(min=1e-12)), where)
+        return compared.finding("gradient", f"norm {norm:.6g}")
+
+    def _gradient(self, batches: Batches, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Return the gradient of all losses' sum over all counts' sum, a tensor a parameter, added up in ``dtype``."""
+        parameters = [p for module in (self.net, self.head) for p in module.parameters() if p.requires_grad]
+        sums = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
+        count = 0.0
+        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no gradient in eval mode
+            for batch in batches:
+                found = self.head.loss(self.net, self.batch(batch))
+                parts = torch.autograd.grad(found.total, parameters, allow_unused=True)
+                for total, part in zip(sums, parts, strict=True):
+                    if part is not None:
+                        total += part
+                count += float(found.count)
+        return [total / max(count, 1) for total in sums]
+
+
+def one_by_one(rows: Iterable[int]) -> Batches:
+    """Return each row as a batch."""
+    return [np.array([row]) for row in rows]
+
+
+def distinct(ways: Ways) -> list[int]:
+    """Return all rows that are batched."""
+    return sorted({row for batches in ways.values() for batch in batches for row in batch.tolist()})
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, relative for values above 1."""
+    if found.shape != wanted.shape or not torch.equal(found.isnan(), wanted.isnan()):
+        return float("inf")
+    off = (found - wanted).abs().nan_to_num(0.0) / wanted.abs().nan_to_num(0.0).clamp(min=1)
+    return float(off.max()) if off.numel() else 0.0
+
+
+def told(batch: Index) -> str:
+    """Return rows as they are named in findings."""
+    most = 8
+    names = ", ".join(map(str, batch[:most].tolist()))
+    return f"rows {names}" + (f" and {len(batch) - most} more" if len(batch) > most else "")
+
+
+def shown(value: Tensor) -> str:
+    """Return a metric's value as it is shown."""
+    return f"{float(value):.6g}" if value.numel() == 1 else " x ".join(map(str, value.shape))
