@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from llmkit import __version__
-from llmkit.errors import UserError, unknown
+from llmkit.errors import Stopped, UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("llmkit.launch:run", "train a model as a config says"),
@@ -18,6 +18,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
     "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
     "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
+    "config": ("llmkit.commands.config:run", "show a config in full, compare two, or print their schema"),
+    "verify": ("llmkit.commands.verify:run", "prove on your config that resuming or batching changes no number"),
 }
 """Command -> where its ``run(command, argv) -> exit code`` is, and one line of help."""
 
@@ -49,9 +51,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 for a user's mistake, which is told in one line on stderr.
+    """Run one command and return its exit code.
 
-    Any other exception is a bug, of ours or of a plugin, and leaves with its traceback.
+    It is 2 for a user's mistake, told on stderr in a line for each problem, and 1 for a plugin that raised, told with
+    the frames of its own code. Any other exception is a bug of ours, and leaves with its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
@@ -62,8 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"llmkit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        for problem in error.problems:
+            # What a worker process raised comes from torch as the text of a whole traceback.
+            problem = problem.rpartition("UserError: ")[2] if "\nOriginal Traceback" in problem else problem
+            print(f"llmkit: error: {' '.join(problem.split())}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        return stop.code
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -73,6 +81,16 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone (`llmkit plugins | head -1`). Python flushes once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from llmkit.failures import explain
+
+        failure = explain(error)
+        if failure is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(failure.text, file=sys.stderr)
+        return failure.code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -64,6 +65,9 @@ class Entry:
                 found = getattr(found, part)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error, AttributeError) and module in sys.modules:
+                classes = [name for name, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+                text = f"{text}.{nearest(qualname, classes)}"
             if isinstance(error, ModuleNotFoundError) and error.name == module:
                 text += ". A local file has to be named: --imports FILE.py, or 'imports:' in the config"
             raise UserError(f"{self.family} '{self.name}' ({self.target}) cannot be imported: {text}") from error
@@ -187,17 +191,31 @@ def factory_of(spec: Mapping[str, Any], family: str) -> functools.partial[Any]:
 
     Raises UserError when the class cannot be imported, breaks its family's contract or lacks an argument.
     """
-    path = str(spec["class_path"])
-    module, _, qualname = path.rpartition(".")
-    cls = Entry(family, qualname, f"{module}:{qualname}", "?").load()
+    cls = class_of(str(spec["class_path"]), family)
     init_args = dict(spec.get("init_args") or {})
-    parameters = inspect.signature(cls).parameters
-    for key in init_args:
-        if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise UserError(
-                f"{cls.__name__} has no argument '{key}'.{nearest(key, parameters)} It takes: {_arguments(cls)}."
-            )
+    wrong = unknown_arguments(cls, init_args)
+    if wrong:
+        raise UserError(*wrong.values())
     return functools.partial(cls, **init_args)
+
+
+def class_of(class_path: str, family: str) -> type:
+    """Return the class at a dotted path. Raises UserError when it cannot be imported or breaks its contract."""
+    module, _, qualname = class_path.rpartition(".")
+    return Entry(family, qualname, f"{module}:{qualname}", "?").load()
+
+
+def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
+    """Return one sentence for each given argument that a class does not take."""
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {}
+    return {
+        str(name): f"{cls.__name__} has no argument '{name}'.{nearest(str(name), parameters)} "
+        f"It takes: {_arguments(cls)}."
+        for name in given
+        if name not in parameters
+    }
 
 
 PASSED = {"dim", "role", "max_length", "params", "optimizer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 import zlib
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from command import TINY, Result, done, llmkit
+
+from llmkit.launch import plan
 
 JARGON = (
     "Traceback",
@@ -77,19 +80,19 @@ def good(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     }
 
 
-def check(result: Result, says: tuple[str, ...]) -> None:
-    """Assert that a command ended in the one line that it should."""
+def check(result: Result, says: tuple[str, ...], several: bool = False) -> None:
+    """Assert that a command ended in the lines that it should: one, or ``several`` with one of ``says`` each."""
     assert result.code == 2, result
     lines = [line for line in result.err.splitlines() if not re.match(r"llmkit: (note|warning)", line)]
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("llmkit: error: ")
+    assert len(lines) == (len(says) if several else 1), result.err
+    assert all(line.startswith("llmkit: error: ") for line in lines)
     for text in says:
-        assert text in lines[0]
+        assert sum(text in line for line in lines) == 1, result.err
     for text in JARGON:
-        assert text not in lines[0]
+        assert text not in result.err
 
 
-def run(folder: Path, case: Case, tiny: bool = True) -> None:
+def run(folder: Path, case: Case, tiny: bool = True, several: bool = False) -> None:
     before = sorted(folder.rglob("*"))
     command, *words = case.words
     start = ["--output", "runs"] if command in ("fit", "validate", "test", "predict", "inspect") else []
@@ -99,7 +102,7 @@ def run(folder: Path, case: Case, tiny: bool = True) -> None:
         (folder / "case.yaml").write_text(case.yaml)
         start += ["--config", "case.yaml"]
     try:
-        check(llmkit(command, *start, *words), case.says)
+        check(llmkit(command, *start, *words), case.says, several)
     finally:
         (folder / "case.yaml").unlink(missing_ok=True)
         after = sorted(folder.rglob("*"))
@@ -218,7 +221,7 @@ WRONG_VALUES = [
     config("model: {attention: 3}", "case.yaml", "model.attention", "name", "3"),
     config("model: {attention: [lstm]}", "case.yaml", "model.attention", "name", "lstm"),
     config("model: {attention: {num_heads: 3}}", "case.yaml", "model.attention", "name", "num_heads"),
-    config("model: {attention: {name: lstm, class_path: x}}", "case.yaml", "model.attention", "class_path"),
+    config("model: {attention: {name: lstm, class_path: torch.nn.LSTM}}", "case.yaml", "model.attention", "class_path"),
     config("model: {attention: {name: multi_head, num_heads: two}}", "model.attention.num_heads", "whole number"),
     config("model: {attention: torch.nn.Identity}", "case.yaml", "model.attention", "Identity", "contracts.Attention"),
     config("trainer: {callbacks: Nope}", "trainer.callbacks", "'Nope'"),
@@ -248,7 +251,8 @@ FILES = [
     fit("--imports", "nope.py", says=("imports", "nope.py", "does not exist")),
     fit("--imports", "nope_module", says=("imports", "nope_module")),
     fit("--ckpt_path", "nope.ckpt", says=("nope.ckpt", "does not exist")),
-    fit("--ckpt_path", "last", says=("--ckpt_path last", "runs/run")),
+    Case(("validate", "--ckpt_path", "last"), ("--ckpt_path last", "runs/run")),
+    fit("--ckpt_path", "best", says=("--ckpt_path best", "runs/run")),
     config("ckpt_path: nope.ckpt", "nope.ckpt", "does not exist"),
     config("imports: [nope.py]", "imports", "nope.py", "does not exist"),
     *(Case((command, "--ckpt_path", "nope.ckpt"), ("nope.ckpt",)) for command in ("validate", "test", "predict")),
@@ -281,6 +285,22 @@ SEVERAL = [
     config("model: {attention: lsmt, norm: rmss}", "'lsmt'", "'rmss'"),
     config("model: {attention: lsmt, dimm: 3}", "'lsmt'", "'model.dimm'"),
     Case(("fit", "--model.dimm", "3"), ("'model.dimm'", "'data.trian'"), "data: {trian: text.txt}\n"),
+    config(
+        "model: {dimm: 3, dim: big, attention: {name: multi_head, num_haeds: 3, dropout: x}}\n"
+        "trainer: {max_steps: few}",
+        *("case.yaml:2: unknown key 'model.dimm'", "case.yaml:2: model.dim: expected a whole number, got 'big'"),
+        *("'num_haeds'", "case.yaml:2: model.attention.dropout: expected a number, got 'x'"),
+        "case.yaml:3: trainer.max_steps: expected a whole number, got 'few'",
+    ),
+    fit(
+        *("--model.dim", "big", "--model.norm", "rmss", "--model.optimizer.lr", "fast", "--data.batch_size", "x"),
+        says=(
+            "model.dim: expected",
+            "'rmss'",
+            "command line: model.optimizer.lr: expected a number",
+            "data.batch_size",
+        ),
+    ),
 ]
 
 
@@ -323,7 +343,7 @@ def test_yaml(case: Case, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", SEVERAL, ids=name)
 def test_several_mistakes_are_told_together(case: Case, folder: Path) -> None:
-    run(folder, case)
+    run(folder, case, tiny=False, several=True)
 
 
 def test_an_empty_group_is_no_group(folder: Path, tmp_path: Path) -> None:
@@ -490,6 +510,51 @@ def test_checkpoint_and_options(
 ) -> None:
     command, *rest = words
     run(folder, Case((command, "--ckpt_path", good["GEN"], *rest), says), tiny=False)
+
+
+def test_the_last_checkpoint_before_there_is_one(folder: Path, tmp_path: Path) -> None:
+    """A job whose command is always the same one may be killed before its first checkpoint."""
+    result = done("fit", "--data.train", "text.txt", *TINY, "--output", tmp_path, "--ckpt_path", "last")
+    assert "no run below" in result.err and "training begins at the start" in result.err
+
+
+def test_the_last_good_checkpoint(folder: Path, tmp_path: Path) -> None:
+    words = ("--output", tmp_path, "--trainer.enable_progress_bar", "false")
+    first = done("fit", "--data.train", "text.txt", *TINY, *words)
+    older, newer = first.folder / "checkpoints" / "best.ckpt", first.folder / "checkpoints" / "last.ckpt"
+    assert older.is_file() and newer.is_file()
+    start = newer.read_bytes()[:5000]
+    newer.unlink()  # the two may be one file
+    newer.write_bytes(start)
+    os.utime(older, (1000, 1000))
+    result = done("validate", "--ckpt_path", "last", *words, "--trainer.limit_val_batches", "1")
+    note = next(line for line in result.err.splitlines() if "note: --ckpt_path last" in line)
+    assert f"{newer} cannot be read" in note and f"{older}, of step 2" in note
+    older.write_bytes(b"")
+    os.utime(older, (1000, 1000))
+    check(
+        llmkit("fit", "--ckpt_path", "last", *words), ("--ckpt_path last", "no checkpoint", f"{newer} cannot be read")
+    )
+
+
+def test_where_values_come_from(folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    attention = "  attention:\n    dropout: 0.1\n    name: multi_head\n    num_heads: 4\n"
+    first.write_text(f"data: {{train: text.txt}}\nmodel:\n{attention}  norm: rms\n  dim: 16\n")
+    second.write_text("model:\n  norm: layer\n  attention: {class_path: llmkit_plugins.attention.softmax.MultiHead}\n")
+    words = ["--config", str(first), "--config", str(second), "--model.dim", "8", "--model.optimizer.lr", "0.1"]
+    of = plan("fit", words).origins.of
+    assert of("model.dim") == of("model.optimizer.init_args.lr") == "command line"
+    assert of("model.norm") == f"{second}:2"
+    assert of("model.attention.class_path") == f"{second}:3"
+    assert of("model.attention.init_args.num_heads") == f"{first}:6"
+    assert of("model.attention.dropout") == f"{first}:4"
+    assert of("model.position") == of("model.dropout") == of("model.attention.qk_norm") == "default"
+    assert of("model.decoding.top_k") == "default of Generation"
+    second.write_text("model: {attention: gru}\n")
+    of = plan("fit", words).origins.of
+    assert of("model.attention") == f"{second}:1"
+    assert of("model.attention.dropout") == "default"  # what the other class was given is gone
 
 
 def test_predict_column(good: dict[str, str], folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""``llmkit config diff``: what differs between the configs of two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmkit import checkpoint, config
+from llmkit.commands import Parser
+from llmkit.commands.config.show import effective
+from llmkit.commands.config.tree import Tree, flat, inline, shortened
+from llmkit.errors import UserError
+
+OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")
+"""Keys that say how a run was started, not what it is."""
+ABSENT = "(none)"
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Print what differs, a line for each key; returns the exit code, which is 0 in both cases."""
+    parser = Parser(command, "Print what differs between the configs of two runs, a line for each key.")
+    for name in ("RUN_A", "RUN_B"):
+        parser.add_argument(name, help="a run folder, a checkpoint, or a config, which is taken as fit would take it")
+    parser.add_argument("--json", action="store_true", help="print a JSON object: for each key the two values")
+    options = parser.parse(argv)
+    a, b = (load(Path(name)) for name in (options.RUN_A, options.RUN_B))
+    found = differences(a, b)
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(table(found)) or "no difference")
+    return 0
+
+
+def load(path: Path) -> Tree:
+    """Return the config of a run folder, of a checkpoint (with the versions that wrote it), or of a config file.
+
+    Raises UserError when it is none of them or cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.suffix == ".ckpt":
+        part = checkpoint.read(path)["llmkit"]
+        # A model trained from Python has no config, but every checkpoint describes its model and tokenizer.
+        tree = part["config"] or {"model": part["model"], "data": {"tokenizer": part["tokenizer"]}}
+        return {**tree, "versions": part.get("versions", {})}
+    if not path.is_dir():
+        return effective([f"--config={path}"], "config diff")[0]
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"{path} is no run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
+    return config.read_yaml(saved)[0]
+
+
+def differences(a: Tree, b: Tree) -> dict[str, dict[str, Any]]:
+    """Return the keys that differ, in the order of a config, each with its values in ``a`` and in ``b``.
+
+    A key that one of them lacks is as good as null.
+    """
+    if "versions" not in a or "versions" not in b:
+        a, b = ({key: value for key, value in tree.items() if key != "versions"} for tree in (a, b))
+    old, new = (flat(shortened(tree)) for tree in (a, b))
+    places = list(dict.fromkeys(_argument(key) for key in [*old, *new]))
+    keys = sorted(dict.fromkeys([*old, *new]), key=lambda key: places.index(_argument(key)))
+    return {
+        key: {side: values[key] for side, values in (("a", old), ("b", new)) if key in values}
+        for key in keys
+        if key.partition(".")[0] not in OUTPUT_ONLY and old.get(key) != new.get(key)
+    }
+
+
+def _argument(key: str) -> str:
+    """Return the first two names of a key: what a plugin's arguments have in common."""
+    return ".".join(key.split(".")[:2])
+
+
+def table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Return one line for each difference, in columns."""
+    cells = [
+        (key, *(inline(pair[side]) if side in pair else ABSENT for side in ("a", "b"))) for key, pair in found.items()
+    ]
+    wide, old = (max((len(row[i]) for row in cells), default=0) for i in (0, 1))
+    return [f"{key:<{wide}}  {before:<{min(old, 40)}} -> {after}" for key, before, after in cells]

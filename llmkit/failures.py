@@ -1,0 +1,161 @@
+"""What is told of a run that failed and is not the user's mistake: a plugin that raises, a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import llmkit
+from llmkit import registry
+
+CORE = Path(llmkit.__file__).resolve().parent
+HELPERS = {CORE / f"{name}.py" for name in ("contracts", "decoding", "losses", "metrics")}
+"""Modules that plugins call: what fails there belongs to the plugin that called."""
+LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+
+
+class Frame(NamedTuple):
+    """One call of a traceback: its file and line, how Python shows it, and the object whose method it is."""
+
+    file: Path
+    line: int
+    text: str
+    owner: Any = None
+
+
+class Failure(NamedTuple):
+    """What is printed on stderr, and the exit code."""
+
+    text: str
+    code: int
+
+
+def explain(error: BaseException) -> Failure | None:
+    """Return what to tell the user of an error; None when it is llmkit's own, and needs its whole traceback."""
+    chain = list(_chain(error))
+    for found in chain:
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _disk_full(found)
+    for found in chain:
+        text = _of_plugin(_raised(found), f"{type(found).__name__}: {found}") or _of_plugin(*_quoted(str(found)))
+        if text:
+            return Failure(text, 1)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory did not suffice, of a GPU or of the machine."""
+    told = ("can't allocate memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _disk_full(error: OSError) -> Failure:
+    what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+    file = f", while writing {error.filename}" if error.filename else ""
+    return Failure(f"llmkit: error: {what}{file}. Checkpoints that were written before are intact.", 2)
+
+
+def _raised(error: BaseException) -> list[Frame]:
+    """Return the frames of an error, the call that raised it last."""
+    shown = traceback.extract_tb(error.__traceback__)
+    live = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [
+        Frame(Path(item.filename), item.lineno or 0, traceback.format_list([item])[0], frame.f_locals.get("self"))
+        for item, frame in zip(shown, live, strict=False)  # tracebacklimit may cut the first
+    ]
+
+
+def _quoted(message: str) -> tuple[list[Frame], str]:
+    """Return the frames, and the error itself, of a traceback that a message quotes.
+
+    That is how torch passes on what a worker process raised.
+    """
+    lines = message.rpartition("Traceback (most recent call last):\n")[2].splitlines(keepends=True)
+    end = next((i for i, line in enumerate(lines) if not line.startswith(" ")), len(lines))
+    frames: list[Frame] = []
+    for line in lines[:end]:
+        head = re.match(r' +File "(.+)", line (\d+), in ', line)
+        if head:
+            frames.append(Frame(Path(head[1]), int(head[2]), line))
+        elif frames:
+            frames[-1] = frames[-1]._replace(text=frames[-1].text + line)
+    return frames, "".join(lines[end:])
+
+
+def _of_plugin(frames: list[Frame], message: str) -> str | None:
+    """Return the message and the frames of a plugin, or None when it was not a plugin that raised.
+
+    It was one if the last frame is its own, but for those of libraries and of ``HELPERS``. What is shown begins with
+    the first frame in the plugin's file; the framework and the libraries around it are left out.
+    """
+    roots = plugin_roots()
+    kinds = [_kind(frame.file, roots) for frame in frames]
+    last = next((i for i in reversed(range(len(frames))) if kinds[i] in ("plugin", "core")), None)
+    if last is None or kinds[last] == "core":
+        return None
+    raised = frames[last]
+    first = next(i for i, frame in enumerate(frames) if frame.file == raised.file)
+    who = _name([frame for frame in frames[first : last + 1] if frame.file == raised.file])
+    shown = [frames[i].text for i in range(first, len(frames)) if kinds[i] in ("plugin", "own")]
+    head = f"{who} (file {raised.file.name}, line {raised.line}) raised {' '.join(message.split())}"
+    return f"llmkit: error: {head}\n{''.join(shown)}".rstrip("\n")
+
+
+def plugin_roots() -> list[Path]:
+    """Return the files and package folders that hold plugins: installed ones, and the user's own modules."""
+    config = sys.modules.get("llmkit.config")
+    names = {entry.target.partition(".")[0].partition(":")[0] for entry in _entries()}
+    modules = [sys.modules.get(name) for name in {*names, *(config.imported if config else ())}]
+    found = [(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]) for module in modules]
+    return [Path(path).resolve() for paths in found for path in paths if path]
+
+
+def _entries() -> list[registry.Entry]:
+    return [entry for family in registry.DEFAULTS for entry in registry.entries(family).values()]
+
+
+def _kind(file: Path, roots: list[Path]) -> str:
+    file = file.resolve()
+    if any(map(file.is_relative_to, roots)):
+        return "plugin"
+    if file.is_relative_to(CORE):
+        return "own" if file in HELPERS else "core"
+    return "library" if file.name.startswith("<") or any(map(file.is_relative_to, LIBRARIES)) else "own"
+
+
+def _name(frames: list[Frame]) -> str:
+    """Return family and name of the plugin whose frames these are, as well as they are known."""
+    entries = {entry.target: entry for entry in _entries()}
+    owners = [type(frame.owner) for frame in reversed(frames) if frame.owner is not None]
+    found = [entries[target] for cls in owners if (target := f"{cls.__module__}:{cls.__qualname__}") in entries]
+    found = found or [entry for entry in entries.values() if _holds(entry, frames[-1])]
+    if found:
+        return f"{found[0].family} {found[0].name}"
+    return f"plugin {owners[0].__name__}" if owners else "plugin"
+
+
+def _holds(entry: registry.Entry, frame: Frame) -> bool:
+    """Return whether a line is inside the class of a plugin."""
+    module, _, name = entry.target.partition(":")
+    cls = getattr(sys.modules.get(module), name, None)
+    try:
+        lines, start = inspect.getsourcelines(cls)  # type: ignore[arg-type]
+        return Path(inspect.getfile(cls)).samefile(frame.file) and start <= frame.line < start + len(lines)  # type: ignore[arg-type]
+    except (OSError, TypeError):  # not imported, or without a source
+        return False
