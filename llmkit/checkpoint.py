@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
+import json
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from llmkit import config, registry
+from llmkit import archive, registry, trust
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
+from llmkit.plausible import PLUGINS, wrong_paths, wrong_sizes, wrong_types
 
 if TYPE_CHECKING:
     from llmkit.module import LanguageModel
@@ -25,8 +32,7 @@ PARTS = ("model", "tokenizer", "tokenizer_state", "head_info", "config")
 """What llmkit's part of a checkpoint must have, beside its format."""
 
 STRUCTURE = ("dim", "num_layers", "norm_first", "tie_embeddings")
-PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
-"""The arguments of a model that decide which weights it has."""
+"""The arguments of a model, beside its plugins, that decide which weights it has."""
 ALIKE = ("attention", "position", "feedforward", "norm", "norm_first")
 """The arguments that decide what weights of the same names and shapes mean."""
 
@@ -63,13 +69,14 @@ def section(model: LanguageModel) -> dict[str, Any]:
 def check_section(checkpoint: Any, where: str) -> dict[str, Any]:
     """Return llmkit's part of a checkpoint. Raises UserError when there is none or it is of a newer format."""
     part = checkpoint.get("llmkit") if isinstance(checkpoint, dict) else None
-    if not isinstance(part, dict) or not isinstance(part.get("format"), int):
+    if not isinstance(part, dict) or type(part.get("format")) is not int:
         raise UserError(f"{where} is not an llmkit checkpoint: it has no 'llmkit' part")
     if part["format"] > FORMAT:
-        made_by = part.get("versions", {}).get("llmkit", "a newer version")
+        versions = part.get("versions")
+        made_by = versions.get("llmkit") if isinstance(versions, dict) else None
         raise UserError(
-            f"{where} is of format {part['format']}, written by llmkit {made_by}; this one reads up to {FORMAT}. "
-            "Upgrade llmkit."
+            f"{where} is of format {part['format']}, written by llmkit {str(made_by or '(a newer version)')[:40]}; "
+            f"this one reads up to {FORMAT}. Upgrade llmkit."
         )
     return part
 
@@ -77,77 +84,121 @@ def check_section(checkpoint: Any, where: str) -> dict[str, Any]:
 def read(path: str | Path) -> dict[str, Any]:
     """Return a checkpoint file's content, loaded as data only (``weights_only=True``).
 
-    Raises UserError when the file is missing, damaged, not ours or of a newer format.
+    Its description of the model is of the right types, and of the sizes of its weights.
+
+    Raises:
+        UserError: the file is missing, damaged, not ours, of a newer format, or contradicts itself.
     """
-    file = Path(path)
-    if not file.is_file():
-        last = " It is a folder." if file.is_dir() else ""
-        raise UserError(f"checkpoint {file} does not exist.{last}")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {file} cannot be read: it is damaged, or holds more than plain data") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"checkpoint {file} cannot be read: it is truncated or no checkpoint ({cause[:120]})"
-        ) from error
-    part = check_section(checkpoint, f"checkpoint {file}")
+    checkpoint = archive.read(Path(path))
+    where = f"checkpoint {path}"
+    part = check_section(checkpoint, where)
     missing = [name for name in PARTS if name not in part]
     if missing:
-        raise UserError(f"checkpoint {file} is incomplete: it has no {', '.join(missing)}")
-    if "state_dict" not in checkpoint:
-        raise UserError(f"checkpoint {file} has no weights")
+        raise UserError(f"{where} is incomplete: it has no {', '.join(missing)}")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) and type(k) is str for k, v in weights.items()):
+        raise UserError(f"{where} has no weights")
+    try:
+        archive.check(part, strict=True)
+        wrong = wrong_types(part) or wrong_sizes(part["model"], weights) or wrong_paths(checkpoint.get("callbacks"))
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{where} is damaged: {wrong}")
     return checkpoint  # type: ignore[no-any-return]
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
-    """Return the model of a checkpoint, ready to predict, in eval mode.
+    """Return the model of a checkpoint, ready to predict, in eval mode. It is not compiled.
 
     Args:
         path: a ``.ckpt`` file written by ``llmkit fit``.
         device: where the model is put.
 
     Raises:
-        UserError: missing or damaged file, a newer format, or a plugin that is not installed.
+        UserError: missing or damaged file, a newer format, weights of other sizes than its description says, or a
+            plugin that is not installed.
     """
-    checkpoint = read(path)
-    model = build(checkpoint["llmkit"], f"checkpoint {path}")
-    model.source = f"checkpoint {path}"
+    stored = Stored(Path(path), read(path))
+    where = f"checkpoint {path}"
+    model = build({**stored.part, "model": {**stored.part["model"], "compile": False}}, where)
+    model.source = where
+    check_weights(model, stored)
     model.configure_model()
-    model.load_state_dict(checkpoint["state_dict"])
+    model.load_state_dict(stored.content["state_dict"])
     return model.to(device).eval()
 
 
 def build(part: dict[str, Any], where: str) -> LanguageModel:
-    """Return a model without weights from llmkit's part of a checkpoint, its tokenizer and labels restored."""
+    """Return a model without weights from llmkit's part of a checkpoint, its tokenizer and labels restored.
+
+    Raises UserError, naming ``where``, when its classes are not installed or do not take what it says.
+    """
     from llmkit.module import LanguageModel
 
-    try:
-        spec = dict(part["model"])
-        specs = [(k, v) for k, v in [*spec.items(), ("tokenizer", part["tokenizer"])] if isinstance(v, dict)]
-        for key, value in specs:
-            if "class_path" in value:
-                _check_known(key, value["class_path"], where, part["config"].get("imports") or [])
-        model = LanguageModel(**spec)
-        restore(model, part)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where} is incomplete: {type(error).__name__}: {error}") from error
+    check_classes(part, where)
+    with _told(f"{where} describes no model"):
+        if "init_from" in part["model"]:
+            raise UserError("a checkpoint begins with its own weights, it has no init_from")
+        model = LanguageModel(**part["model"])
+    restore(model, part, where)
     return model
 
 
-def restore(model: LanguageModel, part: dict[str, Any]) -> None:
-    """Give a model the tokenizer, label names and config that a checkpoint carries."""
-    model.tokenizer = _tokenizer(part)
-    model.head.set_info(part["head_info"])
+def restore(model: LanguageModel, part: dict[str, Any], where: str = "the checkpoint") -> None:
+    """Give a model the tokenizer, label names and config that a checkpoint carries.
+
+    Raises UserError, naming ``where``, when they are not what the classes wrote.
+    """
+    model.tokenizer = _tokenizer(part, where)
+    with _told(f"{where}: its head_info does not fit {type(model.head).__name__}"):
+        model.head.set_info(part["head_info"])
+        if json.dumps(model.head.info()) != json.dumps(part["head_info"]):
+            raise UserError("it comes back as something else")
     model.head_ready = True
     model.config = part["config"]
 
 
-def _tokenizer(part: dict[str, Any]) -> Tokenizer:
-    tokenizer: Tokenizer = registry.factory_of(part["tokenizer"], "tokenizer")()
-    tokenizer.from_state(part["tokenizer_state"])
+def _tokenizer(part: dict[str, Any], where: str) -> Tokenizer:
+    """Return a checkpoint's tokenizer, once it has turned a text to ids in its range and back."""
+    with _told(f"{where}: its tokenizer cannot be restored"):
+        tokenizer: Tokenizer = registry.factory_of(part["tokenizer"], "tokenizer")()
+        tokenizer.from_state(part["tokenizer_state"])
+        special = [getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos", "unk", "mask", "sep")]
+        ids = special + tokenizer.encode("a b\n")
+        if not all(0 <= number < tokenizer.vocab_size for number in ids):
+            raise UserError("it has ids out of its range")
+        tokenizer.decode(ids)
     return tokenizer
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Turn whatever a class raises over a checkpoint's data into a UserError that begins with ``where``."""
+    try:
+        yield
+    except Exception as error:  # a plugin may raise anything when it is given what it never wrote
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: {' '.join(text.split())[:300]}") from error
+
+
+def is_to_blame(stored: Stored, error: Exception, step: int) -> bool:
+    """Return whether an error comes of the training state in a checkpoint.
+
+    It does when it came up while Lightning took the state over, or over a value in the first step after that.
+
+    Args:
+        stored: the checkpoint that a command began with.
+        error: what was raised, by no plugin.
+        step: the optimizer step that it was raised in; -1: the command does not train.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename.endswith("checkpoint_connector.py") and re.match("_?(restore|resume)", code.co_name):
+            return True
+    begun = stored.content.get("global_step")
+    first = isinstance(begun, int) and 0 <= step <= begun + 1
+    return first and isinstance(error, TypeError | ValueError | LookupError | AttributeError)
 
 
 def initial(path: str | Path) -> tuple[Stored, Tokenizer]:
@@ -158,10 +209,10 @@ def initial(path: str | Path) -> tuple[Stored, Tokenizer]:
     try:
         content = read(path)
         part, where = content["llmkit"], f"checkpoint {path}"
-        _check_known("tokenizer", part["tokenizer"]["class_path"], where, part["config"].get("imports") or [])
+        check_classes({**part, "model": {}}, where)
         kept = {name: content[name] for name in ("llmkit", "state_dict")}  # the optimizer's state is let go
-        return Stored(Path(path), kept), _tokenizer(part)
-    except ValueError as error:  # a UserError, or what ``from_state`` raises
+        return Stored(Path(path), kept), _tokenizer(part, where)
+    except UserError as error:
         raise UserError(f"model.init_from: {error}") from error
 
 
@@ -218,31 +269,55 @@ def check_fits(model: LanguageModel, stored: Stored, tokenizer: type | None) -> 
 
 
 def check_weights(model: LanguageModel, stored: Stored) -> None:
-    """Raise UserError when the weights of a checkpoint have other shapes than those of a restored model."""
-    own_shapes = {f"net.{name}": value.shape for name, value in model.meta_network(restored=True).state_dict().items()}
-    their_shapes = {k: v.shape for k, v in stored.content["state_dict"].items() if k.startswith("net.")}
-    for name in sorted(own_shapes.keys() | their_shapes.keys()):
-        if own_shapes.get(name) != their_shapes.get(name):
-            now, then = own_shapes.get(name), their_shapes.get(name)
-            raise UserError(f"checkpoint {stored.path}: its weights do not fit: {name} has {then}, the config {now}")
+    """Raise UserError when the weights of a checkpoint have other shapes than those of a restored model.
+
+    The model's are those of a network without memory, so that nothing is built that the file does not hold.
+    """
+    assert model.tokenizer is not None
+    where, theirs = f"checkpoint {stored.path}", stored.content["state_dict"]
+    vocab, rows = model.tokenizer.vocab_size, len(theirs["net.embedding.weight"])
+    if vocab != rows:
+        raise UserError(
+            f"{where}: its weights do not fit: its tokenizer has {vocab} ids, and its embedding {rows} rows"
+        )
+    with _told(f"{where} describes no model"):
+        own = {f"net.{name}": value for name, value in model.meta_network(restored=True).state_dict().items()}
+        head = copy.deepcopy(model.head)
+        try:
+            with torch.device("meta"):
+                head.set_tokenizer(model.tokenizer)
+                head.build(model.spec["dim"], vocab)
+            own |= {f"head.{name}": value for name, value in head.state_dict().items()}
+        except NotImplementedError:  # an operation that needs memory: of the head, loading tells
+            pass
+    parts = tuple({name.partition(".")[0] + "." for name in own})
+    for name in sorted(own.keys() | {name for name in theirs if name.startswith(parts)}):
+        now, then = (_kind(weights.get(name)) for weights in (own, theirs))
+        if now != then:
+            raise UserError(f"{where}: its weights do not fit: {name} has {then}, the config {now}")
+
+
+def _kind(weight: Tensor | None) -> str:
+    if weight is None:
+        return "nothing"
+    return f"{tuple(weight.shape)}" + ("" if weight.is_floating_point() else f" of {weight.dtype}")
 
 
 def _name(spec: Any) -> str:
     return str(spec["class_path"]).rpartition(".")[2] if isinstance(spec, dict) else str(spec)
 
 
-def _check_known(key: str, class_path: str, where: str, imports: list[str]) -> None:
-    """Refuse a class that is neither installed as a plugin nor imported by the user: a checkpoint runs no code."""
-    module = class_path.rpartition(".")[0]
-    packages = {
-        entry.target.partition(":")[0] for family in registry.DEFAULTS for entry in registry.entries(family).values()
-    }
-    if module.partition(".")[0] in {"torch", "llmkit", *(name.partition(".")[0] for name in packages)}:
-        return
-    if module in config.imported:
-        return
-    source = next((name for name in imports if Path(name).stem == module), module)
-    raise UserError(
-        f"{where} needs {key} {class_path}, which is no installed plugin. If you trust it, import it yourself: "
-        f"--imports {source}"
-    )
+def check_classes(part: dict[str, Any], where: str) -> None:
+    """Refuse classes that are neither installed as plugins nor imported by the user: a checkpoint runs no code."""
+    specs = {key: value for key, value in part["model"].items() if isinstance(value, dict) and "class_path" in value}
+    for key, spec in {**specs, "tokenizer": part["tokenizer"]}.items():
+        if trust.is_plugin(spec["class_path"]):
+            continue
+        module = spec["class_path"].rpartition(".")[0]
+        imports = part["config"].get("imports") or []
+        names = [name for name in (imports if isinstance(imports, list) else [imports]) if isinstance(name, str)]
+        source = next((name for name in names if Path(name).stem == module), module)
+        raise UserError(
+            f"{where} needs {key} {spec['class_path'][:200]}, which is no installed plugin. If you trust it, import it "
+            f"yourself: --imports {source[:200]}"
+        )

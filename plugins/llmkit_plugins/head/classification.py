@@ -57,7 +57,8 @@ class Classification(Head):
         return {"labels": self.labels}
 
     def set_info(self, info: dict[str, Any]) -> None:
-        """Restore the label names."""
+        """Restore the label names. Raises TypeError when they are no texts."""
+        "".join(info["labels"])
         self.labels = list(info["labels"])
 
     def build(self, dim: int, vocab_size: int) -> None:

@@ -95,7 +95,8 @@ class TokenClassification(Head):
         return {"labels": self.labels, "by_character": self.by_character}
 
     def set_info(self, info: dict[str, Any]) -> None:
-        """Restore what ``info`` returned."""
+        """Restore what ``info`` returned. Raises TypeError when the tags are no texts."""
+        "".join(info["labels"])
         self.labels, self.by_character = list(info["labels"]), bool(info["by_character"])
 
     def build(self, dim: int, vocab_size: int) -> None:

@@ -20,6 +20,8 @@ from llmkit.errors import UserError
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
 NO_TEXT = "no text to train the tokenizer on"
+MOST_HOLES = 2**16
+"""Ids below the largest one that may be without a token."""
 
 
 def hidden(name: str) -> str:
@@ -69,10 +71,19 @@ def parse(data: Any, what: str) -> HFTokenizer:
     """Return the tokenizer of a parsed ``tokenizer.json``, without its padding and truncation."""
     with rust_errors(what):
         hf = HFTokenizer.from_str(json.dumps(data))
+        check_ids(hf, what)
         hf.no_padding()
         hf.no_truncation()
         hf.decode(hf.encode("a \U0010fffd").ids)  # some broken models load, and fail at their first text
     return hf
+
+
+def check_ids(hf: HFTokenizer, what: str) -> None:
+    """Raise UserError when ids are far apart: ``tokenizers`` walks through all numbers between them to write itself."""
+    ids = hf.get_vocab().values()
+    largest = max(ids, default=0)
+    if largest > len(ids) + MOST_HOLES:
+        raise UserError(f"{what}: its largest id is {largest:,}, and it has only {len(ids):,} tokens")
 
 
 class Stateful(Tokenizer):

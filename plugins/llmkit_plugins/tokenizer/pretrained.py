@@ -12,7 +12,7 @@ from tokenizers import models
 
 from llmkit.errors import UserError
 
-from .base import ROLES, HuggingFace, byte_level, hidden, line, parse, rust_errors
+from .base import ROLES, HuggingFace, byte_level, check_ids, hidden, line, parse, rust_errors
 
 KNOWN = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -68,7 +68,9 @@ class Pretrained(HuggingFace):
     def _ready(self) -> HFTokenizer:
         if self._hf is None:
             what = f"pretrained tokenizer '{self.path}'"
-            data = json.loads(self._read().to_str())
+            hf = self._read()
+            check_ids(hf, what)
+            data = json.loads(hf.to_str())
             ids, size = _hide_specials(data)
             self._set(parse(data, what), ids, size)
         return super()._ready()
@@ -100,9 +102,10 @@ class Pretrained(HuggingFace):
     def _restore(self, data: dict[str, Any]) -> HFTokenizer:
         hf = super()._restore(data)
         ids, size = data.get("special_ids"), data.get("vocab_size")
+        needed = max(hf.get_vocab().values(), default=-1) + 1
         if (
             type(size) is not int
-            or size <= max(hf.get_vocab().values(), default=-1)
+            or not needed <= size <= needed + len(ROLES)
             or not isinstance(ids, dict)
             or not all(type(ids.get(role)) is int and 0 <= ids[role] < size for role in ROLES)
         ):
