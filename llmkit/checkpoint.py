@@ -124,7 +124,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     model = build({**stored.part, "model": {**stored.part["model"], "compile": False}}, where)
     model.source = where
     check_weights(model, stored)
-    model.configure_model()
+    with _told(f"{where} describes no model"):
+        model.configure_model()
     model.load_state_dict(stored.content["state_dict"])
     return model.to(device).eval()
 

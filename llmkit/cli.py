@@ -137,9 +137,12 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self._get(self.config_init, "trainer")
-        for key in ("accumulate_grad_batches", "val_check_interval"):
-            if given.get(key) is not None and given[key] == 0:
-                raise UserError(f"trainer.{key} must be at least 1, got 0")
+        for key, least in {"accumulate_grad_batches": 1, "val_check_interval": 0.0, "log_every_n_steps": 1}.items():
+            value = given.get(key)
+            if isinstance(value, int | float) and (value < least or value == 0):
+                raise UserError(f"trainer.{key} must be {'at least 1' if least else 'above 0'}, got {value}")
+        if given.get("gradient_clip_val") is not None and given["gradient_clip_val"] < 0:
+            raise UserError(f"trainer.gradient_clip_val must be 0 or more, got {given['gradient_clip_val']}")
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
         loggers = given.get("logger")

@@ -76,19 +76,16 @@ class Origins:
 
 def drop(tree: dict[str, Any], key: str) -> bool:
     """Take the value of a plain key out of a config; False: there is none. A whole group is never taken out."""
+    if isinstance(tree.get(key), dict):
+        return False
     node: Any = tree
-    *path, last = plain(key).split(".")
-    for name in [*path, last]:
+    for name in (names := plain(key).split(".")):
         if isinstance(node, dict) and name not in node and isinstance(node.get("init_args"), dict):
             node = node["init_args"]
-        if (
-            not isinstance(node, dict)
-            or name not in node
-            or (node is tree and not path and isinstance(node[name], dict))
-        ):
+        if not isinstance(node, dict) or name not in node:
             return False
         holder, node = node, node[name]
-    del holder[last]
+    del holder[names[-1]]
     return True
 
 

@@ -98,6 +98,7 @@ class Checkpoints(Checkpoint):
         self.best_score = float("nan")
         self._stored_folder = ""
         self._saved_step = -1
+        self._waiting = False
 
     @property
     def best_model_path(self) -> str:
@@ -131,11 +132,19 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between validations; where one is due now, it is waited for."""
+        """Save between validations; where one is due now, or the epoch ends, that is waited for."""
         step, every = trainer.global_step, self.every_n_steps
         if every is None or step % every or step == self._saved_step or validation_is_due(trainer):
             return
-        self.save(trainer)
+        self._waiting = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not self._waiting:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what had to wait. (Of a checkpoint from before, Lightning would not know that the epoch is over.)"""
+        if self._waiting:
+            self._waiting = False
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, and note whether this is the best one."""

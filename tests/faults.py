@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 
@@ -72,3 +73,10 @@ class Dying(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *rest: Any) -> None:
         self._die(trainer, "writing")
+
+
+class Greedy(Callback):
+    """Asks for more memory than any machine has."""
+
+    def on_train_batch_end(self, *rest: Any) -> None:
+        torch.empty(10**15)

@@ -173,8 +173,9 @@ class Fuzz:
 
         def resume() -> None:
             words = ["fit", "--ckpt_path", str(path), "--output", str(folder), "--trainer.max_steps", "2"]
-            if main.main([*words, "--data.cache_dir", str(folder / "cache")]) == 2:
-                raise UserError("(a command said so)")
+            code = main.main([*words, "--data.cache_dir", str(folder / "cache")])
+            if code:
+                raise UserError("(the command says so)") if code == 2 else RuntimeError(f"exit code {code}")
 
         kind = rng.random()
         if kind < (0.3 if how == "training state" else 0.02):
@@ -254,7 +255,9 @@ class Worker:
     def __init__(self, fuzz: Fuzz, folder: Path) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
         # A fork has all that is imported already, so that a new one after a crash costs nothing.
-        self.process = multiprocessing.get_context("fork").Process(target=_work, args=(fuzz, folder, theirs))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(fuzz, folder, theirs), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.number, self.since = -1, 0.0
@@ -274,8 +277,16 @@ class Worker:
 def results(fuzz: Fuzz, files: int, workers: int = 2) -> Iterator[Result]:
     """Yield what came of each file, in the order in which they are done."""
     left = iter(range(files))
-    folders = [fuzz.folder / "work" / str(n) for n in range(workers)]
+    folders = [fuzz.folder / "work" / str(n) for n in range(min(workers, files))]
     crew = {folder: Worker(fuzz, folder) for folder in folders}
+    try:
+        yield from _all(fuzz, left, crew)
+    finally:
+        for worker in crew.values():
+            worker.stop()
+
+
+def _all(fuzz: Fuzz, left: Iterator[int], crew: dict[Path, Worker]) -> Iterator[Result]:
     for worker in list(crew.values()):
         worker.give(next(left))
     while crew:

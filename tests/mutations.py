@@ -263,7 +263,6 @@ def reshaped(weights: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         lambda: torch.full_like(old, float("inf")),
         lambda: old * 1e30,
         lambda: torch.zeros_like(old),
-        lambda: torch.quantize_per_tensor(old, 0.1, 0, torch.qint8),
         lambda: torch.nn.Parameter(old.clone()),
         lambda: torch.empty(0),
         lambda: old.tolist(),

@@ -193,6 +193,13 @@ WRONG_VALUES = [
     fit("--trainer.devices", "0", says=("devices", "0")),
     fit("--trainer.accumulate_grad_batches", "0", says=("trainer.accumulate_grad_batches", "at least 1")),
     fit("--trainer.val_check_interval", "0", says=("trainer.val_check_interval",)),
+    fit("--trainer.log_every_n_steps", "0", says=("command line: trainer.log_every_n_steps must be at least 1",)),
+    fit("--trainer.gradient_clip_val", "-3", says=("command line: trainer.gradient_clip_val must be 0 or more",)),
+    fit("--data.encoding", "utf9", says=("command line: data.encoding: unknown encoding: utf9",)),
+    fit(
+        *("--data.pack", "true", "--model.head", "classification"),
+        says=("command line: data.pack is for heads that join their rows, and Classification does not",),
+    ),
     fit("--model.num_layers", "0", says=("model.num_layers", "at least 1")),
     fit("--model.context", "1", says=("model.context", "at least 2")),  # the next token of one token is in no block
     fit("--model.dropout", "1.5", says=("model.dropout", "below 1")),
@@ -213,7 +220,7 @@ WRONG_VALUES = [
     config("data: {train: text.txt, columns: text}", "data.columns", "keys with values", "'text'"),
     config("data: {train: text.txt, format: cvs}", "data.format", "Did you mean 'csv'?", "parquet"),
     config("data: {train: text.txt, format: lines, pattern: '('}", "data.pattern", "regular expression"),
-    config("data: {train: text.txt, encoding: utf9}", "text.txt", "utf9"),
+    config("data: {train: text.txt, encoding: utf9}", "data.encoding", "utf9"),
     config("seed_everything: abc", "seed_everything", "whole number", "'abc'"),
     config("name: [a]", "name", "a text"),
     config("imports: 3", "case.yaml", "imports", "3"),
@@ -284,6 +291,11 @@ SEVERAL = [
     fit("--modle.dim", "1", "--data.trian", "x", says=("'modle'", "'data.trian'")),
     config("model: {attention: lsmt, norm: rmss}", "'lsmt'", "'rmss'"),
     config("model: {attention: lsmt, dimm: 3}", "'lsmt'", "'model.dimm'"),
+    Case(
+        ("fit", "--model.optimizer.lr", "fast"),
+        ("'num_haeds'", "command line: model.optimizer.lr: expected a number", "case.yaml:2: model.dim: expected"),
+        "data: {train: text.txt}\nmodel: {dim: big, attention: {name: multi_head, num_haeds: 3}}\n",
+    ),
     Case(("fit", "--model.dimm", "3"), ("'model.dimm'", "'data.trian'"), "data: {trian: text.txt}\n"),
     config(
         "model: {dimm: 3, dim: big, attention: {name: multi_head, num_haeds: 3, dropout: x}}\n"

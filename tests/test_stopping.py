@@ -41,7 +41,7 @@ def last(result: Result) -> dict[str, Any]:
     return content
 
 
-def same(one: Result, two: Result) -> None:
+def same(one: Result, two: Result, logged: bool = True) -> None:
     """Assert that two finished runs are equal in weights, optimizer, results and (after the stop) metrics."""
     first, second = last(one), last(two)
     for content in (first, second):
@@ -53,6 +53,8 @@ def same(one: Result, two: Result) -> None:
     assert found == []
     results = [json.loads((run.folder / "results.json").read_text()) for run in (one, two)]
     assert results[0] == results[1]
+    if not logged:
+        return
     rows = [(run.folder / "metrics.csv").read_text().splitlines() for run in (one, two)]
     assert rows[1][0] == rows[0][0]
     assert rows[1][1:] == rows[0][-len(rows[1]) + 1 :]
@@ -106,3 +108,40 @@ def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatc
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     other = done(*words, "--name", "job")
     assert len((other.folder / "metrics.csv").read_text().splitlines()) > len(rows)
+
+
+def test_runs_of_epochs_stopped_at_their_ends(tmp_path: Path) -> None:
+    """Twice, after the last step of an epoch: neither an epoch nor the count of them is lost or done again."""
+    rows = "".join(f"word {i} of {i * 7 % 13},{'yes' if i % 2 else 'no'}\n" for i in range(20))
+    (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+    data = ("--data.train", tmp_path / "rows.csv", "--data.validation", tmp_path / "rows.csv", "--data.batch_size", "4")
+    own = (
+        "--imports",
+        "faults",
+        "--trainer.max_steps",
+        "-1",
+        "--trainer.max_epochs",
+        "4",
+        "--trainer.val_check_interval",
+    )
+    words = (
+        "fit",
+        *data,
+        *TINY,
+        "--model.head",
+        "classification",
+        *own,
+        "1000",
+        "--trainer.accumulate_grad_batches",
+        "2",
+    )
+    words = (*words, "--data.batch_size", "4", "--output", tmp_path / "runs")  # 5 batches, 3 steps an epoch
+    whole = done(*words, "--name", "whole")
+    for step in (2, 5):
+        resume = ("--ckpt_path", "last") if step > 2 else ()
+        stopped = llmkit(*words, "--name", "parts", *sender(signal.SIGTERM, step), *resume)
+        assert f"at step {step + 1}; saved " in stopped.err
+    resumed = done(*words, "--name", "parts", "--ckpt_path", "last")
+    assert last(whole)["global_step"] == last(resumed)["global_step"] == 12
+    assert last(whole)["epoch"] == last(resumed)["epoch"]
+    same(whole, resumed, logged=False)

@@ -126,7 +126,8 @@ def main() -> None:
         path, output = folder / "config.yaml", folder / "runs"
         path.write_text(yaml.safe_dump(config))
         began = time.monotonic()
-        verdict = verify(["--config", str(path)], output, options.steps, options.kills, seed=number)
+        length = ["--trainer.max_steps=-1", "--trainer.max_epochs=3"] if name.startswith("epochs") else []
+        verdict = verify(["--config", str(path), *length], output, options.steps, options.kills, seed=number)
         moments = Counter(kill.moment for kill in verdict.kills)
         row = {
             "configuration": name,

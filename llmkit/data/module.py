@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -119,6 +120,10 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"data.validation_share must be 0 or more and below 1, got {validation_share}")
         if num_workers < 0:
             raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise UserError(f"data.encoding: {error}") from error
         self._folder = cache.root(cache_dir)
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
         options = Options(format, pattern, column_names, encoding)
@@ -147,6 +152,8 @@ class DataModule(pl.LightningDataModule):
             tokenizer: a trained one, from a checkpoint; None: build and train the configured one.
             head_ready: the head knows what it has to learn from training rows, from a checkpoint.
         """
+        if self.pack and head.layout != "blocks":
+            raise UserError(f"data.pack is for heads that join their rows, and {type(head).__name__} does not")
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
         self._learned = False
         self._splits = {}
