@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from llmkit import checkpoint
 from llmkit.errors import UserError
 from llmkit.module import LanguageModel
 from llmkit.step import local
@@ -238,8 +239,8 @@ def _also(path: Path, name: Path) -> None:
 def _step_of(path: Path) -> int | None:
     """Return the step of a checkpoint, None where there is none that can be read."""
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception:  # whatever a damaged file raises: it is no checkpoint to take over
+        return int(checkpoint.read(path)["global_step"])
+    except (UserError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""Damaged files through the doors that users have, in watched processes. ``docs/fuzz.py`` prints what came of it.
+"""Damaged files through the doors that users have, in watched processes: what ``docs/reliability/fuzz.py`` counts.
 
 A file must load or be refused with a UserError within ten seconds. Whatever else happens is a failure: another
 exception, a hang, a crash of the process, and code that runs. The last is told by Python's audit events: a process, a

@@ -1,4 +1,4 @@
-"""What ``docs/fuzz.py`` damages, and how: small real checkpoints, tokenizers and data files."""
+"""What ``docs/reliability/fuzz.py`` damages, and how: small real checkpoints, tokenizers and data files."""
 
 from __future__ import annotations
 

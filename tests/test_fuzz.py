@@ -1,4 +1,4 @@
-"""A few of the files of ``docs/fuzz.py``, and whether what it watches for is seen at all."""
+"""A few of the files of ``docs/reliability/fuzz.py``, and whether what it watches for is seen at all."""
 
 from __future__ import annotations
 

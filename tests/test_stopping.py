@@ -114,28 +114,19 @@ def test_runs_of_epochs_stopped_at_their_ends(tmp_path: Path) -> None:
     """Twice, after the last step of an epoch: neither an epoch nor the count of them is lost or done again."""
     rows = "".join(f"word {i} of {i * 7 % 13},{'yes' if i % 2 else 'no'}\n" for i in range(20))
     (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
-    data = ("--data.train", tmp_path / "rows.csv", "--data.validation", tmp_path / "rows.csv", "--data.batch_size", "4")
-    own = (
-        "--imports",
-        "faults",
-        "--trainer.max_steps",
-        "-1",
-        "--trainer.max_epochs",
-        "4",
+    data = ("--data.train", tmp_path / "rows.csv", "--data.validation", tmp_path / "rows.csv")
+    own = ("--imports", "faults", "--trainer.max_steps", "-1", "--trainer.max_epochs", "4")
+    every = (
+        "--output",
+        tmp_path / "runs",
         "--trainer.val_check_interval",
-    )
-    words = (
-        "fit",
-        *data,
-        *TINY,
-        "--model.head",
-        "classification",
-        *own,
         "1000",
         "--trainer.accumulate_grad_batches",
         "2",
+        "--data.batch_size",
+        "4",
     )
-    words = (*words, "--data.batch_size", "4", "--output", tmp_path / "runs")  # 5 batches, 3 steps an epoch
+    words = ("fit", *data, *TINY, "--model.head", "classification", *own, *every)  # 5 batches, 3 steps an epoch
     whole = done(*words, "--name", "whole")
     for step in (2, 5):
         resume = ("--ckpt_path", "last") if step > 2 else ()

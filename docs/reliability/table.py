@@ -56,20 +56,10 @@ def soak(found: dict[str, Any]) -> str:
     return told + table(rows, {"what": "", "end": "at the end", "ratio": "second half to first"})
 
 
-def fuzz(results: list[dict[str, Any]]) -> str:
+def fuzz(rows: list[dict[str, Any]]) -> str:
     """Return the table of the damaged files."""
-    kinds = sorted({result["kind"] for result in results})
-    rows = []
-    for kind in kinds:
-        own = [result for result in results if result["kind"] == kind]
-        outcomes = Counter(result["outcome"] for result in own)
-        failed = len(own) - outcomes["loaded"] - outcomes["refused"]
-        slowest = max(result["seconds"] for result in own)
-        row = {"kind": kind, "files": len(own), "loaded": outcomes["loaded"], "refused": outcomes["refused"]}
-        rows.append({**row, "failed": failed, "slowest": f"{slowest:.1f} s"})
     heads = {"kind": "files", "files": "number", "loaded": "loaded", "refused": "refused in one line"}
-    heads |= {"failed": "crashed, hung or ran code", "slowest": "slowest"}
-    return f"{len(results):,} files, {sum(row['failed'] for row in rows)} failures.\n\n" + table(rows, heads)
+    return table(rows, {**heads, "failed": "crashed, hung or ran code", "slowest": "slowest"})
 
 
 def configs(found: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""Load thousands of damaged checkpoints, tokenizers and data files, and print a table of what came of it.
+"""Load thousands of damaged checkpoints, tokenizers and data files, and print what came of it.
 
-    python docs/fuzz.py                    10,000 files in two worker processes
-    python docs/fuzz.py --files 500 --seed 7 --json fuzz.json
-    python docs/fuzz.py --case 1234        one of them, here, with its traceback
+    python docs/reliability/fuzz.py                    10,000 files in two worker processes
+    python docs/reliability/fuzz.py --json docs/reliability/fuzz.json
+    python docs/reliability/fuzz.py --files 500 --seed 7
+    python docs/reliability/fuzz.py --case 1234        one of them, here, with its traceback
 
 Each file is loaded as a user would: ``llmkit.load`` and a prediction, ``model.init_from``, ``llmkit fit --ckpt_path``,
 ``from_state``, or a ``DataModule`` that reads all rows. What counts as a failure is said in ``tests/fuzzing.py``, and
@@ -20,26 +21,26 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from fuzzing import Fuzz, Result, results  # noqa: E402
 
 
-def table(found: list[Result]) -> str:
-    """Return the results as a Markdown table."""
-    rows = ["| file | files | loaded | refused in one line | failures | slowest |", "|---|---:|---:|---:|---:|---:|"]
-    for kind in ("checkpoint", "tokenizer", "data", ""):
-        own = [result for result in found if result.kind == kind or not kind]
+def table(found: list[Result]) -> list[dict[str, Any]]:
+    """Return the rows of the results, by kind of file."""
+    rows = []
+    for kind in ("checkpoint", "tokenizer", "data", "all"):
+        own = [result for result in found if kind in (result.kind, "all")]
         counts = collections.Counter(result.outcome for result in own)
-        good = counts["loaded"] + counts["refused"]
+        row = {"kind": kind, "files": len(own), "loaded": counts["loaded"], "refused": counts["refused"]}
         slowest = max((result.seconds for result in own), default=0.0)
-        cells = [kind or "all", *(f"{n:,}" for n in (len(own), counts["loaded"], counts["refused"], len(own) - good))]
-        rows.append(f"| {' | '.join(cells)} | {slowest:.1f} s |")
-    return "\n".join(rows)
+        rows.append({**row, "failed": len(failed(own)), "slowest": f"{slowest:.1f} s"})
+    return rows
 
 
 def failed(found: list[Result]) -> list[Result]:
@@ -54,7 +55,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--case", type=int, help="load this file only, here, with its traceback")
-    parser.add_argument("--json", help="write all results to this file")
+    parser.add_argument("--json", help="write the rows of the table to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -69,8 +70,9 @@ def main() -> int:
             if failed([result]):
                 print(f"{result.number} {result.kind} ({result.what}): {result.outcome} {result.detail}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps([result._asdict() for result in found], indent=1))
-    print(table(found))
+        Path(args.json).write_text(json.dumps(table(found), indent=1) + "\n")
+    for row in table(found):
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
     print(f"\nseed {args.seed}, {(time.monotonic() - start) / 60:.1f} minutes, {args.workers} processes")
     return 1 if failed(found) else 0
 
