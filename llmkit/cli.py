@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,7 +22,7 @@ from llmkit.failures import explain, is_out_of_memory
 from llmkit.messages import gist
 from llmkit.module import LanguageModel
 from llmkit.optim import fast_bf16
-from llmkit.saving import Checkpoints, WholeFileIO, run_folder
+from llmkit.saving import Checkpoints, run_folder, use_whole_files
 from llmkit.stopping import Stopping
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -166,8 +165,7 @@ class CLI(LightningCLI):
             job = os.environ.get("SLURM_JOB_ID")
             kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
         trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFileIO()
+        use_whole_files(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

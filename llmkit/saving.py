@@ -72,6 +72,12 @@ class WholeFileIO(TorchCheckpointIO):
         write_whole(Path(path), write)
 
 
+def use_whole_files(trainer: pl.Trainer) -> None:
+    """Let a trainer write checkpoints whole, unless it was given another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFileIO()
+
+
 class Checkpoints(Checkpoint):
     """Writes the checkpoints of a run: ``last.ckpt``, the best one by the head's metric, and the newest by step.
 
@@ -107,7 +113,8 @@ class Checkpoints(Checkpoint):
         return str(self.folder / "best.ckpt") if self.best_step is not None else ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the run's folder."""
+        """Find the run's folder, and let its checkpoints be written whole."""
+        use_whole_files(trainer)
         self.folder = trainer.strategy.broadcast(run_folder(trainer) / "checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
+import llmkit as llmkit_package
 from llmkit.saving import WholeFileIO, sweep, write_whole
 
 
@@ -148,3 +150,19 @@ def test_numbers_out_of_range(key: str, value: str, words: list[str]) -> None:
     result = llmkit(*words, f"--checkpoint.{key}", value)
     assert result.code == 2
     assert f"checkpoint.{key} must be" in result.err
+
+
+def test_from_python(tmp_path: Path) -> None:
+    """The callback is all that is needed: it brings the safe way of writing along."""
+    (tmp_path / "text.txt").write_text("once upon a time there was a note\n" * 20)
+    data = llmkit_package.DataModule(
+        train=str(tmp_path / "text.txt"), tokenizer=llmkit_package.plugin("tokenizer", "char"), batch_size=2
+    )
+    model = llmkit_package.LanguageModel(dim=16, num_layers=1, context=16)
+    saver = llmkit_package.Checkpoints(every_n_steps=2)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_steps=3, accelerator="cpu", callbacks=[saver], enable_progress_bar=False
+    )
+    trainer.fit(model, data)
+    assert isinstance(trainer.strategy.checkpoint_io, WholeFileIO)
+    assert read(saver.folder / "last.ckpt")["global_step"] == 3
