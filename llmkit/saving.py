@@ -140,18 +140,16 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between validations; where one is due now, or the epoch ends, that is waited for."""
-        step, every = trainer.global_step, self.every_n_steps
-        if every is None or step % every or step == self._saved_step or validation_is_due(trainer):
-            return
-        self._waiting = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not self._waiting:
-            self.save(trainer)
+        """Save between validations; where one is due now, that is waited for, and so is the batch after an epoch's end.
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what had to wait. (Of a checkpoint from before, Lightning would not know that the epoch is over.)"""
-        if self._waiting:
-            self._waiting = False
+        Lightning does not count epochs right when it resumes a run saved between the last batch and the end of one.
+        """
+        step, every = trainer.global_step, self.every_n_steps
+        due = every is not None and step != self._saved_step and (step % every == 0 or self._waiting)
+        if not due or validation_is_due(trainer):
+            return
+        self._waiting = ends_epoch(trainer)
+        if not self._waiting:
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -183,7 +181,7 @@ class Checkpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise UserError(f"step {step}: the weights are not finite any more; {last} stays as it was")
         trainer.save_checkpoint(last)
-        self._saved_step = step
+        self._saved_step, self._waiting = step, False
         if trainer.is_global_zero:
             if best:
                 _also(last, self.folder / "best.ckpt")
@@ -215,6 +213,11 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not loop.epoch_loop.val_loop.skip
+
+
+def ends_epoch(trainer: pl.Trainer) -> bool:
+    """Return whether the training batch that has just ended is the last one of several of an epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
 
 
 def sweep(folder: Path) -> None:

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.saving import Checkpoints, run_folder, validation_is_due
+from llmkit.saving import Checkpoints, ends_epoch, run_folder, validation_is_due
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -58,15 +58,10 @@ class Stopping(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after the step; where a validation is due, at its beginning, and at the end of an epoch after that."""
+        """Stop after the step; where a validation is due, at its beginning; at the end of an epoch, one batch later."""
         every = max(1, trainer.log_every_n_steps) if trainer.world_size > 1 else 1  # type: ignore[attr-defined]
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if (batch_idx + 1) % every == 0 and not last and not validation_is_due(trainer):
+        if (batch_idx + 1) % every == 0 and not ends_epoch(trainer) and not validation_is_due(trainer):
             self._stop_if_asked(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop between two epochs."""
-        self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that a validation is not done yet."""

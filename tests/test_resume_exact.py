@@ -98,6 +98,37 @@ def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     assert tensors > 20
 
 
+@pytest.mark.parametrize("by", ["steps", "epochs"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("interval", [10, 1000], ids=["validation", "none"])
+def test_a_run_that_dies_after_each_epoch(
+    by: str, accumulate: int, interval: int, folder: Path, tmp_path: Path
+) -> None:
+    """Epochs of 10 batches; a checkpoint after each step, and a validation after the last one, or none."""
+    words = fit_words(folder, "classification", tmp_path)
+    length = {"max_steps": {1: 24, 3: 10}[accumulate]} if by == "steps" else {"max_epochs": 3, "max_steps": -1}
+    own = {**length, "accumulate_grad_batches": accumulate, "val_check_interval": interval}
+    words += [f"--trainer.{key}={value}" for key, value in own.items()]
+    words += ["--checkpoint.every_n_steps=1", "--data.batch_size=14"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done(*words, *traced(whole, None))
+    expected, found = lines(whole), []
+    batches = sum(line["event"] == "batch" for line in expected)
+    assert batches == {("steps", 1): 24, ("steps", 3): 26}.get((by, accumulate), 30)
+    for number, dying in enumerate([11, 21, None]):
+        again = ["--ckpt_path=last"] if number else []
+        if dying is None:
+            done(*words, *traced(parts, None), *again)
+        else:
+            with pytest.raises(PowerCut):
+                llmkit(*words, *traced(parts, (dying, "backward")), *again)
+        found += lines(parts)
+    differences = list(lines_differ(expected, found))
+    for (file, one), (_, two) in zip(files_of(whole), files_of(parts), strict=True):
+        differ(one, two, file, differences)
+    assert differences == []
+
+
 def test_killed_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``llmkit verify resume`` with real SIGKILLs: accumulation, worker processes, dropout."""
     config = copy.deepcopy(KILL.configs(folder)["classification"])

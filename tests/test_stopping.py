@@ -111,7 +111,7 @@ def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatc
 
 
 def test_runs_of_epochs_stopped_at_their_ends(tmp_path: Path) -> None:
-    """Twice, after the last step of an epoch: neither an epoch nor the count of them is lost or done again."""
+    """Twice, in the last step of an epoch: neither an epoch nor the count of them is lost or done again."""
     rows = "".join(f"word {i} of {i * 7 % 13},{'yes' if i % 2 else 'no'}\n" for i in range(20))
     (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
     data = ("--data.train", tmp_path / "rows.csv", "--data.validation", tmp_path / "rows.csv")
@@ -131,7 +131,7 @@ def test_runs_of_epochs_stopped_at_their_ends(tmp_path: Path) -> None:
     for step in (2, 5):
         resume = ("--ckpt_path", "last") if step > 2 else ()
         stopped = llmkit(*words, "--name", "parts", *sender(signal.SIGTERM, step), *resume)
-        assert f"at step {step + 1}; saved " in stopped.err
+        assert f"at step {step + 1}; saved " in stopped.err  # with one batch of the next step
     resumed = done(*words, "--name", "parts", "--ckpt_path", "last")
     assert last(whole)["global_step"] == last(resumed)["global_step"] == 12
     assert last(whole)["epoch"] == last(resumed)["epoch"]
