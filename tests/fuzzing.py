@@ -1,7 +1,7 @@
 """Damaged files through the doors that users have, in watched processes: what ``docs/reliability/fuzz.py`` counts.
 
-A file must load or be refused with a UserError within ten seconds. Whatever else happens is a failure: another
-exception, a hang, a crash of the process, and code that runs. The last is told by Python's audit events: a process, a
+A file must load or be refused with a UserError within ten seconds of CPU time and a minute in all. Whatever else
+happens is a failure: another exception, a hang, a crash of the process, and code that runs. The last is told by Python's audit events: a process, a
 socket, a file opened for writing elsewhere, an unpickled global, a call in evaluated text, an import of what is not
 installed.
 """
@@ -37,7 +37,9 @@ from llmkit import UserError, main, plugin, registry
 KINDS = ("checkpoint",) * 4 + ("tokenizer",) * 2 + ("data",) * 4
 """What is damaged, by the number of the file: the shares of the three."""
 LIMIT = 10.0
-"""Seconds a file may take."""
+"""Seconds of CPU time that a file may take: other work on the machine is not the file's fault."""
+PATIENCE = 60.0
+"""Seconds that a file may take, for one that waits for something."""
 MEMORY = 2**30
 """Bytes that a worker may take beside what it has at the start."""
 TEXT = "the fox 狐狸 <unk>\n jumps"
@@ -260,12 +262,24 @@ class Worker:
         )
         self.process.start()
         theirs.close()
-        self.number, self.since = -1, 0.0
+        self.number, self.since, self.used = -1, 0.0, 0.0
 
     def give(self, number: int) -> None:
         """Let it begin with a file."""
-        self.number, self.since = number, time.monotonic()
+        self.number, self.since, self.used = number, time.monotonic(), self._cpu()
         self.pipe.send(number)
+
+    def late(self) -> bool:
+        """Return whether the file that it has now took too long."""
+        return self._cpu() - self.used > LIMIT or time.monotonic() - self.since > PATIENCE
+
+    def _cpu(self) -> float:
+        """Return the seconds of CPU time the process has used; after it died, as many as at the start of the file."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return self.used
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """End it."""
@@ -292,11 +306,10 @@ def _all(fuzz: Fuzz, left: Iterator[int], crew: dict[Path, Worker]) -> Iterator[
     while crew:
         ready = wait([worker.pipe for worker in crew.values()], timeout=0.5)
         for folder, worker in list(crew.items()):
-            late = time.monotonic() - worker.since
             try:
                 if worker.pipe in ready:
                     yield worker.pipe.recv()
-                elif late > LIMIT:
+                elif worker.late():
                     raise TimeoutError
                 else:
                     continue
@@ -304,7 +317,7 @@ def _all(fuzz: Fuzz, left: Iterator[int], crew: dict[Path, Worker]) -> Iterator[
                 worker.process.join(1)
                 outcome = "hung" if isinstance(error, TimeoutError) else f"crashed ({worker.process.exitcode})"
                 worker.stop()
-                yield Result(worker.number, KINDS[worker.number % len(KINDS)], "?", outcome, "", late)
+                yield Result(worker.number, KINDS[worker.number % len(KINDS)], "?", outcome, "", time.monotonic() - worker.since)
                 worker = crew[folder] = Worker(fuzz, folder)
             number = next(left, None)
             if number is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -54,6 +55,7 @@ class Bad(Fuzz):
             lambda: eval("print(1)"),
             lambda: os.kill(os.getpid(), 11),
             lambda: time.sleep(60),
+            lambda: [None for _ in itertools.count() if False],
             lambda: bytearray(2 * fuzzing.MEMORY),
             lambda: (_ for _ in ()).throw(UserError("no")),
             lambda: None,
@@ -65,11 +67,12 @@ class Bad(Fuzz):
 
 def test_what_must_not_happen_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "LIMIT", 1.0)
+    monkeypatch.setattr(fuzzing, "PATIENCE", 3.0)
     (tmp_path / "inner").mkdir()
-    found = {result.number: result.outcome for result in results(Bad(tmp_path / "inner"), 9, workers=1)}
+    found = {result.number: result.outcome for result in results(Bad(tmp_path / "inner"), 10, workers=1)}
     assert list(found.values()) == [
         *("raised KeyError", "ran code", "ran code", "ran code"),
-        *("crashed (-11)", "hung", "raised MemoryError", "refused", "loaded"),
+        *("crashed (-11)", "hung", "hung", "raised MemoryError", "refused", "loaded"),
     ]
 
 
