@@ -288,7 +288,11 @@ class LanguageModel(pl.LightningModule):
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
         number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        torch.manual_seed(hash((seed, number, self.global_rank)) % 2**63)
+        own = hash((seed, number, self.global_rank)) % 2**63
+        # torch.manual_seed tells devices that are not there too, which costs more than a small step.
+        torch.default_generator.manual_seed(own)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(own)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, or what adds up to the mean of a step of several batches."""

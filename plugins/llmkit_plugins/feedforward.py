@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward
+from llmkit_plugins.elementwise import squared_relu
 
 
 class _TwoLayers(Feedforward):
@@ -79,7 +80,7 @@ class SquaredReLU(_TwoLayers):
 
     def activate(self, x: Tensor) -> Tensor:
         """Return max(x, 0) squared."""
-        return F.relu(x).square()
+        return squared_relu(x)
 
 
 class SwiGLU(Feedforward):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Norm
+from llmkit_plugins.elementwise import rms_norm
 
 
 class LayerNorm(Norm):
@@ -48,4 +49,4 @@ class RMSNorm(Norm):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the normalised values, in the input's shape."""
-        return F.rms_norm(x_BTD, (self.dim,), self.weight.to(x_BTD.dtype), self.eps)
+        return rms_norm(x_BTD, self.weight, self.eps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Position, Sequence
 from llmkit.errors import UserError
+from llmkit_plugins.elementwise import rotate
 
 
 class Sinusoidal(Position):
@@ -83,8 +84,7 @@ class Rotary(Position):
             cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
             seq.memo["rotary", width] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         cos, sin = seq.memo["rotary", width]
-        left, right = x_BHTE.chunk(2, -1)
-        return torch.addcmul(x_BHTE * cos, torch.cat([right, left], -1), sin).to(x_BHTE.dtype)
+        return rotate(x_BHTE, cos, sin)
 
 
 class Alibi(Position):
