@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from llmkit import figures
 from llmkit.module import LanguageModel
 from llmkit.saving import run_folder
+from llmkit.throughput import Meter, Throughput, memory
 
 DEFAULT_VAL_INTERVAL = 500
 """Batches between two validations, at most, when the config does not say."""
@@ -29,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress(ProgressBar):
-    """One line of progress: step, loss, tokens a second, time left; rewritten in place on a terminal.
+    """One line of progress: step, loss, tokens a second, MFU, memory, time left; rewritten in place on a terminal.
 
     Args:
         seconds: time between two lines on a terminal; elsewhere (a log file) a line comes every ten times that.
@@ -56,11 +57,13 @@ class Progress(ProgressBar):
             print(*args, **{**kwargs, "flush": True})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clocks."""
-        self._started = self._last = time.monotonic()
+        """Start the clocks and tell what is trained."""
+        assert isinstance(pl_module, LanguageModel)
+        self._started = time.monotonic()
         self._first_step = trainer.global_step
-        self._tokens = 0
-        if isinstance(pl_module, LanguageModel) and self._enabled:
+        self._meter = Meter(pl_module)
+        self._peak = next((c.peak for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        if self._enabled:
             counts = pl_module.network.num_parameters()
             assert pl_module.tokenizer is not None
             print(
@@ -74,22 +77,24 @@ class Progress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch's positions and, when it is time, show the line."""
-        self._tokens += sum(batch[name].numel() for name in ("ids", "source") if name in batch)
-        now = time.monotonic()
+        assert isinstance(pl_module, LanguageModel)
+        self._meter.add(batch)
         tty = sys.stderr.isatty()
-        due = now - self._last >= self.seconds * (1 if tty else 10)
+        due = self._meter.seconds >= self.seconds * (1 if tty else 10)
         if not self._enabled or not (due or trainer.global_step == trainer.max_steps):
             return
-        rate = self._tokens * trainer.world_size / (now - self._last)
+        tokens, flops = self._meter.read()
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         left = ""
         if total != float("inf") and step > self._first_step:
-            seconds = (now - self._started) / (step - self._first_step) * (float(total) - step)
+            seconds = (time.monotonic() - self._started) / (step - self._first_step) * (float(total) - step)
             left = f"  {duration(max(0.0, seconds))} left"
         of = "" if total == float("inf") else f"/{int(total)}"
-        loss = pl_module.last_loss if isinstance(pl_module, LanguageModel) else outputs["loss"]
-        line = f"step {step}{of}  loss {float(loss):.4f}  {rate:,.0f} tokens/s{left}"
-        self._last, self._tokens = now, 0
+        used = f"  MFU {flops / self._peak:.0%}" if self._peak else ""
+        line = (
+            f"step {step}{of}  loss {float(pl_module.last_loss):.4f}  {tokens * trainer.world_size:,.0f} tokens/s{used}"
+            f"  {memory(pl_module.device):.2f} GiB{left}"
+        )
         print(f"\r{line:<78}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
         self._open_line = tty
 
@@ -104,7 +109,8 @@ class Progress(ProgressBar):
             text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
             self.print(f"step {trainer.global_step}: {text}", file=sys.stderr)
             pause = time.monotonic() - self._paused
-            self._last, self._started = self._last + pause, self._started + pause
+            self._started += pause
+            self._meter.pause(pause)
 
     def _end_line(self) -> None:
         if self._open_line:

@@ -24,6 +24,7 @@ from llmkit.module import LanguageModel
 from llmkit.optim import fast_bf16
 from llmkit.saving import Checkpoints, run_folder, use_whole_files
 from llmkit.stopping import Stopping
+from llmkit.throughput import Throughput
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
@@ -153,7 +154,7 @@ class CLI(LightningCLI):
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         self.report = RunReport()
-        own: list[pl.Callback] = [self.report, Stopping()]
+        own: list[pl.Callback] = [self.report, Stopping(), Throughput()]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress())
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
