@@ -1,5 +1,6 @@
 # make quickstart        install, then train a small model
 # make test ARGS="-k x"  the tests; make lint: ruff and mypy; make clean: the venv and the caches
+# make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
 # Nothing is installed twice: a stamp in the venv is newer than pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test bench lint clean
 .NOTPARALLEL:
 
 help:
@@ -22,6 +23,9 @@ quickstart: install
 # One thread each: two processes that both take every core slow each other down.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -41,4 +45,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# litgpt and joeynmt pin other versions of our dependencies, but run with these: they come without their own.
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --no-deps litgpt joeynmt
 	@touch $@

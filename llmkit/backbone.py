@@ -70,7 +70,7 @@ class Layer(nn.Module):
         self.cross = cross
         self.feedforward_norm = norm(dim)
         self.feedforward = feedforward
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.norm_first = norm_first
 
     def forward(
@@ -148,7 +148,7 @@ class Backbone(nn.Module, Network):
 
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = position(dim, max_length)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         two_sided = topology == "encoder_decoder"
         # A post-norm stack ends in a norm already.
         final = norm if norm_first else lambda _: nn.Identity()

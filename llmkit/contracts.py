@@ -205,6 +205,8 @@ class State(dict[str, Tensor]):
     """
 
     length: int = 0
+    of_memory: bool = False
+    """Whether all of it comes from an encoder's memory: beams of one text then hold the same, and are not reordered."""
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (beam search)."""
@@ -417,7 +419,8 @@ class Head(nn.Module, ABC):
         """Turn rows (column by column) into features (likewise), of plain ints and lists of ints.
 
         Target fields may be missing when predicting. Called in batches. The feature ``length`` is the item's cost in
-        tokens, which batches are bucketed by; ``truncated`` is 1 for a text that was cut to the context.
+        tokens, which batches are bucketed by, and ``skew``, where there is one, what items of equal length are sorted
+        by: how much longer one padded text is than the other. ``truncated`` is 1 for a text cut to the context.
         """
 
     @abstractmethod

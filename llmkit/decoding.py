@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, padded
+from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, padded, segments_of
 from llmkit.errors import UserError
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token id) as soon as a token is chosen."""
+
+LOOK_EVERY = {"cpu": 1}
+"""After how many steps the host looks at the chosen tokens, by device; else 16, for a look waits for the device."""
 
 
 class Decoder:
@@ -31,9 +37,13 @@ class Decoder:
         self.net = net
         self.memory = memory
         self.state = net.init_state(batch_size, max_columns)
-        self.counts_B = torch.zeros(batch_size, dtype=torch.long)
+        output_VD = net.output_weight_VD
+        self.output_VD = by_columns(output_VD)
+        self.exact = output_VD.device.type == "cpu" and output_VD.dtype == torch.float32
+        self.columns = 0
+        self.columns_1C = torch.arange(max_columns)[None]
+        self.counts_B: Tensor | None = None  # real tokens of each row, once there was padding
         self.history: list[tuple[Tensor, Tensor]] = []  # (ids, segments) of every call, without a state only
-        self.ragged = False
 
     def feed(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """Feed columns and return the scores after each row's last real token, (B, V).
@@ -42,44 +52,85 @@ class Decoder:
             ids_BT: token ids, padded anywhere.
             segments_BT: 0 at padding, 1 elsewhere; None: no padding. Each row has at least one real token.
         """
-        device = ids_BT.device
-        self.counts_B = self.counts_B.to(device)
-        length = ids_BT.shape[1]
-        if segments_BT is None and not self.ragged:
-            seq = Sequence.dense(length, device, start=int(self.counts_B[0]))
-            last_B = torch.full((len(ids_BT),), length - 1, device=device)
+        device, (start, length) = ids_BT.device, (self.columns, ids_BT.shape[1])
+        self.columns += length
+        self.columns_1C = self.columns_1C.to(device)
+        positions_BT = self.columns_1C[:, start : self.columns]
+        last_B: Tensor | None = None  # where each row's last real token is; None: in the last column
+        if segments_BT is not None:
+            ranks_BT = segments_BT.cumsum(-1)
+            before_B = torch.full_like(ids_BT[:, 0], start) if self.counts_B is None else self.counts_B
+            positions_BT = (before_B[:, None] + ranks_BT - 1).clamp(min=0)
+            last_B = (segments_BT * torch.arange(1, length + 1, device=device)).argmax(-1)
+            self.counts_B = before_B + ranks_BT[:, -1]
+        elif self.counts_B is not None:
+            positions_BT = self.counts_B[:, None] + self.columns_1C[:, :length]
             self.counts_B = self.counts_B + length
-        else:
-            self.ragged = True
-            segments = torch.ones_like(ids_BT) if segments_BT is None else segments_BT
-            ranks = segments.cumsum(-1)
-            positions = (self.counts_B[:, None] + ranks - 1).clamp(min=0)
-            # Padding gets no segment; a chunk without padding needs no segments of its own.
-            seq = Sequence(positions, segments_BT)
-            last_B = (segments * torch.arange(1, length + 1, device=device)).argmax(-1)
-            self.counts_B = self.counts_B + ranks[:, -1]
+        seq = Sequence(positions_BT, segments_BT)  # a chunk without padding needs no segments of its own
         if self.state is None:
             self.history.append((ids_BT, torch.ones_like(ids_BT) if segments_BT is None else segments_BT))
-            past = sum(ids.shape[1] for ids, _ in self.history[:-1])
-            ids_BT = torch.cat([ids for ids, _ in self.history], 1)
-            seq = Sequence.from_segments(torch.cat([s for _, s in self.history], 1))
-            if not self.ragged:
-                seq = Sequence.dense(ids_BT.shape[1], device)
-            last_B = last_B + past
-        hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
-        last_BD = hidden_BTD[torch.arange(len(ids_BT), device=device), last_B]
-        return last_BD @ self.net.output_weight_VD.to(last_BD.dtype).T
+            ids_BT, segments_BT = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
+            seq = Sequence.of(ids_BT, None if self.counts_B is None else segments_BT)
+            last_B = None if last_B is None else last_B + start
+        with _without_onednn() if self.exact and length == 1 else contextlib.nullcontext():
+            hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
+        last_BD = hidden_BTD[:, -1] if last_B is None else hidden_BTD[torch.arange(len(last_B), device=device), last_B]
+        output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
+        return F.linear(last_BD, output_VD.to(last_BD.dtype))
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows, in that order."""
-        self.counts_B = self.counts_B.to(rows.device)[rows]
+    def reorder(self, rows: Tensor, same_memory: bool = False) -> None:
+        """Keep the given rows, in that order; ``same_memory``: each place keeps the memory that it has."""
+        self.counts_B = None if self.counts_B is None else self.counts_B[rows]
         self.history = [(ids[rows], segments[rows]) for ids, segments in self.history]
         for state in self.state or []:
-            state.reorder(rows)
-        self.memory = None if self.memory is None else self.memory.take(rows)
+            if not (same_memory and state.of_memory):
+                state.reorder(rows)
+        if self.memory is not None and not same_memory:
+            self.memory = self.memory.take(rows)
 
 
-@torch.no_grad()
+def by_columns(weight: Tensor) -> Tensor | None:
+    """Return a copy of a matrix that lies column by column in memory, or None where that gains nothing.
+
+    A CPU multiplies a few rows by a matrix with no fewer outputs than inputs up to twice as fast when the weights of
+    one input lie together; copying takes about as long as two such products. The values are the same.
+    """
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not plain or weight.dim() != 2 or not weight.is_contiguous() or weight.shape[0] < weight.shape[1]:
+        return None
+    return weight.detach().T.contiguous().T
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Have torch do without oneDNN, which prepares every call anew: for one position that is most of its time."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    # Half precision is nowhere else as fast.
+    backend.enabled = before and torch.is_autocast_enabled("cpu")
+    try:
+        yield
+    finally:
+        backend.enabled = before
+
+
+@contextlib.contextmanager
+def laid_out(net: Network) -> Iterator[None]:
+    """Have linear maps and recurrences of a network read their weights from copies ``by_columns`` meanwhile."""
+    own: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for module in net.modules() if isinstance(net, nn.Module) else ():
+            for weight in module.parameters(recurse=False) if isinstance(module, nn.Linear | nn.RNNBase) else ():
+                if (copy := by_columns(weight)) is not None:
+                    own.append((weight, weight.data))
+                    weight.data = copy
+        yield
+    finally:
+        for weight, data in own:
+            weight.data = data
+
+
+@torch.inference_mode()
 def generate(
     net: Network,
     prompts: list[list[int]],
@@ -106,65 +157,108 @@ def generate(
         on_token: told of each token as it is chosen.
     """
     assert options.max_new_tokens is not None
-    generator = torch.Generator(device=device).manual_seed(options.seed)
+    device = torch.device(device)
+    choose = Chooser(options, banned, device)
     texts = [list(prompt) for prompt in prompts]
-    new: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    decoder: Decoder | None = None
-    columns = 0
     starts = [max(0, len(text) - net.max_length) for text in texts]  # of what the network still sees of each text
-    for _ in range(options.max_new_tokens):
-        if decoder is None or columns >= net.max_length:
-            for row, text in enumerate(texts if decoder is not None else []):
-                if len(text) - starts[row] >= net.max_length:  # not the others: a row is not cut by its neighbours
-                    starts[row] = len(text) - max(1, net.max_length // 2)
-            kept = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            lengths = torch.tensor([len(text) for text in kept])
-            columns = int(lengths.max())
-            segments = (torch.arange(columns)[None] < lengths[:, None]).long().to(device)
-            decoder = Decoder(net, len(texts), net.max_length, memory)
-            scores_BV = decoder.feed(padded(kept, eos_id).to(device), None if bool(segments.all()) else segments)
-        else:
-            scores_BV = decoder.feed(torch.tensor([[text[-1]] for text in texts], device=device))
-        columns += 1
-        chosen = _choose(scores_BV, options, banned, generator).tolist()
-        for row, token in enumerate(chosen):
-            texts[row].append(token)
-            if done[row] or token == eos_id:
-                done[row] = True
+    new: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # the prompts that rows of the decoder belong to
+    waiting: list[Tensor] = []  # the tokens of steps that the host has not looked at yet, (B,) each
+    look_every = 1 if on_token is not None else LOOK_EVERY.get(device.type, 16)
+    done: set[int] = set()
+
+    def look() -> None:
+        choose.check()
+        for tokens in torch.stack(waiting).tolist():
+            for row, token in zip(active, tokens, strict=True):
+                texts[row].append(token)
+                if token == eos_id:
+                    done.add(row)
+                elif row not in done:
+                    new[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+        waiting.clear()
+
+    decoder: Decoder | None = None
+    chosen_B = torch.empty(0)
+    with laid_out(net):
+        for step in range(1, options.max_new_tokens + 1):
+            if decoder is None or decoder.columns + 1 >= net.max_length:
+                if decoder is not None:
+                    if waiting:
+                        look()
+                    for row in active:
+                        if len(texts[row]) - starts[row] >= net.max_length:  # a row is not cut by its neighbours
+                            starts[row] = len(texts[row]) - max(1, net.max_length // 2)
+                    memory = decoder.memory
+                decoder = Decoder(net, len(active), net.max_length, memory)
+                kept = [texts[row][starts[row] :] for row in active]
+                segments_BT = segments_of([len(text) for text in kept])
+                segments_BT = None if segments_BT is None else segments_BT.to(device)
+                scores_BV = decoder.feed(padded(kept, eos_id).to(device), segments_BT)
+            else:
+                scores_BV = decoder.feed(chosen_B[:, None])
+            chosen_B = choose(scores_BV)
+            waiting.append(chosen_B)
+            if len(waiting) < look_every and step < options.max_new_tokens:
                 continue
-            new[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-        if all(done):
-            break
+            look()
+            if len(done) == len(prompts):
+                break
+            rows = [index for index, row in enumerate(active) if row not in done]
+            if 2 * len(rows) <= len(active):  # what is left is worth moving together
+                rows_B = torch.tensor(rows, device=device)
+                decoder.reorder(rows_B)
+                chosen_B, active = chosen_B[rows_B], [active[index] for index in rows]
     return new
 
 
-def _choose(scores_BV: Tensor, options: DecodingOptions, banned: Rows[int], generator: torch.Generator) -> Tensor:
-    """Return one token id a row, (B,)."""
-    scores_BV = scores_BV.float()
-    if len(banned):
-        scores_BV[:, list(banned)] = -torch.inf
-    if options.temperature == 0:
-        return scores_BV.argmax(-1)
-    scores_BV = scores_BV / options.temperature
-    if 0 < options.top_k < scores_BV.shape[-1]:
-        kth = scores_BV.topk(options.top_k, -1).values[:, -1:]
-        scores_BV = scores_BV.masked_fill(scores_BV < kth, -torch.inf)
-    if options.top_p < 1:
-        ordered, order = scores_BV.sort(-1, descending=True)
-        share = ordered.softmax(-1)
-        # Drop a token when those before it reach top_p already; the best one always stays.
-        ordered = ordered.masked_fill(share.cumsum(-1) - share >= options.top_p, -torch.inf)
-        scores_BV = torch.empty_like(scores_BV).scatter_(-1, order, ordered)
-    shares_BV = scores_BV.softmax(-1)
-    if not bool(shares_BV.isfinite().all()):
-        raise UserError("the model's scores are NaN or infinite: its weights have diverged, or are damaged")
-    return torch.multinomial(shares_BV, 1, generator=generator)[:, 0]
+class Chooser:
+    """Chooses the next token of each row as the options say: sampling, or the best one at temperature 0.
+
+    Args:
+        options: see DecodingOptions.
+        banned: ids that are never chosen.
+        device: where the scores are.
+    """
+
+    def __init__(self, options: DecodingOptions, banned: Rows[int], device: torch.device) -> None:
+        self.options = options
+        self.banned = torch.tensor(list(banned), dtype=torch.long, device=device)
+        self.generator = torch.Generator(device=device).manual_seed(options.seed)
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, scores_BV: Tensor) -> Tensor:
+        """Return one token id a row, (B,); the scores are used up."""
+        options = self.options
+        scores_BV = scores_BV.float()
+        if len(self.banned):
+            scores_BV.index_fill_(1, self.banned, -torch.inf)
+        if options.temperature == 0:
+            return scores_BV.argmax(-1)
+        scores_BV = scores_BV / options.temperature
+        if 0 < options.top_k < scores_BV.shape[-1]:
+            kth = scores_BV.topk(options.top_k, -1).values[:, -1:]
+            scores_BV = scores_BV.masked_fill(scores_BV < kth, -torch.inf)
+        if options.top_p < 1:
+            ordered, order = scores_BV.sort(-1, descending=True)
+            share = ordered.softmax(-1)
+            # Drop a token when those before it reach top_p already; the best one always stays.
+            ordered = ordered.masked_fill(share.cumsum(-1) - share >= options.top_p, -torch.inf)
+            scores_BV = torch.empty_like(scores_BV).scatter_(-1, order, ordered)
+        shares_BV = scores_BV.softmax(-1)
+        # A device cannot be asked without waiting for it, and drawing from NaN would break it: ``check`` asks later.
+        self.broken |= shares_BV.isnan().any()
+        return torch.multinomial(shares_BV.nan_to_num(1.0), 1, generator=self.generator)[:, 0]
+
+    def check(self) -> None:
+        """Raise UserError when scores that were sampled from are not finite."""
+        if self.options.temperature > 0 and bool(self.broken):
+            raise UserError("the model's scores are NaN or infinite: its weights have diverged, or are damaged")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(
     net: Network,
     prompts: list[list[int]],
@@ -184,66 +278,79 @@ def beam_search(
     Args: as for ``generate``.
     """
     assert options.max_new_tokens is not None
-    beams, num = options.num_beams, len(prompts)
+    beams = options.num_beams
     most = min(options.max_new_tokens, net.max_length - max(map(len, prompts)))
+    banned_ids = torch.tensor(list(banned), dtype=torch.long, device=device)
 
     def normalised(score: float, length: int) -> float:
         return float(score / ((5 + length) / 6) ** options.length_penalty)
 
-    ids = torch.tensor(prompts, device=device).repeat_interleave(beams, 0)
-    decoder = Decoder(net, num * beams, ids.shape[1] + max(most, 1), memory)
-    if memory is not None:
-        decoder.memory = memory.take(torch.arange(num, device=device).repeat_interleave(beams))
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
-    active = list(range(num))  # the prompts that rows of the decoder belong to, in order
-    sums = torch.full((num, beams), -torch.inf, device=device)
-    sums[:, 0] = 0.0  # all beams start alike: only the first may branch
-    tokens = torch.zeros(num, beams, 0, dtype=torch.long, device=device)
-    scores_BV = decoder.feed(ids)
-    for length in range(1, most + 1):
-        logp = scores_BV.float().log_softmax(-1)
-        if len(banned):
-            logp[:, list(banned)] = -torch.inf
-        vocab = logp.shape[-1]
-        total = sums[:, :, None] + logp.view(len(active), beams, vocab)
-        # Twice as many candidates as beams: eos can use up at most one continuation of each.
-        best, where = total.flatten(1).topk(min(2 * beams, beams * vocab), -1)
-        parents, chosen = where // vocab, where % vocab
-        keep_rows: list[int] = []
-        keep_tokens: list[list[int]] = []
-        keep_sums: list[list[float]] = []
-        still: list[int] = []
-        sequences: list[Tensor] = []
-        for index, prompt in enumerate(active):
-            open_beams: list[tuple[float, int, int]] = []
-            for rank, (score, parent, token) in enumerate(
-                zip(best[index].tolist(), parents[index].tolist(), chosen[index].tolist(), strict=True)
-            ):
-                if token == eos_id:
-                    if rank < beams and score > -torch.inf:
-                        finished[prompt].append((normalised(score, length), tokens[index, parent].tolist()))
-                elif len(open_beams) < beams:
-                    open_beams.append((score, parent, token))
-            finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
-            full = len(finished[prompt]) == beams
-            if full and normalised(open_beams[0][0], length) <= finished[prompt][-1][0]:
-                continue
-            still.append(prompt)
-            keep_rows += [index * beams + parent for _, parent, _ in open_beams]
-            keep_tokens.append([token for _, _, token in open_beams])
-            keep_sums.append([score for score, _, _ in open_beams])
-            sequences.append(tokens[index, [parent for _, parent, _ in open_beams]])
-        active = still
-        if not active:
-            break
-        sums = torch.tensor(keep_sums, device=device)
-        last = torch.tensor(keep_tokens, device=device)
-        tokens = torch.cat([torch.stack(sequences), last[:, :, None]], -1)
-        if length < most:
-            decoder.reorder(torch.tensor(keep_rows, device=device))
-            scores_BV = decoder.feed(last.reshape(-1, 1))
-    for index, prompt in enumerate(active):  # out of room: open beams count as they stand
-        for beam in range(beams):
-            score = normalised(float(sums[index, beam]), tokens.shape[-1])
-            finished[prompt].append((score, tokens[index, beam].tolist()))
-    return [max(options_, key=lambda item: item[0])[1] if options_ else [] for options_ in finished]
+    finished: list[list[Beam]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # the prompts that rows of the decoder belong to, in order
+    beams_of: list[list[Beam]] = [[(0.0, [])] for _ in prompts]  # open ones of the active prompts: all begin alike
+    with laid_out(net):
+        decoder = Decoder(net, len(prompts), len(prompts[0]) + max(most, 1), memory)
+        scores_BV = decoder.feed(torch.tensor(prompts, device=device))
+        for length in range(1, most + 1):
+            sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
+            # Twice as many candidates as beams: eos can use up at most one continuation of each.
+            candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
+            keep: list[int] = []
+            still: list[int] = []
+            going_on: list[list[Beam]] = []
+            for index, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
+                texts = [text for _, text in beams_of[index]]
+                open_beams: list[tuple[float, int, int]] = []
+                for rank, (score, parent, token) in enumerate(found):
+                    if token == eos_id:
+                        if rank < beams and score > -torch.inf:
+                            finished[prompt].append((normalised(score, length), texts[parent]))
+                    elif len(open_beams) < beams:
+                        open_beams.append((score, parent, token))
+                # A vocabulary smaller than the beam leaves some of its places empty.
+                open_beams += [(-torch.inf, 0, eos_id)] * (beams - len(open_beams))
+                finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
+                full = len(finished[prompt]) == beams
+                if full and normalised(open_beams[0][0], length) <= finished[prompt][-1][0]:
+                    continue
+                still.append(prompt)
+                keep += [index * len(texts) + parent for _, parent, _ in open_beams]
+                going_on.append([(score, [*texts[parent], token]) for score, parent, token in open_beams])
+            same_prompts = len(still) * sums_NW.shape[1] == len(scores_BV) and sums_NW.shape[1] == beams
+            active, beams_of = still, going_on
+            if not active:
+                break
+            if length < most:
+                if not same_prompts or keep != list(range(len(keep))):
+                    decoder.reorder(torch.tensor(keep, device=device), same_prompts)
+                last = [[text[-1]] for rows in beams_of for _, text in rows]
+                scores_BV = decoder.feed(torch.tensor(last, device=device))
+    for prompt, rows in zip(active, beams_of, strict=True):  # out of room: open beams count as they stand
+        finished[prompt] += [(normalised(score, len(text)), text) for score, text in rows]
+    return [max(found, key=lambda item: item[0])[1] if found else [] for found in finished]
+
+
+Beam = tuple[float, list[int]]
+"""A continuation with its score, or the sum of its log probabilities."""
+
+
+def _best(scores_BV: Tensor, sums_NW: Tensor, banned_ids: Tensor, count: int) -> list[list[tuple[float, int, int]]]:
+    """Return the best continuations of each prompt, best first: sum of log probabilities, beam, token.
+
+    Args:
+        scores_BV: of what comes next, B = N W.
+        sums_NW: the sums of W beams for each of N prompts.
+        banned_ids: what must not come next.
+        count: how many are returned, if there are so many.
+    """
+    logp_BV = scores_BV.float().log_softmax(-1)
+    if len(banned_ids):
+        logp_BV.index_fill_(1, banned_ids, -torch.inf)
+    prompts, each = len(sums_NW), min(count, logp_BV.shape[-1])
+    # The best of a prompt are among the best of its beams: sums are made of these alone.
+    best_BK, token_BK = logp_BV.topk(each, -1)
+    sums_NC = (sums_NW.view(-1, 1) + best_BK).view(prompts, -1)
+    best_NK, where_NK = sums_NC.topk(min(count, sums_NC.shape[-1]), -1)
+    token_NK = token_BK.view(prompts, -1).gather(1, where_NK)
+    rows = zip(best_NK.tolist(), (where_NK // each).tolist(), token_NK.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]

@@ -78,16 +78,27 @@ _local: dict[str, dict[str, Entry]] = {family: {} for family in DEFAULTS}
 
 
 @functools.cache
-def _installed(family: str) -> dict[str, Entry]:
+def _installed() -> dict[str, list[Entry]]:
+    """Return the entry points of every family: all by one scan, and each distribution's name read once."""
+    points = entry_points()
+    name = functools.cache(lambda distribution: distribution.name if distribution else "?")
+    return {
+        family: [
+            Entry(family, point.name, point.value, name(point.dist))
+            for point in points.select(group=f"llmkit.{family}")
+        ]
+        for family in DEFAULTS
+    }
+
+
+def _by_name(family: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for point in entry_points(group=f"llmkit.{family}"):
-        distribution = point.dist.name if point.dist else "?"
-        entry = Entry(family, point.name, point.value, distribution)
-        other = found.setdefault(point.name, entry)
+    for entry in _installed()[family]:
+        other = found.setdefault(entry.name, entry)
         if other.target != entry.target:
             raise UserError(
-                f"two installed plugins are called {family} '{point.name}': {other.target} of {other.distribution} "
-                f"and {entry.target} of {distribution}. Uninstall one of them."
+                f"two installed plugins are called {family} '{entry.name}': {other.target} of {other.distribution} "
+                f"and {entry.target} of {entry.distribution}. Uninstall one of them."
             )
     return found
 
@@ -101,7 +112,7 @@ def check_family(family: str) -> None:
 def entries(family: str) -> dict[str, Entry]:
     """Return every registered plugin of a family by name."""
     check_family(family)
-    return dict(sorted({**_installed(family), **_local[family]}.items()))
+    return dict(sorted({**_by_name(family), **_local[family]}.items()))
 
 
 def find(family: str, name: str) -> Entry:

@@ -1,9 +1,9 @@
 """Damaged files through the doors that users have, in watched processes: what ``docs/reliability/fuzz.py`` counts.
 
 A file must load or be refused with a UserError within ten seconds of CPU time and a minute in all. Whatever else
-happens is a failure: another exception, a hang, a crash of the process, and code that runs. The last is told by Python's audit events: a process, a
-socket, a file opened for writing elsewhere, an unpickled global, a call in evaluated text, an import of what is not
-installed.
+happens is a failure: another exception, a hang, a crash of the process, and code that runs. The last is told by
+Python's audit events: a process, a socket, a file opened for writing elsewhere, an unpickled global, a call in
+evaluated text, an import of what is not installed.
 """
 
 from __future__ import annotations
@@ -317,7 +317,9 @@ def _all(fuzz: Fuzz, left: Iterator[int], crew: dict[Path, Worker]) -> Iterator[
                 worker.process.join(1)
                 outcome = "hung" if isinstance(error, TimeoutError) else f"crashed ({worker.process.exitcode})"
                 worker.stop()
-                yield Result(worker.number, KINDS[worker.number % len(KINDS)], "?", outcome, "", time.monotonic() - worker.since)
+                yield Result(
+                    worker.number, KINDS[worker.number % len(KINDS)], "?", outcome, "", time.monotonic() - worker.since
+                )
                 worker = crew[folder] = Worker(fuzz, folder)
             number = next(left, None)
             if number is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Memory, Position, Role, Sequence, State
 from llmkit.errors import UserError
+from llmkit_plugins.attention import recurrent
 from llmkit_plugins.attention.recurrent import GRU, LSTM, Recurrent
 from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Standard
 from llmkit_plugins.position import Alibi, Rotary
@@ -237,6 +238,24 @@ def test_recurrent_many_documents() -> None:
     for row, columns in documents(seq, 5):
         reference[row, columns] = module.rnn(x[row : row + 1, columns])[0][0]
     torch.testing.assert_close(module(x, seq), reference)
+
+
+@pytest.mark.parametrize("role", ["causal", "bidirectional"])
+@pytest.mark.parametrize("variant", [LSTM, GRU])
+def test_recurrent_rows_equal_packed_documents(
+    monkeypatch: pytest.MonkeyPatch, variant: type[LSTM] | type[GRU], role: Role
+) -> None:
+    """In single precision, which the fast kernels take."""
+    module = variant(DIM, role).float()
+    segments = (torch.rand(4, 30) < 0.2).long().cumsum(-1) * (torch.rand(4, 30) < 0.8)
+    x, weights = torch.randn(4, 30, DIM, dtype=torch.float32, requires_grad=True), torch.rand(4, 30, DIM)
+    found = []
+    for most in (0.0, 1e9):
+        monkeypatch.setattr(recurrent, "PADDED", most)
+        y = module(x, Sequence.from_segments(segments))
+        found.append([y, *torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])])
+    for packed, rows in zip(*found, strict=True):
+        torch.testing.assert_close(rows, packed, rtol=1e-4, atol=1e-5)
 
 
 def test_recurrent_layers_share_the_documents() -> None:

@@ -565,6 +565,22 @@ def test_window_flops() -> None:
 # --- Differential attention. ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["differential", "latent"])
+def test_no_kernel_holds_all_scores(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a CPU those that do not need queries, keys and values of one width."""
+    widths: list[set[int]] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        widths.append({q.shape[-1], k.shape[-1], v.shape[-1]})
+        return plain(q, k, v, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    variant, args = VARIANTS[name]
+    variant(DIM, "causal", **args)(torch.randn(2, 7, DIM), Sequence.dense(7))
+    assert widths and all(len(found) == 1 for found in widths)
+
+
 def test_differential_sizes() -> None:
     module = Differential(DIM, "causal", num_heads=2)
     # Four vectors of E = 4 for lambda, a scale for queries and keys, one of 2 E for what a head returns.

@@ -20,7 +20,7 @@ from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, batches, cache
 from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder
 from llmkit.data.examples import Examples
-from llmkit.data.tokens import best_fit
+from llmkit.data.tokens import Blocks, Order, best_fit, split_batches
 from llmkit.errors import UserError
 
 Pair = tuple[int, int]
@@ -102,7 +102,7 @@ def test_training_blocks(tmp_path: Path, length: int) -> None:
     assert sizes == {split.num_batches}
     assert places == set(range(1, length))  # every token is a target in some epoch
     if length > 100:
-        assert [len(batch) for batch in order[:-1]] == [4] * (split.num_batches - 1)
+        assert [len(batch) for batch in list(order)[:-1]] == [4] * (split.num_batches - 1)
         assert len(starts) == (length - 8) // 8  # all blocks there is room for, whatever the offset
 
 
@@ -565,6 +565,36 @@ def test_splits_travel_to_workers_without_their_tokens(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(split))[np.array([0, 8])]
     assert torch.equal(first["ids"], again["ids"])
     assert not isinstance(split, Examples)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_is_read_from_the_file_is_what_the_mapped_array_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(prose(length) for length in (3, 90, 1, 500, 40)))
+    data = bound(Joining(), 8, tmp_path, train=str(tmp_path / "a.txt"), documents="line", pack=pack, validation_share=0)
+    split = data.split("train")
+    assert isinstance(split, Blocks)
+    orders = [split.training_order(np.random.default_rng(0)), split.evaluation_order()]
+    read = [split[rows] for order in orders for rows in order]
+    if pack:
+        assert "tokens" not in vars(split)  # nothing was mapped
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    mapped = pickle.loads(pickle.dumps(split))
+    for rows, batch in zip([rows for order in orders for rows in order], read, strict=True):
+        again = mapped[rows]
+        assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 24, 1001])
+def test_an_order_is_a_permutation_cut_on_demand(rows: int) -> None:
+    order = Order(np.random.default_rng(3), rows, 8, 5, 16)
+    plain = split_batches(5 + 16 * np.random.default_rng(3).permutation(rows), 8)
+    assert len(order) == len(plain)
+    assert [batch.tolist() for batch in order] == [batch.tolist() for batch in plain]
+    assert all(batch.dtype == np.int64 for batch in order)
+    with pytest.raises(IndexError):
+        order[len(order)]
 
 
 def test_blocks_are_quick(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llmkit.backbone import Backbone
 from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, State
-from llmkit.decoding import _choose, beam_search, generate
+from llmkit.decoding import Chooser, beam_search, generate
 from llmkit.registry import plugin
 
 EOS = 0
@@ -131,23 +132,24 @@ def test_a_text_that_outgrows_the_context_goes_on() -> None:
     assert len(new) == 50
 
 
+def chosen(scores: Tensor, banned: list[int] | None = None, **options: Any) -> Tensor:
+    return Chooser(DecodingOptions(**options), banned or [], torch.device("cpu"))(scores.clone())
+
+
 def test_sampling_follows_the_distribution() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(20000, 1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = _choose(scores, DecodingOptions(temperature=2.0), (), generator)
+    drawn = chosen(scores, temperature=2.0)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - (scores[0] / 2).softmax(-1)).abs().max() < 0.015
 
 
 def test_top_k_and_top_p_keep_only_the_best() -> None:
     scores = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).log().repeat(2000, 1)
-    generator = torch.Generator().manual_seed(0)
-    options = DecodingOptions(temperature=1.0, top_k=2)
-    assert set(_choose(scores, options, (), generator).tolist()) == {2, 3}
+    assert set(chosen(scores, temperature=1.0, top_k=2).tolist()) == {2, 3}
     # 0.4 alone does not reach 0.6, 0.4 + 0.3 does.
-    assert set(_choose(scores, DecodingOptions(temperature=1.0, top_p=0.6), (), generator).tolist()) == {2, 3}
-    assert set(_choose(scores, DecodingOptions(temperature=1.0, top_p=0.01), (), generator).tolist()) == {2}
-    assert set(_choose(scores, DecodingOptions(temperature=0), [2], generator).tolist()) == {3}
+    assert set(chosen(scores, temperature=1.0, top_p=0.6).tolist()) == {2, 3}
+    assert set(chosen(scores, temperature=1.0, top_p=0.01).tolist()) == {2}
+    assert set(chosen(scores, [2], temperature=0).tolist()) == {3}
 
 
 @pytest.mark.parametrize(

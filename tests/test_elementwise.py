@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from llmkit_plugins import elementwise
 from torch import Tensor
+
+from llmkit_plugins import elementwise
 
 SHAPES = [(3, 5, 8), (2, 1, 4), (7, 6)]
 

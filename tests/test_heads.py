@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from llmkit.backbone import Backbone
 from llmkit.contracts import IGNORE, DecodingOptions, Head, Sequence, Tokenizer
+from llmkit.data.examples import Examples, Features
 from llmkit.errors import UserError
 from llmkit.registry import plugin, target_of
 
@@ -182,6 +184,26 @@ def test_the_reference_of_bleu_is_the_text_as_written() -> None:
     batch = head.collate(items(head, tokenizer, source=["a"], target=texts), tokenizer)
     assert bytes(b for b in batch["reference"][0].tolist() if b != IGNORE).decode() == texts[0]
     assert batch["targets"].shape[1] == 48
+
+
+def test_translations_of_one_length_are_batched_by_their_difference() -> None:
+    head: Head = plugin("head", "translation")()
+    tokenizer = byte_tokenizer()
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 24, 2000)
+    others = np.clip(lengths + rng.integers(-4, 5, 2000), 1, None)
+    rows = {"source": ["a" * n for n in lengths], "target": ["b" * n for n in others]}
+    features = head.encode(rows, tokenizer, 48)
+    assert features["skew"] == (lengths - others).tolist()
+    examples = Examples(Features.of([features]), head, tokenizer, 32, 1000)
+    padding = []
+    for order in (examples.training_order(rng), [rng.permutation(2000)[i::40] for i in range(40)]):
+        batches = [examples[rows] for rows in order]
+        assert sum(len(batch["ids"]) for batch in batches) == 2000
+        total = sum(batch["source"].numel() + batch["targets"].numel() for batch in batches)
+        wasted = sum(int((b["source"] == 0).sum() + (b["targets"] == IGNORE).sum()) for b in batches)
+        padding.append(wasted / total)
+    assert padding[0] < 0.06 < 0.25 < padding[1]
 
 
 def test_unknown_label_names_the_nearest() -> None:

@@ -31,7 +31,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(text: Path, tmp_path: Path)
     meter.add(batch)
     assert meter.tokens == 96
     with FlopCounterMode(display=False) as counter:
-        model.head.loss(model.network, batch).total.backward()  # type: ignore[no-untyped-call]
+        model.head.loss(model.network, batch).total.backward()
     # torch does not count its CPU kernel of attention: two products over half of the pairs of positions, three times.
     mixing = 3 * (4 * 32 * 64 / 2) * 2 * ids.numel()
     assert meter.flops == pytest.approx(counter.get_total_flops() + mixing, rel=0.005)
@@ -51,7 +51,9 @@ def test_both_sides_of_a_translation_count() -> None:
 
 def test_rates_are_logged_with_the_loss(text: Path, tmp_path: Path) -> None:
     more = ("--trainer.max_steps", "6", "--trainer.log_every_n_steps", "2")
-    run = done("fit", "--data.train", text, *TINY, *more, "--trainer.accumulate_grad_batches", "2", "--output", tmp_path)
+    run = done(
+        "fit", "--data.train", text, *TINY, *more, "--trainer.accumulate_grad_batches", "2", "--output", tmp_path
+    )
     with (run.folder / "metrics.csv").open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["train_loss"]]
     assert [row["step"] for row in rows] == ["1", "3", "5"]

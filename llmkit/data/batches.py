@@ -110,8 +110,10 @@ class TrainingOrder(SequentialSampler):
                 yield batches[(number * size + rank) % len(batches)]
             epoch += 1
 
-    def _shared(self, batches: Sequence[Index], size: int) -> list[Index]:
+    def _shared(self, batches: Sequence[Index], size: int) -> Sequence[Index]:
         """Return the same rows in ``len(self)`` batches for each of ``size`` ranks; fewer than ``size`` stay single."""
+        if size == 1:
+            return batches
         rounds, found = len(self), list(batches)
         wanted = rounds * size
         for number, batch in enumerate(found[wanted:], wanted - size):

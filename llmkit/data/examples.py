@@ -92,7 +92,11 @@ class Examples:
         width = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(lengths, 1)) - 4)).astype(np.int64)
         self._rounded = -(-lengths // width) * width  # up to a multiple: what a batch is planned with
         self._blur = 1 + lengths / 16
-        self._shape = lists[0] - sum(lists[1:])  # a translation pads two lists: equals are sorted by the difference
+        # A translation pads two lists: equals are sorted by the difference. Every other length goes from the other end,
+        # so that a batch of two lengths holds neighbours.
+        turn = 1 - 2 * (np.unique(self._rounded, return_inverse=True)[1] % 2)
+        skew = features.values.get("skew")
+        self._skew = lists[0] - sum(lists[1:]) if skew is None else turn * skew
         self._bounds = self._cut(np.sort(self._rounded))
 
     def __len__(self) -> int:
@@ -122,13 +126,13 @@ class Examples:
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the batches of an epoch."""
-        order = np.lexsort((self._shape + self._blur * rng.random(self._count), self._rounded))
+        order = np.lexsort((self._skew + self._blur * rng.random(self._count), self._rounded))
         batches = self._split(order)
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return the batches of an evaluation, longest first."""
-        return self._split(np.lexsort((self._shape, self._rounded)))[::-1]
+        return self._split(np.lexsort((self._skew, self._rounded)))[::-1]
 
     def reading_order(self) -> Sequence[Index]:
         """Return batches in the order of the rows (predictions are read beside their rows)."""

@@ -104,10 +104,12 @@ def _side_by_side(columns: dict[str, str], options: Options) -> Read:
             if None in lines:
                 told = ", ".join(f"{path}: {_num_lines(path, options)}" for path in paths)
                 raise UserError(f"parallel files have unequal numbers of lines ({told})")
-            flaws = [(flaw(line, options.encoding), path) for line, path in zip(lines, paths, strict=True)]
-            bad = next((Bad(wrong, path, number) for wrong, path in flaws if wrong), None)
             data = {name: line.rstrip("\n") for name, line in zip(columns, lines, strict=True)}
-            yield bad or Row(data, paths[0], number)
+            if flaw("".join(lines), options.encoding):
+                flaws = [(flaw(line, options.encoding), path) for line, path in zip(lines, paths, strict=True)]
+                yield next(Bad(wrong, path, number) for wrong, path in flaws if wrong)
+            else:
+                yield Row(data, paths[0], number)
 
 
 def _num_lines(path: str, options: Options) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +90,32 @@ def read_tokens(folder: Path) -> Tokens:
     return Tokens(folder / "tokens.bin", **meta, starts=np.load(starts) if starts.exists() else None)
 
 
+class Order(Sequence[Index]):
+    """The batches of an epoch, which are cut when they are asked for: what is kept is four bytes a row.
+
+    Args:
+        rng: shuffles the rows.
+        rows: how many there are.
+        batch_size: rows of a batch; the last one may be smaller.
+        offset: the index of the first row.
+        step: how far the indices of two rows are apart.
+    """
+
+    def __init__(self, rng: np.random.Generator, rows: int, batch_size: int, offset: int = 0, step: int = 1) -> None:
+        self._rows = rng.permutation(np.arange(rows, dtype=np.uint32 if rows <= 2**32 else np.int64))
+        self._batch_size, self._offset, self._step = batch_size, offset, step
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return a batch, by its number from 0."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"no batch {number} of {len(self)}")
+        rows = self._rows[number * self._batch_size : (number + 1) * self._batch_size]
+        return self._offset + self._step * rows.astype(np.int64)
+
+
 class Blocks:
     """Blocks of ``context`` tokens cut from the stream of a split, with the next token as target.
 
@@ -100,7 +128,6 @@ class Blocks:
     def __init__(self, tokens: Tokens, context: int, batch_size: int, pad_id: int) -> None:
         self.source, self.context, self.batch_size, self.pad_id = tokens, context, batch_size, pad_id
         self.size = tokens.size
-        self._columns = np.arange(context + 1)
         # Room for any offset below the context, where the stream is long enough.
         self.training_rows = max(1, (self.size - context) // context)
 
@@ -109,13 +136,33 @@ class Blocks:
         return self.source.targets
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "tokens"}  # each process maps the file
+        return {name: value for name, value in vars(self).items() if name not in ("tokens", "_file")}
 
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """The token array, mapped from its file."""
         data = self.source.data
         return np.asarray(np.memmap(data, self.source.dtype, "r")) if isinstance(data, Path) else data
+
+    @cached_property
+    def _file(self) -> int | None:
+        """The opened token file; None where the tokens are in memory, or the system (Windows) cannot read like that."""
+        if not isinstance(self.source.data, Path) or not hasattr(os, "pread"):
+            return None
+        file = os.open(self.source.data, os.O_RDONLY)
+        weakref.finalize(self, os.close, file)
+        return file
+
+    def _spans(self, starts: Index, lengths: Index) -> NDArray[Any]:
+        """Return the tokens of spans, one after the other.
+
+        They are read, not taken from the mapped array: all that was ever read of that counts as this process's memory.
+        """
+        if self._file is None:
+            return np.asarray(self.tokens[_ranges(starts, lengths)])
+        dtype = np.dtype(self.source.dtype)
+        spans = zip((starts * dtype.itemsize).tolist(), (lengths * dtype.itemsize).tolist(), strict=True)
+        return np.frombuffer(b"".join([os.pread(self._file, size, start) for start, size in spans]), dtype)
 
     @property
     def bytes_per_token(self) -> float:
@@ -131,8 +178,7 @@ class Blocks:
         """Return the batches of an epoch; the last one may be smaller."""
         room = self.size - 1 - self.training_rows * self.context
         offset = int(rng.integers(room + 1)) if room > 0 else 0
-        starts = offset + self.context * rng.permutation(self.training_rows)
-        return split_batches(starts, self.batch_size)
+        return Order(rng, self.training_rows, self.batch_size, offset, self.context)
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return batches that hold every target once, in the order of the text."""
@@ -140,14 +186,16 @@ class Blocks:
 
     def __getitem__(self, starts: Index) -> Batch:
         """Return the blocks that begin at these tokens as one finished batch."""
-        index_BU = starts[:, None] + self._columns  # U: the context and one more
+        width = self.context + 1
         last = self.size - 1
-        short = int(starts.max()) + self.context > last
-        ids_BU = self.tokens[np.minimum(index_BU, last) if short else index_BU].astype(np.int64)
-        ids_BT, targets_BT, count = ids_BU[:, :-1], ids_BU[:, 1:], starts.size * self.context
-        if short:
-            targets_BT = np.where(index_BU[:, 1:] > last, IGNORE, targets_BT)
-            ids_BT = np.where(index_BU[:, :-1] > last, self.pad_id, ids_BT)
+        if int(starts.max()) + self.context <= last:
+            ids_BU = self._spans(starts, np.full_like(starts, width)).reshape(-1, width).astype(np.int64)
+            ids_BT, targets_BT, count = ids_BU[:, :-1], ids_BU[:, 1:], starts.size * self.context
+        else:
+            index_BU = starts[:, None] + np.arange(width)  # U: the context and one more
+            ids_BU = self.tokens[np.minimum(index_BU, last)].astype(np.int64)
+            targets_BT = np.where(index_BU[:, 1:] > last, IGNORE, ids_BU[:, 1:])
+            ids_BT = np.where(index_BU[:, :-1] > last, self.pad_id, ids_BU[:, :-1])
             count = int((targets_BT != IGNORE).sum())
         return {
             "ids": torch.from_numpy(np.ascontiguousarray(ids_BT)),
@@ -183,7 +231,7 @@ class Packed(Blocks):
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the rows of an epoch, in batches."""
-        return split_batches(rng.permutation(self.num_rows), self.batch_size)
+        return Order(rng, self.num_rows, self.batch_size)
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return all rows in batches."""
@@ -196,7 +244,8 @@ class Packed(Blocks):
         row = np.repeat(np.arange(rows.size), counts)
         segment = _ranges(np.ones_like(counts), counts)
         length = self._length[piece]
-        source = _ranges(self._start[piece], length)
+        tokens = self._spans(self._start[piece], length + 1)
+        source = _ranges(np.cumsum(length + 1) - length - 1, length)  # all but the last one of each piece
         # The pieces of a row stand one after the other: its first position plus what the earlier ones took.
         taken = np.cumsum(length) - length
         taken -= np.repeat(taken[np.cumsum(counts) - counts], counts)
@@ -204,7 +253,7 @@ class Packed(Blocks):
         ids = np.full(rows.size * self.context, self.pad_id, np.int64)
         targets = np.full_like(ids, IGNORE)
         segments = np.zeros_like(ids)
-        ids[place], targets[place] = self.tokens[source], self.tokens[source + 1]
+        ids[place], targets[place] = tokens[source], tokens[source + 1]
         segments[place] = segment.repeat(length)
         shape = (rows.size, self.context)
         return {

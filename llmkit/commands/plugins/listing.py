@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser
+from llmkit.commands.plugins.reading import Found, forget, read
 from llmkit.errors import UserError
 from llmkit.registry import DEFAULTS, Entry, check_family, entries
 
@@ -34,6 +35,7 @@ def run(command: str, argv: list[str]) -> int:
     options = parser.parse(argv)
     if options.family is not None:
         check_family(options.family)
+    forget()
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is not our answer
         if options.imports:
             from llmkit.config import import_modules
@@ -49,7 +51,10 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    """Return what is known of a plugin, as JSON-able data; ``error`` is None when it can be imported."""
+    """Return what is known of a plugin, as JSON-able data; ``error`` is None when it can be imported.
+
+    It is imported only where its source leaves a doubt of that.
+    """
     answer: dict[str, Any] = {
         "family": entry.family,
         "name": entry.name,
@@ -61,17 +66,26 @@ def describe(entry: Entry) -> dict[str, Any]:
         "error": None,
     }
     try:
-        cls = entry.load()
+        found = _imported(entry) if entry.target.partition(":")[0] in sys.modules else read(entry) or _imported(entry)
     except UserError as error:
         answer["error"] = " ".join(str(error).split())
         return answer
-    answer["description"] = (cls.__doc__ or "").strip().partition("\n")[0]
-    with contextlib.suppress(OSError, TypeError):  # a class without a source file (compiled, typed in)
-        path = Path(inspect.getsourcefile(cls) or inspect.getfile(cls)).resolve()
-        here = Path.cwd().resolve()
+    answer["description"] = found.doc.strip().partition("\n")[0]
+    if found.file is not None:
+        path, here = found.file.resolve(), Path.cwd().resolve()
         answer["file"] = str(path.relative_to(here) if path.is_relative_to(here) else path)
-        answer["line"] = inspect.getsourcelines(cls)[1]
+        answer["line"] = found.line
     return answer
+
+
+def _imported(entry: Entry) -> Found:
+    """Return what importing shows. Raises UserError when that fails or the class breaks its contract."""
+    cls = entry.load()
+    doc, file, line = cls.__doc__ or "", None, None
+    with contextlib.suppress(OSError, TypeError):  # a class without a source file (compiled, typed in)
+        file = Path(inspect.getsourcefile(cls) or inspect.getfile(cls))
+        line = inspect.getsourcelines(cls)[1]
+    return Found(doc, file, line)
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -128,7 +128,7 @@ def from_memory(memory: Memory | None, state: State | None, summary: Callable[[M
         raise ValueError("cross-attention needs the memory of an encoder")
     found = summary(memory)
     if state is not None:
-        state["summary"] = found
+        state["summary"], state.of_memory = found, True
     return found
 
 

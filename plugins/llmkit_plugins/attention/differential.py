@@ -76,10 +76,25 @@ class Differential(GroupedQuery):
 
     def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
         first, second = (
-            super(Differential, self)._attend(q, {"k": k, "v": kept["v"]}, mask, is_causal)
+            self._map(q, k, kept["v"], mask, is_causal)
             for q, k in zip(q_BHTE.chunk(2, 1), kept["k"].chunk(2, 1), strict=True)
         )
         share = torch.dot(self.lambda_q1, self.lambda_k1).exp() - torch.dot(self.lambda_q2, self.lambda_k2).exp()
         y_BHTE = first - (share + self.lambda_init).to(first.dtype) * second
         scale = (1 - self.lambda_init) * self.head_scale
         return F.rms_norm(y_BHTE, (2 * self.head_dim,), scale.to(y_BHTE.dtype), eps=1e-6)
+
+    def _map(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Return what one of the two maps makes of the values."""
+        if q.shape[2] > 1:
+            # Keys as wide as values take the kernels that never hold all scores; a single query has few.
+            q, k = (F.pad(x, (0, self.head_dim)) for x in (q, k))
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.head_dim**-0.5,
+        )

@@ -109,19 +109,21 @@ class Latent(Softmax):
         k_HER, v_HER = self.up.weight.view(2, self.num_heads, self.head_dim, self.kv_rank)
         q_BHTE, q_BHTP = q.split([self.head_dim, self.rope_dim], -1)
         q = torch.cat([q_BHTE @ k_HER, q_BHTP], -1)
-        # The rotary channels are summed along and dropped: values as wide as keys take the fast kernels.
+        # The rotary channels are summed along and dropped, which costs less than values of their own.
         y = self._weighted(q, latent_BSZ[:, None], latent_BSZ[:, None], mask, is_causal)
         y_BHTE: Tensor = y[..., : self.kv_rank] @ v_HER.mT
         return y_BHTE
 
     def _weighted(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        return F.scaled_dot_product_attention(
+        # Values as wide as keys take the kernels that never hold all scores.
+        y: Tensor = F.scaled_dot_product_attention(
             q,
             k,
-            v,
+            F.pad(v, (0, k.shape[-1] - v.shape[-1])),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             scale=(self.head_dim + self.rope_dim) ** -0.5,
             enable_gqa=k.shape[1] != q.shape[1],
         )
+        return y[..., : v.shape[-1]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,23 @@ from torch.nn.utils.rnn import PackedSequence
 from llmkit.contracts import Attention, Memory, Role, Sequence, State, positions_in_segments
 from llmkit.errors import UserError
 
+PADDED = 1.33
+"""On a CPU documents run as rows of equal length where that makes at most so many times as many elements: its kernels
+for such rows take half the time of those for packed ones."""
+
 
 class Documents(NamedTuple):
     """The documents of a batch as one packed sequence: longest document first, then time by time.
 
-    M is the number of documents.
+    M is the number of documents, L the length of the longest.
     """
 
     columns_N: Tensor
     """Where each packed element stands in the flattened (B, T)."""
+    slots_N: Tensor
+    """Where it stands in the flattened (M, L), one document a row."""
+    backward_N: Tensor
+    """Where it stands there when each document is turned round."""
     batch_sizes: Tensor
     """How many documents still run at each time, on the CPU."""
     row_M: Tensor
@@ -39,15 +47,20 @@ def documents(segments_BT: Tensor) -> Documents:
     document = (start_BT.flatten().cumsum(0) - 1)[columns]
     place = positions_in_segments(segments_BT).flatten()[columns]
 
-    order_M = document.bincount().argsort(descending=True)
-    rank_M = order_M.argsort()
-    packed = (place * len(order_M) + rank_M[document]).argsort()
+    length_M = document.bincount()
+    order_M = length_M.argsort(descending=True)
+    rank = order_M.argsort()[document]
+    packed = (place * len(order_M) + rank).argsort()
+    sizes = place.bincount()
+    row = rank * len(sizes)
 
     row_M, column_M = start_BT.nonzero()[order_M].unbind(1)
     count_BT = start_BT.cumsum(-1)
     return Documents(
         columns_N=columns[packed],
-        batch_sizes=place.bincount().cpu(),
+        slots_N=(row + place)[packed],
+        backward_N=(row + length_M[document] - 1 - place)[packed],
+        batch_sizes=sizes.cpu(),
         row_M=row_M,
         number_M=segments_BT[row_M, column_M],
         last_M=count_BT[row_M, column_M] == count_BT[row_M, -1],
@@ -73,7 +86,7 @@ class Recurrent(Attention):
     ) -> Tensor:
         """Return the outputs of the recurrence, (B, T, D), zero at padding; see ``Attention.forward``."""
         if seq.segments_BT is not None:
-            return self._packed(x_BTD, seq, seq.segments_BT, state)
+            return self._documents(x_BTD, seq, seq.segments_BT, state)
         if state is None:
             return self._run(x_BTD, None)[0]
         y_BTD, last = self._run(x_BTD, [state[name] for name in self.names])
@@ -87,7 +100,7 @@ class Recurrent(Attention):
             return None
         return State({name: like.new_zeros(batch_size, self.dim) for name in self.names})
 
-    def _packed(self, x_BTD: Tensor, seq: Sequence, segments_BT: Tensor, state: State | None) -> Tensor:
+    def _documents(self, x_BTD: Tensor, seq: Sequence, segments_BT: Tensor, state: State | None) -> Tensor:
         """Run all documents of the batch side by side, each from its own start."""
         if "documents" not in seq.memo:
             seq.memo["documents"] = documents(segments_BT)
@@ -96,7 +109,17 @@ class Recurrent(Attention):
             state.length += x_BTD.shape[1]
         if not len(docs.batch_sizes):
             return torch.zeros_like(x_BTD)
+        x_ZD, real = x_BTD.flatten(0, 1), len(docs.columns_N)
+        padded = len(docs.row_M) * len(docs.batch_sizes)
+        if state is None and x_ZD.device.type == "cpu" and padded <= PADDED * real:
+            y_ND = self._padded(x_ZD, docs)
+        else:
+            y_ND = self._packed(x_ZD.index_select(0, docs.columns_N), docs, segments_BT, state)
+        y_ZD = y_ND.new_zeros(segments_BT.numel(), self.dim)
+        return y_ZD.index_copy(0, docs.columns_N, y_ND).view(x_BTD.shape)
 
+    def _packed(self, x_ND: Tensor, docs: Documents, segments_BT: Tensor, state: State | None) -> Tensor:
+        """Return the outputs of packed documents, x_ND, and take the state on."""
         start = None
         if state is not None:
             if "segment" not in state:
@@ -105,16 +128,29 @@ class Recurrent(Attention):
             goes_on = (docs.number_M == state["segment"][docs.row_M])[:, None]
             start = [state[name][docs.row_M] * goes_on for name in self.names]
 
-        packed = PackedSequence(x_BTD.flatten(0, 1)[docs.columns_N], docs.batch_sizes)
-        y_ND, end = self._run(packed, start)
+        y_ND, end = self._run(PackedSequence(x_ND, docs.batch_sizes), start)
 
         if state is not None:
             rows = docs.row_M[docs.last_M]  # rows of padding alone keep what they had
             for name, value_MD in zip(self.names, end, strict=True):
                 state[name] = state[name].index_copy(0, rows, value_MD[docs.last_M].to(state[name].dtype))
             state["segment"] = state["segment"].index_copy(0, rows, docs.number_M[docs.last_M])
-        y_ZD = y_ND.new_zeros(segments_BT.numel(), self.dim)
-        return y_ZD.index_copy(0, docs.columns_N, y_ND).view(x_BTD.shape)
+        return y_ND
+
+    def _padded(self, x_ZD: Tensor, docs: Documents) -> Tensor:
+        """Return the outputs of documents that run as rows; what pads a row comes last, the other way too."""
+        kernel: Any = torch.lstm if isinstance(self.rnn, nn.LSTM) else torch.gru
+        rows, length = len(docs.row_M), len(docs.batch_sizes)
+        start = tuple(x_ZD.new_zeros(1, rows, self.rnn.hidden_size) for _ in self.names)
+        found = []
+        for weights, slots_N in zip(self.rnn.all_weights, (docs.slots_N, docs.backward_N), strict=False):
+            columns = docs.columns_N[:1].repeat(rows * length).index_copy(0, slots_N, docs.columns_N)
+            x_MLD = x_ZD.index_select(0, columns).view(rows, length, -1)
+            y_MLD: Tensor = kernel(
+                x_MLD, start if len(start) > 1 else start[0], weights, True, 1, 0.0, self.training, False, True
+            )[0]
+            found.append(y_MLD.flatten(0, 1).index_select(0, slots_N))
+        return torch.cat(found, -1)
 
     def _run(self, x: Tensor | PackedSequence, start: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried on."""

@@ -14,9 +14,26 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Memory, Role, Sequence, State
 from llmkit.errors import UserError
+from llmkit_plugins.elementwise import rms_norm
+
+GROWTH = 16
+"""A decoding cache grows by at least so many columns; one for no more has its room from the start."""
 
 Kept = dict[str, Tensor]
 """What a variant keeps of each position that is looked at, (B, ..., S, width): keys and values, or what makes them."""
+
+
+class Cache(State):
+    """A decoding state that takes up to ``room`` columns; its tensors have room for those seen, and often some more.
+
+    Args:
+        room: most columns.
+        entries: the tensors.
+    """
+
+    def __init__(self, room: int, entries: dict[str, Tensor]) -> None:
+        super().__init__(entries)
+        self.room = room
 
 
 class Softmax(Attention):
@@ -36,6 +53,7 @@ class Softmax(Attention):
     """
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
+    grows: ClassVar[bool] = True  # whether the cache gets its room as it is needed, rather than at once
     out: nn.Linear
 
     def __init__(self, dim: int, role: Role, num_heads: int, dropout: float) -> None:
@@ -83,8 +101,11 @@ class Softmax(Attention):
         """Return an empty cache of what is kept, (B, ..., C, width); a ``cross`` one is filled from the memory."""
         if self.role == "bidirectional":
             return None
-        room = self._room(max_length) if self.role == "causal" else {}
-        return State({name: like.new_zeros(batch_size, *shape) for name, shape in room.items()})
+        columns = 0 if self.grows and max_length > GROWTH else max_length
+        room = self._room(columns) if self.role == "causal" else {}
+        state = Cache(max_length, {name: like.new_zeros(batch_size, *shape) for name, shape in room.items()})
+        state.of_memory = self.role == "cross"
+        return state
 
     def _self(self, x_BTD: Tensor, seq: Sequence, state: State | None) -> Tensor:
         q_BHTE, new = self._project(x_BTD, seq)
@@ -92,7 +113,7 @@ class Softmax(Attention):
             start = state.length
             self._store(state, new, seq)
             if start > 0:
-                kept = {name: state[name][..., : state.length, :] for name in new}
+                kept = {name: state[name].narrow(-2, 0, state.length) for name in new}
                 return self._attend(q_BHTE, kept, self._cached_mask(state, seq, q_BHTE.dtype))
         return self._own(q_BHTE, new, seq)
 
@@ -145,16 +166,17 @@ class Softmax(Attention):
         return seq.mask(key, causal=self.role == "causal")
 
     def _cached_mask(self, state: State, seq: Sequence, dtype: torch.dtype) -> Tensor | None:
-        """Return the mask of the newest columns against all cached ones."""
-        length, end = seq.positions_BT.shape[1], state.length
-        if length == 1 and "segments" not in state and "positions" not in state:
+        """Return the mask of the newest columns against all cached ones; layers of one kind share it."""
+        if seq.positions_BT.shape[1] == 1 and "segments" not in state and "positions" not in state:
             return None
-        if "positions" in state:
-            positions = state["positions"][:, :end]
-        else:
-            positions = torch.arange(end, device=seq.positions_BT.device)[None]  # only their number matters
-        segments = state["segments"][:, :end] if "segments" in state else None
-        return self._mask(seq, Sequence(positions, segments), dtype)
+        memo_key = ("cached", type(self), self.bias_heads, dtype)
+        if memo_key not in seq.memo:
+            end = state.length
+            positions = state["positions"][:, :end] if "positions" in state else seq.positions_BT.new_zeros(1, end)
+            segments = state["segments"][:, :end] if "segments" in state else None
+            seq.memo[memo_key] = self._mask(seq, Sequence(positions, segments), dtype)
+        mask: Tensor | None = seq.memo[memo_key]
+        return mask
 
     def _biased(self, seq: Sequence) -> bool:
         first = Sequence(seq.positions_BT[:, :1], position=seq.position)
@@ -162,22 +184,33 @@ class Softmax(Attention):
 
     def _store(self, state: State, new: Kept, seq: Sequence) -> None:
         """Write new columns into the cache; segments only once padding was seen, positions only for a bias."""
+        assert isinstance(state, Cache)
+        start, added = state.length, seq.positions_BT.shape[1]
+        end = start + added
+        if end > state.room:
+            raise ValueError(f"the decoding state has room for {state.room} columns, got {end}")
         sample = state[next(iter(new))]
-        rows, room = len(sample), sample.shape[-2]
-        start, end = state.length, state.length + seq.positions_BT.shape[1]
-        if end > room:
-            raise ValueError(f"the decoding state has room for {room} columns, got {end}")
+        if end > sample.shape[-2]:
+            self._widen(state, new, end)
         for name, value in new.items():
-            state[name][..., start:end, :] = value
+            state[name].narrow(-2, start, added).copy_(value)
         if seq.segments_BT is not None and "segments" not in state:
-            state["segments"] = seq.positions_BT.new_ones(rows, room)
+            state["segments"] = seq.positions_BT.new_ones(len(sample), state.room)
         if "segments" in state:
             state["segments"][:, start:end] = 1 if seq.segments_BT is None else seq.segments_BT
         if start == 0 and self._biased(seq):
-            state["positions"] = seq.positions_BT.new_zeros(rows, room)
+            state["positions"] = seq.positions_BT.new_zeros(len(sample), state.room)
         if "positions" in state:
             state["positions"][:, start:end] = seq.positions_BT
         state.length = end
+
+    def _widen(self, state: Cache, new: Kept, columns: int) -> None:
+        """Make room for so many columns and half as many again, so that a growing cache is seldom copied."""
+        wider = self._room(min(state.room, columns + max(GROWTH, columns // 2)))
+        for name in new:
+            old = state[name]
+            state[name] = old.new_empty(len(old), *wider[name])
+            state[name].narrow(-2, 0, state.length).copy_(old.narrow(-2, 0, state.length))
 
 
 class GroupedQuery(Softmax):
@@ -229,8 +262,8 @@ class GroupedQuery(Softmax):
 
     def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
         H, K = self.num_heads, self.num_kv_heads
-        qk_BHTE, v_BKTE = torch.split(self._heads(self.qkv(x_BTD)), [H + K, K], dim=1)
-        q_BHTE, k_BKTE = torch.split(seq.rotate(self._norm(qk_BHTE)), [H, K], dim=1)
+        qk_BHTE, v_BKTE = self._heads(self.qkv(x_BTD)).split_with_sizes([H + K, K], 1)
+        q_BHTE, k_BKTE = seq.rotate(self._norm(qk_BHTE)).split_with_sizes([H, K], 1)
         return q_BHTE, {"k": k_BKTE, "v": v_BKTE}
 
     def _query(self, x_BTD: Tensor) -> Tensor:
@@ -262,7 +295,7 @@ class GroupedQuery(Softmax):
     def _norm(self, x_BHTE: Tensor) -> Tensor:
         if self.qk_scale is None:
             return x_BHTE
-        return F.rms_norm(x_BHTE, (self.head_dim,), self.qk_scale.to(x_BHTE.dtype), eps=1e-6)
+        return rms_norm(x_BHTE, self.qk_scale, 1e-6)
 
 
 class MultiHead(GroupedQuery):

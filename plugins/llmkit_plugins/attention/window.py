@@ -39,6 +39,7 @@ class SlidingWindow(GroupedQuery):
     """
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional"})
+    grows: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ class SequenceToSequence(Head):
             features["reference"] = [list(text.encode()) for text in written]
             features["target"] = [[*row[: max_length - 1], tokenizer.eos_id] for row in targets]
             longest = [max(a, len(b) + 1) for a, b in zip(longest, targets, strict=True)]
+            both = zip(features["source"], features["target"], strict=True)
+            features["skew"] = [len(source) - len(target) for source, target in both]
         features["length"] = [min(length, max_length) for length in longest]
         features["truncated"] = [int(length > max_length) for length in longest]
         return features

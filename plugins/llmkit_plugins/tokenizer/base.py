@@ -18,6 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
 
+from .pieces import Encoder
+
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
 NO_TEXT = "no text to train the tokenizer on"
 MOST_HOLES = 2**16
@@ -126,6 +128,7 @@ class HuggingFace(Stateful):
     """A tokenizer that wraps one of ``tokenizers``; it pickles because that one does."""
 
     _hf: HFTokenizer | None = None
+    _encoder: Encoder | None = None
 
     def _ready(self) -> HFTokenizer:
         if self._hf is None:
@@ -136,11 +139,15 @@ class HuggingFace(Stateful):
     def trained(self) -> bool:
         return self._hf is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_encoder"}
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         hf = self._ready()
         hf.encode_special_tokens = True  # set here, because neither its JSON nor its pickle keeps it
-        found = hf.encode_batch_fast([valid(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        if self._encoder is None or self._encoder.hf is not hf:
+            self._encoder = Encoder(hf)
+        return self._encoder.encode([valid(text) for text in texts])
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
         return self._ready().decode_batch(ids, skip_special_tokens=True)

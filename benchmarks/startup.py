@@ -1,0 +1,111 @@
+"""Start-up: CPU time of ``llmkit --help``, ``llmkit plugins``, and ``llmkit fit`` until its first step is done.
+
+    python benchmarks/startup.py
+
+Every turn is a new process, whose CPU time is taken as the system counts it, the interpreter's own start included. The
+fit is configs/quickstart.yaml with a model of 2 layers, 64 wide, on one file of 100 kB and with an empty cache, so that
+a tokenizer is trained and the text encoded too; a callback ends it after its first step. It stands beside ``import
+torch, lightning.pytorch`` alone, which it needs in any case, ended in the same way. What else is installed counts:
+Lightning looks for transformers, scipy and others and imports them. The peers' commands are asked for their help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import inspect
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kit import OURS, ROOT, Report, arguments
+
+HELP, PLUGINS, FIT = 0.3, 0.6, 2.5
+"""The goals: CPU seconds of the two commands, and of a fit as a multiple of the bare imports, at most."""
+ENDING = """\
+import os
+import lightning.pytorch as pl
+
+class Ending(pl.Callback):
+    def on_train_batch_end(self, *args):
+        os._exit(0)
+"""
+PEERS = {"litgpt": ["-m", "litgpt", "--help"], "joeynmt": ["-m", "joeynmt", "--help"]}
+
+
+def seconds(words: list[str], folder: Path, **environment: str) -> float:
+    """Run Python with these arguments; returns the CPU seconds of the process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = [sys.executable, *words]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)} failed: {done.stderr[-500:]}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def fit(folder: Path) -> float:
+    """Run ``llmkit fit`` until its first step is done."""
+    (folder / "ending.py").write_text(ENDING)
+    settings = {
+        "config": ROOT / "configs" / "quickstart.yaml",
+        "imports": folder / "ending.py",
+        "data.train": inspect.getsourcefile(argparse),
+        "trainer.callbacks": "ending.Ending",
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "model.num_layers": 2,
+        "model.dim": 64,
+        "output": folder,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as cache:
+        return seconds(["-m", "llmkit", "fit", *words], folder, LLMKIT_CACHE=cache)
+
+
+def take_turns(runs: Mapping[str, Callable[[], float]], cycles: int) -> dict[str, list[float]]:
+    """Run each in turn, after a round that is not measured (files get into the system's memory)."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for cycle in range(cycles + 1):
+        for name in list(runs) if cycle % 2 else list(runs)[::-1]:
+            found[name].append(runs[name]())
+    return {name: values[1:] for name, values in found.items()}
+
+
+def main() -> None:
+    """Measure every command."""
+    args = arguments(__doc__)
+    report = Report("startup", args.json)
+    missing = {name: "not installed" for name in PEERS if importlib.util.find_spec(name) is None}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run = functools.partial(functools.partial, seconds, folder=folder)
+        times = take_turns(
+            {
+                "--help": run(["-m", "llmkit", "--help"]),
+                "plugins": run(["-m", "llmkit", "plugins"]),
+                "fit": functools.partial(fit, folder),
+                "imports": run(["-c", "import os, torch, lightning.pytorch; os._exit(0)"]),
+                "python": run(["-c", ""]),
+                **{peer: run(words) for peer, words in PEERS.items() if peer not in missing},
+            },
+            args.cycles,
+        )
+    peers = {f"{peer} --help": times[peer] for peer in PEERS if peer in times}
+    report.compare("--help", {OURS: times["--help"], **peers, "python alone": times["python"]}, "s", missing=missing)
+    for command, most in {"--help": HELP, "plugins": PLUGINS}.items():
+        value = statistics.median(times[command])
+        report.add(command, OURS, round(value, 3), "s", goal=f"under {most:g} s", met=value < most)
+    bare = "import torch, lightning"
+    report.compare("fit, first step", {OURS: times["fit"], bare: times["imports"]}, "s", goals={bare: 1 / FIT})
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
