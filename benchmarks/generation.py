@@ -241,7 +241,7 @@ def main() -> None:
             turns: dict[str, Callable[[], Any]] = {
                 name: functools.partial(run, prompts, new) for name, run in runs.items()
             }
-            times = interleave({**turns, "bandwidth": bandwidth.matrix.sum}, args.cycles, device=args.device)
+            times = interleave({**turns, "bandwidth": bandwidth}, args.cycles, device=args.device)
             limit = bandwidth.seconds(size * new, times.pop("bandwidth"))
             report.compare(
                 f"batch {batch}, the network of {peer}",
