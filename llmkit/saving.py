@@ -122,6 +122,19 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             sweep(self.folder.parent.parent)
+        self._take_best_along(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take along what a run was resumed from that had no step left: it never came to its start."""
+        resumed, last = trainer.ckpt_path, self.folder / "last.ckpt"
+        if self._saved_step < 0 and resumed is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.is_global_zero and Path(resumed).is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _also(Path(resumed), last)
+            self._take_best_along(trainer)
+
+    def _take_best_along(self, trainer: pl.Trainer) -> None:
+        """Give the best checkpoint so far a name in the folder of a resumed run."""
         if self.best_step is None or (self.folder / "best.ckpt").exists():
             return
         found = False

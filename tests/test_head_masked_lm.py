@@ -234,7 +234,7 @@ def test_a_memorised_text_is_filled_in() -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.div_(4)
-    batch = batch_of(head, tokenizer, [story] * 4)
+    batch = batch_of(head, tokenizer, [story] * 4 + ["every good old fox"] * 4)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     head.train()
     for _ in range(100):

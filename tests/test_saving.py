@@ -166,3 +166,18 @@ def test_from_python(tmp_path: Path) -> None:
     trainer.fit(model, data)
     assert isinstance(trainer.strategy.checkpoint_io, WholeFileIO)
     assert read(saver.folder / "last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize("more", [(), ("--trainer.limit_val_batches", "0")], ids=["validated", "not validated"])
+def test_a_finished_run_that_is_resumed_ends_as_it_did(words: list[str], more: tuple[str, ...]) -> None:
+    first = done(*words, "--trainer.max_steps", "8", *WORSE, *more)
+    again = done(*words, "--trainer.max_steps", "8", *WORSE, *more, "--ckpt_path", "last")
+    assert again.folder != first.folder
+    assert again.checkpoint.name == first.checkpoint.name
+    names = {"last.ckpt"} if more else {"last.ckpt", "best.ckpt"}
+    for name in names:
+        one, two = (read(run.folder / "checkpoints" / name) for run in (first, again))
+        assert one["global_step"] == two["global_step"]
+    assert {path.name for path in (again.folder / "checkpoints").iterdir()} == names
+    results = [(run.folder / "results.json").read_text() for run in (first, again)]
+    assert results[0] == results[1]
