@@ -94,7 +94,8 @@ def take_turns(
             processes.append(context.Process(target=_sit, args=(theirs, run, device), daemon=True))
             processes[-1].start()
             theirs.close()
-            said = _hear(pipes[name], name)  # one is built after the other: memory for all of them at once is not asked
+        for name in contestants:
+            said = _hear(pipes[name], name)
             if said != "ready":
                 outcomes[name].missing = f"not installed ({said})"
                 pipes.pop(name).close()
