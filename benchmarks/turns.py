@@ -231,7 +231,7 @@ def step_of(
 def text_of(vocab: int, positions: int, folder: Path) -> Path:
     """Write a text of so many different characters, for models whose vocabulary has to be of a certain size."""
     generator = torch.Generator().manual_seed(0)
-    letters = [chr(0x4E00 + number) for number in range(vocab)]
+    letters = [chr(code) for code in range(0x4E00, 0x20000) if not 0xD800 <= code < 0xE000][:vocab]  # no surrogates
     ids = torch.randint(vocab, (positions,), generator=generator).tolist()
     path = folder / "text.txt"
     path.write_text("".join(letters) + "".join(letters[number] for number in ids), encoding="utf-8")
