@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
 from kit import OURS, Bandwidth, Report, arguments, clock, find, interleave
 from torch import Tensor, nn
@@ -122,24 +123,10 @@ def gpt2(device: str) -> tuple[Backbone, Generate]:
 
 def litgpt(device: str) -> tuple[Backbone, Generate]:
     """LitGPT's generate, and its batched one for several rows, with its cache of the context's length."""
-    from litgpt import GPT, Config
     from litgpt.generate.base import batched_generate_fn
     from litgpt.generate.base import generate as generate_one
 
-    config = Config(
-        name="bench",
-        block_size=CONTEXT,
-        vocab_size=VOCAB,
-        padded_vocab_size=VOCAB,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_embd=DIM,
-        bias=False,
-        parallel_residual=False,
-        rotary_percentage=1.0,
-    )
-    model: Any = GPT(config).to(device).eval()
-    model.lm_head.weight = model.transformer.wte.weight
+    model: Any = peers.litgpt(peers.Shape(LAYERS, DIM, HEADS, CONTEXT, 1, VOCAB))[0].to(device).eval()
     loud(model)
     net = network("multi_head", "rotary", "gelu", "layer", num_heads=HEADS, qk_norm=False)
     inside = model.transformer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from llmkit import figures
 from llmkit.module import LanguageModel
 from llmkit.saving import run_folder
-from llmkit.throughput import Meter, Throughput, memory
+from llmkit.throughput import Throughput, Totals, memory
 
 DEFAULT_VAL_INTERVAL = 500
 """Batches between two validations, at most, when the config does not say."""
@@ -33,12 +33,13 @@ class Progress(ProgressBar):
     """One line of progress: step, loss, tokens a second, MFU, memory, time left; rewritten in place on a terminal.
 
     Args:
+        throughput: knows how fast the run is; it stands before this one among the callbacks.
         seconds: time between two lines on a terminal; elsewhere (a log file) a line comes every ten times that.
     """
 
-    def __init__(self, seconds: float = 0.5) -> None:
+    def __init__(self, throughput: Throughput, seconds: float = 0.5) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.throughput, self.seconds = throughput, seconds
         self._enabled = True
         self._open_line = False
 
@@ -57,12 +58,10 @@ class Progress(ProgressBar):
             print(*args, **{**kwargs, "flush": True})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clocks and tell what is trained."""
+        """Tell what is trained."""
         assert isinstance(pl_module, LanguageModel)
-        self._started = time.monotonic()
         self._first_step = trainer.global_step
-        self._meter = Meter(pl_module)
-        self._peak = next((c.peak for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        self._shown = Totals()
         if self._enabled:
             counts = pl_module.network.num_parameters()
             assert pl_module.tokenizer is not None
@@ -76,41 +75,35 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch's positions and, when it is time, show the line."""
+        """Show the line when it is time."""
         assert isinstance(pl_module, LanguageModel)
-        self._meter.add(batch)
+        now = self.throughput.meter.totals()
         tty = sys.stderr.isatty()
-        due = self._meter.seconds >= self.seconds * (1 if tty else 10)
+        due = now.seconds - self._shown.seconds >= self.seconds * (1 if tty else 10)
         if not self._enabled or not (due or trainer.global_step == trainer.max_steps):
             return
-        tokens, flops = self._meter.read()
+        tokens, mfu = self.throughput.rates(self._shown, now)
+        self._shown = now
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         left = ""
         if total != float("inf") and step > self._first_step:
-            seconds = (time.monotonic() - self._started) / (step - self._first_step) * (float(total) - step)
+            seconds = now.seconds / (step - self._first_step) * (float(total) - step)
             left = f"  {duration(max(0.0, seconds))} left"
         of = "" if total == float("inf") else f"/{int(total)}"
-        used = f"  MFU {flops / self._peak:.0%}" if self._peak else ""
         line = (
-            f"step {step}{of}  loss {float(pl_module.last_loss):.4f}  {tokens * trainer.world_size:,.0f} tokens/s{used}"
+            f"step {step}{of}  loss {float(pl_module.last_loss):.4f}  {tokens:,.0f} tokens/s  MFU {mfu:.0%}"
             f"  {memory(pl_module.device):.2f} GiB{left}"
         )
-        print(f"\r{line:<78}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps is not rewritten
+        print(f"\r{line[:width]:<{width}}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
         self._open_line = tty
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clocks."""
-        self._paused = time.monotonic()
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the validation metrics of a running fit and let the clocks go on."""
+        """Show the validation metrics of a running fit."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._enabled:
             values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
             text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
             self.print(f"step {trainer.global_step}: {text}", file=sys.stderr)
-            pause = time.monotonic() - self._paused
-            self._started += pause
-            self._meter.pause(pause)
 
     def _end_line(self) -> None:
         if self._open_line:

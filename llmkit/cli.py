@@ -154,9 +154,10 @@ class CLI(LightningCLI):
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         self.report = RunReport()
-        own: list[pl.Callback] = [self.report, Stopping(), Throughput()]
+        throughput = Throughput()
+        own: list[pl.Callback] = [self.report, Stopping(), throughput]
         if given.get("enable_progress_bar") is not False:
-            own.append(Progress())
+            own.append(Progress(throughput))
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self._get(self.config_init, "checkpoint"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -46,8 +46,17 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class Totals(NamedTuple):
+    """What has been trained on since the start of a run, and in how long."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+    """Without validations."""
+
+
 class Meter:
-    """Counts what is trained on between two readings.
+    """Counts what is trained on.
 
     Args:
         model: what is trained; its network is built.
@@ -56,18 +65,18 @@ class Meter:
     def __init__(self, model: LanguageModel) -> None:
         self._network = model.meta_network(restored=True)  # whole, however the weights are sharded
         self._costs: dict[int, float] = {}
-        self._since = time.monotonic()
-        self.tokens = self.flops = 0.0
+        self._start = time.monotonic()
+        self._tokens = self._flops = 0.0
 
     def add(self, batch: Batch) -> None:
         """Count the positions of a batch, padding too, and the FLOPs of a step: three times the forward pass."""
         sides = [batch[name] for name in ("ids", "source") if name in batch]
-        self.tokens += sum(side.numel() for side in sides)
+        self._tokens += sum(side.numel() for side in sides)
         if "source" in batch and isinstance(batch.get("targets"), Tensor):
             sides.append(batch["targets"])
         for side in sides:
             # A position of an encoder-decoder is counted with one of the other side: here each has a half.
-            self.flops += 3 * side.numel() * self._cost(side.shape[-1]) / len(sides)
+            self._flops += 3 * side.numel() * self._cost(side.shape[-1]) / len(sides)
 
     def _cost(self, length: int) -> float:
         if length not in self._costs:
@@ -76,19 +85,11 @@ class Meter:
 
     def pause(self, seconds: float) -> None:
         """Leave out a time that was not spent on training."""
-        self._since += seconds
+        self._start += seconds
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since the last reading."""
-        return time.monotonic() - self._since
-
-    def read(self) -> tuple[float, float]:
-        """Return tokens and FLOPs a second since the last reading, and begin anew."""
-        seconds = max(self.seconds, 1e-9)
-        rates = self.tokens / seconds, self.flops / seconds
-        self._since, self.tokens, self.flops = time.monotonic(), 0.0, 0.0
-        return rates
+    def totals(self) -> Totals:
+        """Return what has been counted so far."""
+        return Totals(self._tokens, self._flops, time.monotonic() - self._start)
 
 
 class Throughput(Callback):
@@ -102,8 +103,16 @@ class Throughput(Callback):
         """Measure the device and start the clock."""
         assert isinstance(pl_module, LanguageModel)
         half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).partition("-")[0])
-        self.peak = peak_flops(pl_module.device, half or torch.float32)
+        self._peak = peak_flops(pl_module.device, half or torch.float32)
+        self._processes = trainer.world_size
+        self._logged = Totals()
         self.meter = Meter(pl_module)
+
+    def rates(self, before: Totals, now: Totals) -> tuple[float, float]:
+        """Return tokens a second of all processes, and this one's MFU, between two times."""
+        seconds = max(now.seconds - before.seconds, 1e-9)
+        tokens = (now.tokens - before.tokens) * self._processes / seconds
+        return tokens, (now.flops - before.flops) / seconds / self._peak
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,8 +123,9 @@ class Throughput(Callback):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if (loop.epoch_loop._batches_that_stepped + 1) % every or loop._should_accumulate():
             return
-        tokens, flops = self.meter.read()
-        found = (tokens * trainer.world_size, flops / self.peak, memory(pl_module.device))
+        now = self.meter.totals()
+        found = (*self.rates(self._logged, now), memory(pl_module.device))
+        self._logged = now
         pl_module.log_dict(dict(zip(LOGGED, found, strict=True)), rank_zero_only=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -299,10 +300,8 @@ def bound_rows(folder: Path, path: str, seed: int) -> list[Any]:
     return everything(evaluated(data))
 
 
-def test_translation_is_padded_little_and_fast(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("LLMKIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "multi30k"
-    if not folder.is_dir():
-        pytest.skip(f"no Multi30k in {folder}")
+def test_translation_is_padded_little_and_fast(tmp_path: Path, data_folder: Callable[[str], Path]) -> None:
+    folder = data_folder("multi30k")
     files = {"source": str(folder / "train.en"), "target": str(folder / "train.de")}
 
     class Words(CharTokenizer):

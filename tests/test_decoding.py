@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import decided
 from torch import Tensor
 
 from llmkit.backbone import Backbone
 from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, State
 from llmkit.decoding import Chooser, beam_search, generate
-from llmkit.registry import plugin
 
 EOS = 0
 
@@ -71,23 +71,7 @@ def test_wide_beam_finds_the_exhaustive_best(seed: int, penalty: float) -> None:
 
 
 def small_network(attention: str = "multi_head", topology: str = "decoder") -> Backbone:
-    torch.manual_seed(0)
-    net = Backbone(
-        vocab_size=17,
-        dim=16,
-        num_layers=2,
-        topology=topology,  # type: ignore[arg-type]
-        max_length=32,
-        attention=plugin("attention", attention),
-        cross_attention=plugin("attention", "multi_head"),
-        position=plugin("position", "rotary"),
-        feedforward=plugin("feedforward", "relu"),
-        norm=plugin("norm", "rms"),
-    )
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(8)  # an untrained network would be undecided everywhere
-    return net.eval()
+    return decided(attention, topology, vocab_size=17, max_length=32, feedforward="relu")
 
 
 def plain_greedy(net: Backbone, prompt: list[int], steps: int) -> list[int]:

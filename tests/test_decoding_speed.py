@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import decided
 from torch import Tensor, nn
 
 from llmkit import decoding
@@ -13,34 +14,10 @@ from llmkit.backbone import Backbone
 from llmkit.contracts import DecodingOptions, Sequence
 from llmkit.decoding import beam_search, by_columns, generate, laid_out
 from llmkit.errors import UserError
-from llmkit.registry import plugin
 
 PROMPTS = [[3], [4, 5, 6, 7, 8], [9, 10, 11]]
 STEPS = 40  # more columns than a cache begins with
 NEVER = 28  # a token that is banned
-
-
-def network(
-    attention: str = "multi_head", position: str = "rotary", topology: str = "decoder", **rest: Any
-) -> Backbone:
-    torch.manual_seed(0)
-    cross = attention if topology == "encoder_decoder" and attention in ("linear", "low_rank") else "multi_head"
-    net = Backbone(
-        vocab_size=29,
-        dim=16,
-        num_layers=2,
-        topology=topology,  # type: ignore[arg-type]
-        max_length=64,
-        attention=plugin("attention", attention, **rest),
-        cross_attention=plugin("attention", cross),
-        position=plugin("position", position),
-        feedforward=plugin("feedforward", "gelu"),
-        norm=plugin("norm", "rms"),
-    )
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(8)  # an untrained network would be undecided everywhere
-    return net.eval()
 
 
 @torch.no_grad()
@@ -68,7 +45,7 @@ def greedy(net: Backbone, prompts: list[list[int]], eos_id: int = NEVER, **rest:
 )
 def test_long_ragged_greedy_equals_full_passes(attention: str, position: str) -> None:
     rest: dict[str, Any] = {"window": 7} if attention == "sliding_window" else {}
-    net = network(attention, position, **rest)
+    net = decided(attention, position=position, **rest)
     assert greedy(net, PROMPTS) == [plain(net, prompt, STEPS) for prompt in PROMPTS]
     assert greedy(net, PROMPTS[1:2]) == [plain(net, PROMPTS[1], STEPS)]
 
@@ -77,7 +54,7 @@ def test_long_ragged_greedy_equals_full_passes(attention: str, position: str) ->
 def test_rows_that_end_are_left_out(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """Whatever the first token is that ends a row, and however seldom the host looks."""
     monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", every)
-    net = network()
+    net = decided()
     whole = greedy(net, PROMPTS)
     for eos in {token for row in whole for token in row}:
         expected = [row[: row.index(eos)] if eos in row else row for row in whole]
@@ -88,7 +65,7 @@ def test_rows_that_end_are_left_out(monkeypatch: pytest.MonkeyPatch, every: int)
 
 
 def test_rows_are_left_out_where_texts_outgrow_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, options = network("lstm"), DecodingOptions(max_new_tokens=150, temperature=1.0, seed=3)
+    net, options = decided("lstm"), DecodingOptions(max_new_tokens=150, temperature=1.0, seed=3)
     found = generate(net, PROMPTS, options, eos_id=NEVER, banned=[NEVER])
     assert [len(row) for row in found] == [150] * 3
     monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", 11)
@@ -96,7 +73,7 @@ def test_rows_are_left_out_where_texts_outgrow_the_context(monkeypatch: pytest.M
 
 
 def test_weights_lie_by_columns_only_meanwhile() -> None:
-    net, ids = network("lstm"), torch.tensor([[3, 4, 5]])
+    net, ids = decided("lstm"), torch.tensor([[3, 4, 5]])
     before = {name: (p.data_ptr(), p.stride()) for name, p in net.named_parameters()}
     expected = net.decode(ids, Sequence.dense(3))
     with pytest.raises(KeyError), laid_out(net):
@@ -110,7 +87,7 @@ def test_weights_lie_by_columns_only_meanwhile() -> None:
 
 
 def test_training_goes_on_after_generation() -> None:
-    net = network("lstm")
+    net = decided("lstm")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         greedy(net, PROMPTS)
@@ -131,7 +108,8 @@ def test_only_plain_float_matrices_on_a_cpu_are_copied() -> None:
 @pytest.mark.parametrize("attention", ["multi_head", "grouped_query", "latent", "linear", "low_rank", "lstm"])
 def test_beams_of_several_texts_are_those_of_each_alone(attention: str) -> None:
     """Though texts end at different steps, and memories are not reordered with the beams."""
-    net = network(attention, topology="encoder_decoder")
+    cross = attention if attention in ("linear", "low_rank") else "multi_head"
+    net = decided(attention, "encoder_decoder", cross=cross)
     source = torch.tensor([[3, 4, 5, 6], [7, 8, 1, 1], [9, 2, 12, 1]])
     lengths = [4, 2, 3]
     segments = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
@@ -144,7 +122,7 @@ def test_beams_of_several_texts_are_those_of_each_alone(attention: str) -> None:
 
 
 def test_broken_scores_are_told_of() -> None:
-    net = network()
+    net = decided()
     net.embedding.weight.data[3] = float("nan")
     with pytest.raises(UserError, match="NaN or infinite"):
         generate(net, [[3]], DecodingOptions(max_new_tokens=4), eos_id=NEVER)

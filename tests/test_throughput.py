@@ -29,12 +29,12 @@ def test_flops_of_a_step_are_those_that_torch_counts(text: Path, tmp_path: Path)
     batch = {"ids": ids, "targets": ids}
     meter = Meter(model)
     meter.add(batch)
-    assert meter.tokens == 96
+    assert meter.totals().tokens == 96
     with FlopCounterMode(display=False) as counter:
         model.head.loss(model.network, batch).total.backward()
     # torch does not count its CPU kernel of attention: two products over half of the pairs of positions, three times.
     mixing = 3 * (4 * 32 * 64 / 2) * 2 * ids.numel()
-    assert meter.flops == pytest.approx(counter.get_total_flops() + mixing, rel=0.005)
+    assert meter.totals().flops == pytest.approx(counter.get_total_flops() + mixing, rel=0.005)
 
 
 def test_both_sides_of_a_translation_count() -> None:
@@ -46,7 +46,7 @@ def test_both_sides_of_a_translation_count() -> None:
     meter = Meter(model)
     cost = model.meta_network(restored=True).flops_per_position(8)
     meter.add({"source": torch.zeros(3, 8, dtype=torch.long), "targets": torch.zeros(3, 8, dtype=torch.long)})
-    assert meter.flops == pytest.approx(3 * 24 * cost)
+    assert meter.totals().flops == pytest.approx(3 * 24 * cost)
 
 
 def test_rates_are_logged_with_the_loss(text: Path, tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_pauses_do_not_count() -> None:
     model = llmkit.LanguageModel(head=llmkit.plugin("head", "generation"), dim=16, num_layers=1, context=8)
     model.tokenizer = llmkit.plugin("tokenizer", "byte")()
     meter = Meter(model)
-    before = meter.seconds
+    before = meter.totals().seconds
     meter.pause(5.0)
-    assert meter.seconds < before + 1 - 5
+    assert meter.totals().seconds < before + 1 - 5
 
 
 def test_the_peak_and_the_memory_are_of_this_machine() -> None:
