@@ -49,11 +49,11 @@ def main() -> None:
         for variant in variants:
             measured = slope(upper, [median(times[f"{variant} {size}"]) for size in upper])
             counted = slope(upper, [operations[f"{variant} {size}"] for size in upper])
-            each = (f"{size}: {1e3 * median(times[f'{variant} {size}']):.1f}" for size in sizes)
+            each = ", ".join(f"{1e3 * median(times[f'{variant} {size}']):.1f}" for size in sizes)
             report.add(
-                f"{axis} {upper[0]} to {upper[-1]}", variant, round(measured, 3), "exponent",
+                f"{axis} {upper[0]} to {upper[-1]}", variant, round(measured, 3), f"exponent (ms: {each})",
                 goal=f"{counted:.2f} counted", met=measured <= counted + ABOVE,
-                note=f"ms a step at {', '.join(each)}",
+                note=f"the times are those of a step at {axis} {', '.join(map(str, sizes))}",
             )  # fmt: skip
     report.close()
 

@@ -20,6 +20,7 @@ from llmkit.contracts import (
     State,
     Topology,
 )
+from llmkit.cpu import use_cpu_layers
 from llmkit.errors import UserError
 from llmkit.registry import target_of
 
@@ -158,6 +159,7 @@ class Backbone(nn.Module, Network):
             self.decoder, self.decoder_norm = stack("causal", two_sided), final(dim)
         self.output = nn.Linear(dim, vocab_size, bias=False) if not tie_embeddings and topology != "encoder" else None
         self._initialise(num_layers * (3 if two_sided else 2))
+        use_cpu_layers(self)
 
     def _initialise(self, residual_parts: int) -> None:
         """Set N(0, 0.02), with residual outputs scaled down by their number (GPT-2: Radford et al. 2019)."""

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llmkit.contracts import IGNORE, Loss
+from llmkit.cpu import times
 
 CHUNK_ELEMENTS = 2**22  # scores held at once: 512 rows at a vocabulary of 8192
 
@@ -52,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(1, CHUNK_ELEMENTS // vocab)
             for start in range(0, len(targets), rows):
                 span = slice(start, start + rows)
-                scores = (hidden_low[span] @ weight_low.T).to(exact)
+                scores = times(hidden_low[span], weight_low).to(exact)
                 kept = targets[span] != IGNORE
                 wanted = targets[span].clamp(min=0)[:, None]
                 # The softmax is one pass of a fast kernel, and its largest value tells the logarithm of its sum.
@@ -70,13 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(-1, wanted, torch.full_like(norm, smoothing - 1))
                 grad_low = grad.mul_(kept[:, None]).to(low)
                 if grad_hidden is not None:
-                    grad_hidden[span] = (grad_low @ weight_low).to(hidden.dtype)
+                    grad_hidden[span] = times(grad_low, weight_low.T).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad_low.T @ hidden_low[span]
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from llmkit.contracts import Batch
+from llmkit.cpu import times
 from llmkit.module import LanguageModel
 
 LOGGED = ("tokens_per_second", "mfu", "memory_gib")
@@ -29,7 +30,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        float((left @ left)[0, 0])  # waits for the device
+        float(times(left, left)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2.0 * size**3 / min(seconds)
 

@@ -12,22 +12,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmkit.cpu import computed_again
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x over its root mean square along the last dimension, (..., D), times a weight, (D,)."""
     if _plain(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    y, inverse = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return computed_again(y, _scaled, x, inverse, weight)
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """Return max(x, 0) squared."""
     if _plain(x):
         return F.relu(x).square()
-    y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
-    return y
+    y, positive = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return computed_again(y, torch.square, positive)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,19 +60,25 @@ def _swapped(x: Tensor) -> Tensor:
     return x.roll(x.shape[-1] // 2, -1)
 
 
+def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return (x * inverse).mul_(weight)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        y: Tensor = (x * inverse).mul_(weight)
-        return y
+        ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)
+        return _scaled(x, inverse, weight), inverse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, inverse, weight = ctx.saved_tensors
-        (grad,) = grads
+        grad = grads[0]
         size = x.shape[-1]
         # With n = x / rms: d weight = sum of grad n; d x = (grad weight - n mean(grad weight n)) / rms.
         product = (grad * x).reshape(-1, size)
@@ -81,10 +90,12 @@ class _RMSNorm(torch.autograd.Function):
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         positive = x.clamp_min(0)
         ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.mark_non_differentiable(positive)
+        ctx.set_materialize_grads(False)
+        return positive * positive, positive
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
