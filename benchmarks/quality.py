@@ -157,10 +157,12 @@ def main() -> None:
             steps = f"{facts['seconds']:.1f} s for {STEPS} steps"
             report.add(case, name, round(facts["loss"], 4), f"nats, {steps}")
         return report.close()
-    own = [take_turns({OURS: functools.partial(ours, words=[])}, 1, warm=0)[OURS].facts for _ in range(2)]
-    plain = take_turns({"recipe": recipe}, 1, warm=0)["recipe"].facts
-    own.append(take_turns({OURS: functools.partial(ours, words=[])}, 1, warm=0)[OURS].facts)
-    seconds = statistics.median(facts["seconds"] for facts in own)
+    before, plain, after = (
+        take_turns({OURS: run}, 1, warm=0)[OURS].facts
+        for run in (functools.partial(ours, words=[]), recipe, functools.partial(ours, words=[]))
+    )
+    own = (before, after)
+    seconds = statistics.mean(facts["seconds"] for facts in own)
     worst = max(facts["loss"] for facts in own)
     share = seconds / plain["seconds"]
     name = "nanoGPT's recipe, 2,000 steps"

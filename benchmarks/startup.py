@@ -6,7 +6,7 @@ Every turn is a new process, whose CPU time is taken as the system counts it, th
 fit is configs/quickstart.yaml with a model of 2 layers, 64 wide, on one file of 100 kB and with an empty cache, so that
 a tokenizer is trained and the text encoded too; a callback ends it after its first step. It stands beside ``import
 torch, lightning.pytorch`` alone, which it needs in any case, ended in the same way. What else is installed counts:
-Lightning looks for transformers, scipy and others and imports them. The peers' commands are asked for their help.
+Lightning looks for transformers, scipy and others and imports them. litgpt's command is asked for its help.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ending(pl.Callback):
     def on_train_batch_end(self, *args):
         os._exit(0)
 """
-PEERS = {"litgpt": ["-m", "litgpt", "--help"], "joeynmt": ["-m", "joeynmt", "--help"]}
+PEERS = {"litgpt": ["-m", "litgpt", "--help"]}
 
 
 def seconds(words: list[str], folder: Path, **environment: str) -> float:

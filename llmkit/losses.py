@@ -11,7 +11,14 @@ from torch.autograd.function import once_differentiable
 from llmkit.contracts import IGNORE, Loss
 from llmkit.cpu import times
 
-CHUNK_ELEMENTS = 2**22  # scores held at once: 512 rows at a vocabulary of 8192
+CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
+CHUNK_ELSEWHERE = 2**26  # an accelerator wants large products: 1,334 rows at a vocabulary of 50304
+
+
+def rows_at_once(weight_VD: Tensor) -> int:
+    """Return for how many rows the scores over the vocabulary are held at once."""
+    elements = CHUNK_ELEMENTS if weight_VD.device.type == "cpu" else CHUNK_ELSEWHERE
+    return max(1, elements // len(weight_VD))
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0) -> Loss:
@@ -51,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         vocab = weight.shape[0]
         with torch.autocast(device, enabled=False):
-            rows = max(1, CHUNK_ELEMENTS // vocab)
+            rows = rows_at_once(weight)
             for start in range(0, len(targets), rows):
                 span = slice(start, start + rows)
                 scores = times(hidden_low[span], weight_low).to(exact)
@@ -74,7 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[span] = times(grad_low, weight_low.T).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += grad_low.T @ hidden_low[span]
+                    if low == exact:
+                        grad_weight.addmm_(grad_low.T, hidden_low[span])
+                    else:
+                        grad_weight += grad_low.T @ hidden_low[span]
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

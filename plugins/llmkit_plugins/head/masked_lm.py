@@ -22,7 +22,7 @@ from llmkit.contracts import (
     segments_of,
 )
 from llmkit.errors import UserError
-from llmkit.losses import CHUNK_ELEMENTS, linear_cross_entropy
+from llmkit.losses import linear_cross_entropy, rows_at_once
 from llmkit.metrics import MeanLoss, Perplexity
 from llmkit_plugins.head.generation import special_ids
 
@@ -135,7 +135,7 @@ class MaskedLM(Head):
         loss = linear_cross_entropy(hidden_ND, weight_VD, tokens_N)
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
-        rows = max(1, CHUNK_ELEMENTS // len(weight_VD))
+        rows = rows_at_once(weight_VD)
         for states, tokens in zip(hidden_ND.split(rows), tokens_N.split(rows), strict=True):
             best = (states @ weight_VD.to(states.dtype).T).argmax(-1)
             metrics["accuracy"].update((best == tokens).float())
