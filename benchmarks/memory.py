@@ -10,11 +10,12 @@ whatever else a step takes.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 from kit import OURS, Report, arguments
 from peers import PEERS, Shape
 from train import batches, ours
-from turns import Seat, plain, step_of, take_turns
+from turns import Outcome, Seat, plain, step_of, take_turns
 
 SHAPES = [Shape(6, 384, 6, 256, 12, vocab) for vocab in (8192, 50304)]
 TINY = Shape(1, 16, 2, 8, 2, 65)
@@ -47,18 +48,24 @@ class _Nobody:
         return "stop"
 
 
+def measured(shape: Shape) -> dict[str, Outcome]:
+    """Let each contestant take its step."""
+    contestants = {
+        OURS: functools.partial(trained_by_us, shape=shape),
+        **{peer: functools.partial(trained_by, peer=peer, shape=shape) for peer in PEERS},
+    }
+    return take_turns(contestants, cycles=1, warm=0)
+
+
 def main() -> None:
     """Measure both vocabularies."""
     args = arguments(__doc__)
     report = Report("memory", args.json)
     peaks: dict[str, list[int]] = {}
     parameters = []
-    for shape in SHAPES:
-        contestants = {
-            OURS: functools.partial(trained_by_us, shape=shape),
-            **{peer: functools.partial(trained_by, peer=peer, shape=shape) for peer in PEERS},
-        }
-        found = take_turns(contestants, cycles=1, warm=0)
+    with ThreadPoolExecutor() as both:  # nothing is timed
+        outcomes = list(both.map(measured, SHAPES))
+    for shape, found in zip(SHAPES, outcomes, strict=True):
         parameters.append(found[OURS].facts["parameters"])
         own = found[OURS].facts["peak"]
         for name, outcome in found.items():

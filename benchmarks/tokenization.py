@@ -3,9 +3,9 @@
     python benchmarks/tokenization.py
 
 The vocabulary of a corpus is the 8,192 pieces that llmkit trains on it; all use it and give equal ids, which is
-checked. A turn builds the tokenizer from what was learned and encodes the corpus once, as a data module does. Texts
-come as a data module reads them: a text file in pieces of 256 Ki characters, or 1,000 lines at a time. wikitext-2 has
-spaces around its punctuation, which favours llmkit, which remembers words and what else stands between spaces;
+checked. A turn builds the tokenizer from what was learned and encodes the first million characters of the corpus once,
+as a data module does: a text file in pieces of 256 Ki characters, or 1,000 lines at a time. wikitext-2 has spaces
+around its punctuation, which favours llmkit, which remembers words and what else stands between spaces;
 tinyshakespeare and Multi30k have not; chnsenticorp, Chinese reviews, has hardly any, so that nothing can be remembered.
 ``tokenizers`` is called by its fast batch method, transformers as ``tokenizer(texts)``. ``to a token file`` is what
 ``llmkit fit`` does before its first step: read the file, encode it, write the ids.
@@ -95,10 +95,10 @@ def corpora() -> dict[str, list[list[str]]]:
     """Return texts, in the groups in which they are encoded."""
     found = {}
     for name, file in {"wikitext-2": "wikitext-2/train.txt", "tinyshakespeare": "tinyshakespeare/input.txt"}.items():
-        text = (DATA / file).read_text("utf-8")[:2_000_000]
+        text = (DATA / file).read_text("utf-8")[:1_000_000]
         found[name] = [[text[at : at + 2**18]] for at in range(0, len(text), 2**18)]
     for name, file in {"Multi30k": "multi30k/train.en", "chnsenticorp": "chnsenticorp/train.tsv"}.items():
-        lines = (DATA / file).read_text("utf-8").splitlines()
+        lines = (DATA / file).read_text("utf-8")[:1_000_000].splitlines()
         found[f"{name}, by line"] = [lines[at : at + 1000] for at in range(0, len(lines), 1000)]
     return found
 
