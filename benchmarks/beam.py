@@ -3,7 +3,7 @@
     python benchmarks/beam.py
     python benchmarks/beam.py --device cuda
 
-3 + 3 layers, 256 wide, vocabulary 8,192, beams of 5, one batch of 16 sources about as long as Multi30k's (13 words, 4
+3 + 3 layers, 256 wide, vocabulary 8,192, beams of 5, one batch of 32 sources about as long as Multi30k's (13 words, 4
 to 30). Each goes from lists of ids through the encoder and its search to lists of ids. The peers get llmkit's weights
 and so compute the same scores: JoeyNMT with norms before the branches, Marian with norms after them, each beside a
 llmkit network of that kind. The weights are drawn, not trained: a word is likely to be followed by one of four others,
@@ -31,7 +31,7 @@ from llmkit.registry import plugin
 
 LAYERS, DIM, HEADS, VOCAB, BEAMS = 3, 256, 4, 8192, 5
 UNK, PAD, BOS, EOS, FIRST = 0, 1, 2, 3, 4  # JoeyNMT's numbers; FIRST is the first word
-SENTENCES, MOST = 16, 60
+SENTENCES, MOST = 32, 60
 GOAL = 1.5
 
 Translate = Callable[[list[list[int]]], list[list[int]]]

@@ -1,4 +1,4 @@
-"""Speed of byte-level BPE: llmkit's tokenizer beside tiktoken, ``tokenizers`` and transformers on the same real text.
+"""Speed of byte-level BPE: llmkit's tokenizer beside tiktoken and ``tokenizers`` on the same real text.
 
     python benchmarks/tokenization.py
 
@@ -7,7 +7,7 @@ checked. A turn builds the tokenizer from what was learned and encodes the first
 as a data module does: a text file in pieces of 256 Ki characters, or 1,000 lines at a time. wikitext-2 has spaces
 around its punctuation, which favours llmkit, which remembers words and what else stands between spaces;
 tinyshakespeare and Multi30k have not; chnsenticorp, Chinese reviews, has hardly any, so that nothing can be remembered.
-``tokenizers`` is called by its fast batch method, transformers as ``tokenizer(texts)``. ``to a token file`` is what
+``tokenizers``, which transformers calls too, is called by its fast batch method. ``to a token file`` is what
 ``llmkit fit`` does before its first step: read the file, encode it, write the ids.
 """
 
@@ -47,16 +47,6 @@ def tokenizers(state: str) -> Encode:
     return lambda texts: [found.ids for found in hf.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def transformers(state: str) -> Encode:
-    """Return a fast tokenizer of transformers."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    model = Tokenizer.from_str(json.dumps(json.loads(state)["model"]))
-    hf = PreTrainedTokenizerFast(tokenizer_object=model)  # type: ignore[no-untyped-call]
-    return lambda texts: hf(texts, add_special_tokens=False)["input_ids"]
-
-
 def tiktoken(state: str) -> Encode:
     """Return tiktoken with the same pieces; it merges by the rank of the result, which is the id."""
     from tiktoken import Encoding
@@ -70,9 +60,7 @@ def tiktoken(state: str) -> Encode:
     return lambda texts: [encoding.encode_ordinary(text) for text in texts]
 
 
-PEERS: dict[str, Callable[[str], Encode]] = {
-    "tiktoken": tiktoken, "tokenizers": tokenizers, "transformers": transformers,
-}  # fmt: skip
+PEERS: dict[str, Callable[[str], Encode]] = {"tiktoken": tiktoken, "tokenizers": tokenizers}
 
 
 def encoded(make: Callable[[str], Encode], state: str, groups: list[list[str]]) -> list[list[int]]:
