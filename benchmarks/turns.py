@@ -84,7 +84,7 @@ def take_turns(
     Raises:
         RuntimeError: when a contestant fails otherwise than by a missing package.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # what the script imports is imported once
     outcomes = {name: Outcome() for name in contestants}
     pipes: dict[str, Connection] = {}
     processes = []
