@@ -75,7 +75,7 @@ def network(norm_first: bool, device: str) -> Backbone:
 
 def ending(net: Backbone) -> Tensor:
     """Return the end symbol's row: the nearest linear map from hidden states to a score that rises past the source."""
-    inputs = sources(256, seed=1)
+    inputs = sources(128, seed=1)
     ids, segments = padded(inputs, PAD), segments_of([len(row) for row in inputs])
     memory = net.encode(ids, Sequence.of(ids, segments))
     written = torch.full((len(ids), 1), BOS)
