@@ -24,8 +24,10 @@ pytestmark = pytest.mark.skipif(not cpu._X86, reason="torch has no such kernel o
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers each time, and no product so small that it would be left to torch."""
     torch.manual_seed(0)
+    monkeypatch.setattr(cpu, "LEAST", 1)
 
 
 def pair(bias: bool = True, inputs: int = 6, outputs: int = 5) -> tuple[Linear, nn.Linear]:
@@ -107,6 +109,13 @@ def test_elsewhere_torch_computes() -> None:
     assert ours.to("meta")(x.to("meta")).shape == (4, 5)
     compiled = torch.compile(pair()[0], backend="eager", fullgraph=True)
     assert compiled(x).shape == (4, 5)
+
+
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair()
+    monkeypatch.setattr(cpu, "LEAST", 4 * 6 * 5)
+    assert "_Linear" in str(ours(torch.randn(4, 6)).grad_fn)
+    assert "_Linear" not in str(ours(torch.randn(3, 6)).grad_fn)
 
 
 def test_a_second_gradient_is_refused_rather_than_wrong() -> None:
