@@ -20,7 +20,7 @@ from llmkit.cpu import Dropout, Linear, computed_again, times, use_cpu_layers
 from llmkit.losses import linear_cross_entropy
 from llmkit_plugins.elementwise import rms_norm, squared_relu
 
-pytestmark = pytest.mark.skipif(not cpu._X86, reason="torch has no such kernel on this processor")
+needs_kernel = pytest.mark.skipif(not cpu._X86, reason="torch has no such kernel on this processor")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,7 @@ def test_weights_that_lie_by_column() -> None:
         same(times(x, ours.weight), theirs(x.double()))
 
 
+@needs_kernel
 def test_elsewhere_torch_computes() -> None:
     ours, _ = pair()
     x = torch.randn(4, 6)
@@ -111,6 +112,7 @@ def test_elsewhere_torch_computes() -> None:
     assert compiled(x).shape == (4, 5)
 
 
+@needs_kernel
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = pair()
     monkeypatch.setattr(cpu, "LEAST", 4 * 6 * 5)
@@ -118,6 +120,7 @@ def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> No
     assert "_Linear" not in str(ours(torch.randn(3, 6)).grad_fn)
 
 
+@needs_kernel
 def test_a_second_gradient_is_refused_rather_than_wrong() -> None:
     ours, _ = pair()
     x = torch.randn(4, 6, requires_grad=True)
@@ -181,6 +184,7 @@ SOURCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@needs_kernel
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_is_computed_again_gives_the_same_gradients_and_is_not_kept(name: str) -> None:
     found: list[list[Tensor]] = []
@@ -218,6 +222,7 @@ def test_a_value_changed_in_place_is_kept() -> None:
     same(layer.weight.grad, (2 * x + 1).sum(0).expand(5, 6))
 
 
+@needs_kernel
 def test_a_source_changed_in_place_is_told() -> None:
     layer = nn.Linear(6, 5, bias=False)
     use_cpu_layers(layer)
