@@ -28,6 +28,8 @@ from llmkit import LanguageModel, main
 
 Step = Callable[[], Any]
 """Does one training step."""
+PRELOADED = ("turns", "litgpt", "x_transformers", "transformers.models.gpt2.modeling_gpt2", "joeynmt.model")
+"""What is imported once for all contestants of a script; what is not installed is passed over."""
 
 
 class Seat:
@@ -84,7 +86,8 @@ def take_turns(
     Raises:
         RuntimeError: when a contestant fails otherwise than by a missing package.
     """
-    context = multiprocessing.get_context("forkserver")  # what the script imports is imported once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     outcomes = {name: Outcome() for name in contestants}
     pipes: dict[str, Connection] = {}
     processes = []
@@ -177,6 +180,7 @@ def fit(seat: Seat, words: Sequence[str], block: int) -> None:
     Turns.seat, Turns.block = seat, block
     with tempfile.TemporaryDirectory() as folder:
         ends = ["--trainer.max_steps", "10000", "--trainer.val_check_interval", "10000", "--output", folder]
+        ends += ["--trainer.limit_val_batches", "1"]  # it comes after the last turn
         code = main.main(["fit", *words, *ends, "--imports", "turns", "--trainer.callbacks+=turns.Turns"])
     if code:
         raise RuntimeError(f"llmkit fit {' '.join(words)}: exit code {code}")
