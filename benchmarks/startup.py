@@ -71,12 +71,12 @@ def fit(folder: Path) -> float:
 
 
 def take_turns(runs: Mapping[str, Callable[[], float]], cycles: int) -> dict[str, list[float]]:
-    """Run each in turn, after a round that is not measured (files get into the system's memory)."""
+    """Run each in turn; every other cycle goes backwards."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for cycle in range(cycles + 1):
+    for cycle in range(cycles):
         for name in list(runs) if cycle % 2 else list(runs)[::-1]:
             found[name].append(runs[name]())
-    return {name: values[1:] for name, values in found.items()}
+    return found
 
 
 def main() -> None:

@@ -10,26 +10,33 @@ import dataclasses
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from kit import clock, quiet, silent
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+PEERS = ("litgpt", "x_transformers", "transformers.models.gpt2.modeling_gpt2", "joeynmt.model")
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Imports once what its contestants need; peers that are not installed are passed over."""
+CONTEXT.set_forkserver_preload(["kit", "lightning.pytorch", "llmkit.main", *PEERS])
+if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.name == "benchmarks":
+    forkserver.ensure_running()  # a script begins, not a test or a contestant: its own imports run meanwhile
 
-from llmkit import LanguageModel, main
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+from kit import clock, quiet, silent  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from llmkit import LanguageModel, main  # noqa: E402
 
 Step = Callable[[], Any]
 """Does one training step."""
-PRELOADED = ("turns", "litgpt", "x_transformers", "transformers.models.gpt2.modeling_gpt2", "joeynmt.model")
-"""What is imported once for all contestants of a script; what is not installed is passed over."""
 
 
 class Seat:
@@ -86,15 +93,13 @@ def take_turns(
     Raises:
         RuntimeError: when a contestant fails otherwise than by a missing package.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
     outcomes = {name: Outcome() for name in contestants}
     pipes: dict[str, Connection] = {}
     processes = []
     try:
         for name, run in contestants.items():
-            pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=_sit, args=(theirs, run, device), daemon=True))
+            pipes[name], theirs = CONTEXT.Pipe()
+            processes.append(CONTEXT.Process(target=_sit, args=(theirs, run, device), daemon=True))
             processes[-1].start()
             theirs.close()
         for name in contestants:
@@ -102,13 +107,17 @@ def take_turns(
             if said != "ready":
                 outcomes[name].missing = f"not installed ({said})"
                 pipes.pop(name).close()
-        for cycle in range(-warm, cycles):
+        for _ in range(warm):  # side by side
+            for pipe in pipes.values():
+                pipe.send("go")
+            for name, pipe in pipes.items():
+                _hear(pipe, name)
+        for cycle in range(cycles):
             for name in list(pipes)[:: 1 if cycle % 2 else -1]:
                 pipes[name].send("go")
                 seconds, wall = _hear(pipes[name], name)
-                if cycle >= 0:
-                    outcomes[name].seconds.append(seconds)
-                    outcomes[name].wall.append(wall)
+                outcomes[name].seconds.append(seconds)
+                outcomes[name].wall.append(wall)
         for name, pipe in pipes.items():
             pipe.send("stop")
             outcomes[name].facts = _hear(pipe, name)

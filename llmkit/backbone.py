@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -184,15 +184,51 @@ class Backbone(nn.Module, Network):
 
     def encode(self, ids_BT: Tensor, seq: Sequence) -> Memory:
         """Run the bidirectional encoder; returns its hidden states with the sequence."""
-        x_BTD = self._embed(ids_BT, seq)
-        for layer in self.encoder:
-            x_BTD = layer(x_BTD, seq, None, None, None)
-        return Memory(self.encoder_norm(x_BTD), seq)
+        if self._compiled_call_impl is None:
+            return Memory(self._encode(ids_BT, seq), seq)
+        return Memory(self("encode", ids_BT, _tensors(seq)), seq)
 
     def decode(
         self, ids_BT: Tensor, seq: Sequence, *, memory: Memory | None = None, state: list[State] | None = None
     ) -> Tensor:
         """Run the causal decoder and return its hidden states, (B, T, D)."""
+        # A step with a state is not compiled: the state has another shape at every token.
+        if self._compiled_call_impl is None or state is not None:
+            return self._decode(ids_BT, seq, memory, state)
+        read = None if memory is None else (memory.x_BSD, *_tensors(memory.seq))
+        hidden: Tensor = self("decode", ids_BT, _tensors(seq), read)
+        return hidden
+
+    def forward(
+        self,
+        part: Literal["encode", "decode"],
+        ids_BT: Tensor,
+        where: tuple[Tensor, Tensor | None],
+        read: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Return the hidden states of ``encode`` or ``decode``: what ``compile`` compiles.
+
+        All that goes in is tensors, for torch.compile would look at other objects anew in every step.
+
+        Args:
+            part: which of the two.
+            ids_BT: token ids.
+            where: positions and segments of the ids.
+            read: the memory to read, with its positions and segments.
+        """
+        if part == "encode":
+            return self._encode(ids_BT, Sequence(*where))
+        memory = None if read is None else Memory(read[0], Sequence(*read[1:], self.position))
+        return self._decode(ids_BT, Sequence(*where), memory, None)
+
+    def _encode(self, ids_BT: Tensor, seq: Sequence) -> Tensor:
+        x_BTD = self._embed(ids_BT, seq)
+        for layer in self.encoder:
+            x_BTD = layer(x_BTD, seq, None, None, None)
+        hidden: Tensor = self.encoder_norm(x_BTD)
+        return hidden
+
+    def _decode(self, ids_BT: Tensor, seq: Sequence, memory: Memory | None, state: list[State] | None) -> Tensor:
         x_BTD = self._embed(ids_BT, seq)
         for index, layer in enumerate(self.decoder):
             own, cross = (state[2 * index], state[2 * index + 1]) if state is not None else (None, None)
@@ -234,6 +270,10 @@ class Backbone(nn.Module, Network):
         total = sum(p.numel() for p in self.parameters())
         embedding = sum(p.numel() for name, p in self.named_parameters() if _is_embedding(name))
         return {"embedding": embedding, "non_embedding": total - embedding, "total": total}
+
+
+def _tensors(seq: Sequence) -> tuple[Tensor, Tensor | None]:
+    return seq.positions_BT, seq.segments_BT
 
 
 def _is_embedding(name: str) -> bool:
