@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                 two sizes on a CPU, vocabularies of 65 and 8,192
     python benchmarks/train.py --only small
+    python benchmarks/train.py --compile 1     all of them compiled by torch.compile
     python benchmarks/train.py --device cuda   GPT-2 of 124M parameters in bf16, all compiled, on one GPU
 
 llmkit runs ``llmkit fit`` with all its defaults (loader, logging, progress, checkpoints, clipping, the check for
@@ -30,7 +31,8 @@ CASES: dict[str, tuple[Shape, int, dict[str, float]]] = {
 }
 """For each case: the shape, steps a turn, the least ratio by peer."""
 GPU = {"gpt2": (Shape(12, 768, 12, 1024, 16, 50304), 10, dict.fromkeys(PEERS, 1.0))}
-ON_GPU = {"trainer.precision": "bf16-mixed", "trainer.accelerator": "gpu", "model.compile": "true"}
+ON_GPU = {"trainer.precision": "bf16-mixed", "trainer.accelerator": "gpu"}
+COMPILED = {"model.compile": "true"}
 NANOGPT = {
     "model.attention.qk_norm": "false",
     "model.position": "learned",
@@ -64,11 +66,12 @@ def ours(seat: Seat, shape: Shape, block: int, changes: dict[str, str]) -> None:
         fit(seat, [word for name, value in settings.items() for word in (f"--{name}", str(value))], block)
 
 
-def theirs(seat: Seat, peer: str, shape: Shape, block: int) -> None:
+def theirs(seat: Seat, peer: str, shape: Shape, block: int, compiled: bool) -> None:
     """Train a peer's model of a shape by a plain loop."""
     model, loss = PEERS[peer](shape)
-    if seat.device == "cuda":
-        model.to("cuda").compile()
+    model.to(seat.device)
+    if compiled:
+        model.compile()
     dtype = torch.bfloat16 if seat.device == "cuda" else torch.float32
     plain(seat, step_of(model, loss, batches(shape, device=seat.device), dtype=dtype), block)
 
@@ -88,19 +91,20 @@ def batches(shape: Shape, number: int = 8, device: str = "cpu") -> list[tuple[to
 
 def main() -> None:
     """Measure every case."""
-    args = arguments(__doc__, only="", plain=0)
+    args = arguments(__doc__, only="", plain=0, compile=0)
     report = Report("train", args.json)
     gpu = args.device == "cuda"
+    compiled = gpu or bool(args.compile)
+    settings = {**(ON_GPU if gpu else {}), **(COMPILED if compiled else {})}
     for name, (shape, block, goals) in (GPU if gpu else CASES).items():
         if args.only not in name:
             continue
         run = functools.partial(functools.partial, ours, shape=shape, block=block)
-        settings = ON_GPU if gpu else {}
         contestants: dict[str, Callable[[Seat], None]] = {OURS: run(changes=settings)}
         if args.plain:
             contestants["plain GPT-2 shape"] = run(changes={**NANOGPT, **settings})
         for peer in PEERS:
-            contestants[peer] = functools.partial(theirs, peer=peer, shape=shape, block=block)
+            contestants[peer] = functools.partial(theirs, peer=peer, shape=shape, block=block, compiled=compiled)
         found = take_turns({**contestants, "GEMM": functools.partial(gemm, block=20)}, args.cycles, device=args.device)
         peak = Gemm(args.device, repeats=20).seconds(1.0, found.pop("GEMM").seconds)
         flops = found[OURS].facts["flops"] * shape.batch * shape.context

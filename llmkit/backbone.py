@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import (
@@ -184,20 +185,24 @@ class Backbone(nn.Module, Network):
 
     def encode(self, ids_BT: Tensor, seq: Sequence) -> Memory:
         """Run the bidirectional encoder; returns its hidden states with the sequence."""
-        if self._compiled_call_impl is None:
-            return Memory(self._encode(ids_BT, seq), seq)
-        return Memory(self("encode", ids_BT, _tensors(seq)), seq)
+        if self._runs_compiled:
+            return Memory(self("encode", ids_BT, _tensors(seq)), seq)
+        return Memory(self._encode(ids_BT, seq), seq)
 
     def decode(
         self, ids_BT: Tensor, seq: Sequence, *, memory: Memory | None = None, state: list[State] | None = None
     ) -> Tensor:
         """Run the causal decoder and return its hidden states, (B, T, D)."""
-        # A step with a state is not compiled: the state has another shape at every token.
-        if self._compiled_call_impl is None or state is not None:
+        if not self._runs_compiled or state is not None:
             return self._decode(ids_BT, seq, memory, state)
         read = None if memory is None else (memory.x_BSD, *_tensors(memory.seq))
         hidden: Tensor = self("decode", ids_BT, _tensors(seq), read)
         return hidden
+
+    @property
+    def _runs_compiled(self) -> bool:
+        """Whether ``compile`` was called and this is training: other passes have too many shapes of their own."""
+        return self._compiled_call_impl is not None and torch.is_grad_enabled()
 
     def forward(
         self,
@@ -206,9 +211,9 @@ class Backbone(nn.Module, Network):
         where: tuple[Tensor, Tensor | None],
         read: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """Return the hidden states of ``encode`` or ``decode``: what ``compile`` compiles.
+        """Return the hidden states of ``encode`` or ``decode``: what ``compile`` has compiled, for training.
 
-        All that goes in is tensors, for torch.compile would look at other objects anew in every step.
+        Only tensors go in, for torch.compile would look at other objects anew in every step.
 
         Args:
             part: which of the two.
@@ -220,6 +225,11 @@ class Backbone(nn.Module, Network):
             return self._encode(ids_BT, Sequence(*where))
         memory = None if read is None else Memory(read[0], Sequence(*read[1:], self.position))
         return self._decode(ids_BT, Sequence(*where), memory, None)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Have training passes compiled by ``torch.compile``, which gets the arguments."""
+        # Without the hooks around ``forward``: FSDP has the same ones around ``encode`` and ``decode``.
+        self._compiled_call_impl = torch.compile(self.forward, *args, **kwargs)
 
     def _encode(self, ids_BT: Tensor, seq: Sequence) -> Tensor:
         x_BTD = self._embed(ids_BT, seq)

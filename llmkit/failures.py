@@ -45,6 +45,8 @@ def explain(error: BaseException) -> Failure | None:
     for found in chain:
         if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
             return _disk_full(found)
+        if type(found).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            return _not_compiled(found)
     for found in chain:
         text = _of_plugin(_raised(found), f"{type(found).__name__}: {found}") or _of_plugin(*_quoted(str(found)))
         if text:
@@ -69,6 +71,11 @@ def _disk_full(error: OSError) -> Failure:
     what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
     file = f", while writing {error.filename}" if error.filename else ""
     return Failure(f"llmkit: error: {what}{file}. Checkpoints that were written before are intact.", 2)
+
+
+def _not_compiled(error: BaseException) -> Failure:
+    told = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
+    return Failure(f"llmkit: error: model.compile: torch.compile failed: {told}. It can be left out.", 2)
 
 
 def _raised(error: BaseException) -> list[Frame]:

@@ -69,7 +69,7 @@ class LanguageModel(pl.LightningModule):
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
         tie_embeddings: use the embedding matrix as the output matrix.
-        compile: compile the network with torch.compile.
+        compile: compile training steps with torch.compile; evaluation and decoding stay as they are.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
             argument called ``total_steps`` that was left open is set to the run's number of steps.

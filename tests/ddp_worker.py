@@ -5,6 +5,7 @@ Started with ``LOCAL_RANK`` and the address of the other process in its environm
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def epoch_sums(head: str, file: str, cache: Path) -> list[list[float]]:
 
 
 if __name__ == "__main__":
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs without the wait for C++
     tasks = json.loads(Path(sys.argv[1]).read_text())
     for words in tasks["commands"]:
         code = main.main(words)

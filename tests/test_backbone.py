@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmkit.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.contracts import Attention, Memory, Sequence, State
@@ -136,10 +138,70 @@ def test_parameter_groups_decay_matrices_only() -> None:
     assert sum(len(group["params"]) for group in groups.values()) == len(list(net.parameters()))
 
 
-def test_compiled_network_gives_the_same_numbers() -> None:
-    net = build()
-    ids = torch.arange(10)[None]
+def trained(net: Backbone, seed: int) -> list[torch.Tensor]:
+    """Return hidden states of padded random rows and the gradients of their squares' sum."""
+    torch.manual_seed(seed)
+    source, target = torch.randint(29, (3, 7)), torch.randint(29, (3, 5))
+    segments = torch.ones_like(source)
+    segments[1, 4:] = 0
+    memory = None if net.topology == "decoder" else net.encode(source, Sequence.of(source, segments))
+    found = [] if memory is None else [memory.x_BSD]
+    if net.topology != "encoder":
+        found.append(net.decode(target, Sequence.of(target), memory=memory))
+    torch.stack([hidden.square().sum() for hidden in found]).sum().backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    return [*found, *gradients]
+
+
+def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBackend:
+    """Compile a network and return what counts its graphs."""
+    torch._dynamo.reset()  # graphs of other tests' networks count towards torch's limit
+    counter = CompileCounterWithBackend(backend)
+    net.compile(backend=counter)
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("topology", "variant", "backend"),
+    [
+        ("decoder", "multi_head", "inductor"),
+        ("decoder", "sliding_window", "aot_eager"),
+        ("decoder", "linear", "aot_eager"),
+        ("decoder", "lstm", "aot_eager"),
+        ("encoder", "multi_head", "aot_eager"),
+        ("encoder_decoder", "multi_head", "aot_eager"),
+    ],
+)
+def test_a_compiled_network_trains_alike(topology: str, variant: str, backend: str) -> None:
+    net = build(topology, attention=variant)
+    plain = [trained(net, seed) for seed in (1, 2)]
+    counter = compiled(net, backend)
+    first = trained(net, 1)
+    graphs = counter.frame_count
+    assert graphs >= (2 if topology == "encoder_decoder" else 1)
+    torch.testing.assert_close([first, trained(net, 2)], plain, rtol=1e-4, atol=2e-4)
+    assert counter.frame_count == graphs, "compiled anew for a second batch of the same shapes"
+
+
+def test_only_training_is_compiled() -> None:
+    """Every length of a decoding state, every last batch and every mode would need a graph of its own."""
+    net = build("encoder_decoder")
+    counter = compiled(net)
+    ids = torch.arange(6)[None]
     with torch.no_grad():
-        plain = net.decode(ids, Sequence.dense(10))
-        compiled = torch.compile(net.decode)(ids, Sequence.dense(10))
-    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+        memory = net.encode(ids, Sequence.of(ids))
+        net.decode(ids, Sequence.of(ids), memory=memory)
+    net.decode(ids, Sequence.of(ids), memory=memory, state=net.init_state(1, 8))
+    assert counter.frame_count == 0
+
+
+def test_a_copy_of_a_compiled_network_has_weights_of_its_own() -> None:
+    net = build()
+    compiled(net)
+    other = copy.deepcopy(net)
+    before = trained(net, 1)
+    with torch.no_grad():
+        other.embedding.weight.zero_()
+    torch.testing.assert_close(trained(net, 1), before)
+    assert not torch.equal(trained(other, 1)[0], before[0])

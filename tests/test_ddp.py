@@ -52,17 +52,23 @@ class Run:
         one: rows of a batch and batches of a step, where one process trains.
         two: the same where two do, for each of them.
         strategy: how the two share the work.
+        only_two: options of the two besides.
     """
 
     def __init__(
-        self, words: Sequence[object], one: tuple[int, int], two: tuple[int, int], strategy: str = "ddp"
+        self,
+        words: Sequence[object],
+        one: tuple[int, int],
+        two: tuple[int, int],
+        strategy: str = "ddp",
+        only_two: Sequence[str] = (),
     ) -> None:
-        self.words, self.one, self.two, self.strategy = words, one, two, strategy
+        self.words, self.one, self.two, self.strategy, self.only_two = words, one, two, strategy, only_two
 
     def command(self, output: Path, processes: int) -> list[str]:
         """Return the words behind ``llmkit fit``."""
         rows, batches = self.one if processes == 1 else self.two
-        where = CPU if processes == 1 else (*TWO, self.strategy)
+        where = CPU if processes == 1 else (*TWO, self.strategy, *self.only_two)
         sizes = ("--data.batch_size", rows, "--trainer.accumulate_grad_batches", batches)
         words = (*self.words, *EXACT, *sizes, *where, "--trainer.val_check_interval", 2 * batches, "--output", output)
         return [str(word) for word in words]
@@ -89,6 +95,7 @@ def runs(data: Path) -> dict[str, Run]:
     labels += ["--model.head=classification", "--model.head.dropout=0"]
     return {
         "blocks sharded": Run(text, (4, 1), (2, 1), FSDP2),
+        "blocks sharded, compiled": Run(text, (4, 1), (2, 1), FSDP2, ("--model.compile", "true")),
         "classification": Run(labels, (23, 1), (12, 1)),
         "classification accumulated": Run(labels, (23, 1), (5, 3)),
         "classification sharded": Run(labels, (23, 1), (5, 3), FSDP2),
@@ -181,7 +188,13 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 
 
 NAMES = [
-    *("blocks sharded", "classification", "classification accumulated", "classification sharded"),
+    *(
+        "blocks sharded",
+        "blocks sharded, compiled",
+        "classification",
+        "classification accumulated",
+        "classification sharded",
+    ),
     "translation accumulated",
 ]
 

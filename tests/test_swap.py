@@ -16,6 +16,7 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmkit import DataModule, DecodingOptions, LanguageModel, UserError, load, plugin, registry
 
@@ -468,3 +469,38 @@ def test_infer_reads_lines_of_a_file(data: Path, tmp_path: Path) -> None:
     assert from_file == done("infer", result.checkpoint, *rows).out
     assert from_file.count("\n") == len(rows)
     assert llmkit("infer", result.checkpoint, "--input", data / "rows.txt", "--json").out.count("\n") == len(rows)
+
+
+# model.compile
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    torch._dynamo.reset()  # graphs of other tests' networks count towards torch's limit
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+
+@pytest.mark.parametrize("head", ["generation", "classification", "translation"])
+def test_compile_is_one_key(head: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounterWithBackend("eager")
+    compile_with(monkeypatch, counter)
+    exact = ("--trainer.precision", "32-true", "--trainer.accelerator", "cpu")
+    plain = fit(data, tmp_path / "plain", *exact, head=head)
+    assert counter.frame_count == 0
+    compiled = fit(data, tmp_path / "compiled", *exact, "--model.compile", "true", head=head)
+    assert counter.frame_count > 0
+    found, wanted = (json.loads((run.folder / "results.json").read_text()) for run in (compiled, plain))
+    assert found["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-5)
+    model = load(compiled.folder / "checkpoints" / "last.ckpt")
+    assert model.net is not None and not model.net._runs_compiled
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    compile_with(monkeypatch, missing)
+    words = (*of_head("generation", data), *TINY, "--output", tmp_path, "--model.compile", "true")
+    result = llmkit("fit", *words)
+    assert result.code == 2
+    assert "model.compile: torch.compile failed: " in result.err and "no compiler found" in result.err
+    assert "Traceback" not in result.err and "It can be left out." in result.err

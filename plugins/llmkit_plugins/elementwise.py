@@ -41,6 +41,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: the angles' cosine, twice: (..., E).
         sin: minus the angles' sine, then their sine: (..., E).
     """
+    if torch.compiler.is_compiling():  # halves become one fast loop, rolled channels do not
+        (a, b), half = x.chunk(2, -1), x.shape[-1] // 2
+        cos, sin = cos[..., :half], sin[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
     if _plain(x):
         return torch.addcmul(x * cos, _swapped(x), sin).to(x.dtype)
     y: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
