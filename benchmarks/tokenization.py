@@ -4,11 +4,10 @@
 
 The vocabulary of a corpus is the 8,192 pieces that llmkit trains on it; all use it and give equal ids, which is
 checked. A turn builds the tokenizer from what was learned and encodes the first million characters of the corpus once,
-as a data module does: a text file in pieces of 256 Ki characters, or 1,000 lines at a time. wikitext-2 has spaces
-around its punctuation, which favours llmkit, which remembers words and what else stands between spaces;
-tinyshakespeare and Multi30k have not; chnsenticorp, Chinese reviews, has hardly any, so that nothing can be remembered.
-``tokenizers``, which transformers calls too, is called by its fast batch method. ``to a token file`` is what
-``llmkit fit`` does before its first step: read the file, encode it, write the ids.
+as a data module does: a text file in pieces of 256 Ki characters, or 1,000 lines at a time. llmkit encodes by tiktoken
+where the ids are sure to be those of ``tokenizers``; the rest of its time goes into making sure. ``tokenizers``, which
+transformers calls too, is called by its fast batch method. ``to a token file`` is what ``llmkit fit`` does before its
+first step: read the file, encode it, write the ids.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
 
-from .pieces import Encoder
+from .byte_pairs import Encoder
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
 NO_TEXT = "no text to train the tokenizer on"
