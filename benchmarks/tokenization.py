@@ -23,10 +23,9 @@ from kit import DATA, OURS, Report, arguments, find, interleave, timed
 
 from llmkit import DataModule, plugin
 from llmkit_plugins.tokenizer import BPE
+from llmkit_plugins.tokenizer.byte_pairs import WORDS, bytes_by_character
 
 Encode = Callable[[list[str]], list[list[int]]]
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""GPT-2's words, for tiktoken."""
 RATE, TRAINING = 3.0, 30.0
 """The goals: MB of text encoded in a CPU second, at least; CPU seconds of training, at most."""
 
@@ -50,12 +49,10 @@ def tiktoken(state: str) -> Encode:
     """Return tiktoken with the same pieces; it merges by the rank of the result, which is the id."""
     from tiktoken import Encoding
 
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that a vocabulary writes as themselves
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = bytes_by_character()
     vocab: dict[str, int] = json.loads(state)["model"]["model"]["vocab"]
     ranks = {bytes(map(byte_of.__getitem__, piece)): i for piece, i in vocab.items() if byte_of.keys() >= set(piece)}
-    encoding = Encoding("bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoding = Encoding("bench", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
     return lambda texts: [encoding.encode_ordinary(text) for text in texts]
 
 

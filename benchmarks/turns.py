@@ -1,7 +1,7 @@
 """Training runs that take turns, each in a process of its own, so that none profits from what another one set up.
 
 A contestant is a function that is given a ``Seat``. It builds what it needs and then does a block of steps at each of
-its turns; only one process works at a time, and each reads its own clock.
+its turns; but for the warm-up only one process works at a time, and each reads its own clock.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PEERS = ("litgpt", "x_transformers", "transformers.models.gpt2.modeling_gpt2", "joeynmt.model")
+PEER_MODULES = ("litgpt", "x_transformers", "transformers.models.gpt2.modeling_gpt2", "joeynmt.model")
 CONTEXT = multiprocessing.get_context("forkserver")
 """Imports once what its contestants need; peers that are not installed are passed over."""
-CONTEXT.set_forkserver_preload(["kit", "lightning.pytorch", "llmkit.main", *PEERS])
+CONTEXT.set_forkserver_preload(["kit", "lightning.pytorch", "llmkit.main", *PEER_MODULES])
 if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.name == "benchmarks":
     forkserver.ensure_running()  # a script begins, not a test or a contestant: its own imports run meanwhile
 
@@ -189,7 +189,7 @@ def fit(seat: Seat, words: Sequence[str], block: int) -> None:
     Turns.seat, Turns.block = seat, block
     with tempfile.TemporaryDirectory() as folder:
         ends = ["--trainer.max_steps", "10000", "--trainer.val_check_interval", "10000", "--output", folder]
-        ends += ["--trainer.limit_val_batches", "1"]  # it comes after the last turn
+        ends += ["--trainer.limit_val_batches", "1"]  # the validation after the last turn is nobody's
         code = main.main(["fit", *words, *ends, "--imports", "turns", "--trainer.callbacks+=turns.Turns"])
     if code:
         raise RuntimeError(f"llmkit fit {' '.join(words)}: exit code {code}")
