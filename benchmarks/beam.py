@@ -24,10 +24,10 @@ from kit import OURS, Report, arguments, find, interleave
 from torch import Tensor
 
 from llmkit import DecodingOptions, Sequence
-from llmkit.backbone import Backbone
-from llmkit.contracts import padded, segments_of
-from llmkit.decoding import beam_search
+from llmkit.model.backbone import Backbone
+from llmkit.ops.decoding import beam_search
 from llmkit.registry import plugin
+from llmkit.sequence import padded, segments_of
 
 LAYERS, DIM, HEADS, VOCAB, BEAMS = 3, 256, 4, 8192, 5
 UNK, PAD, BOS, EOS, FIRST = 0, 1, 2, 3, 4  # JoeyNMT's numbers; FIRST is the first word

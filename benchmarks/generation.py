@@ -1,4 +1,4 @@
-"""Time of a generated token: ``llmkit.decoding.generate``, what predict calls, beside other libraries' generate.
+"""Time of a generated token: ``llmkit.ops.decoding.generate``, what predict calls, beside other libraries' generate.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --device cuda
@@ -27,8 +27,8 @@ from kit import OURS, Bandwidth, Report, arguments, clock, find, interleave
 from torch import Tensor, nn
 
 from llmkit import DecodingOptions
-from llmkit.backbone import Backbone
-from llmkit.decoding import generate
+from llmkit.model.backbone import Backbone
+from llmkit.ops.decoding import generate
 from llmkit.registry import plugin, resolve
 
 LAYERS, DIM, HEADS, CONTEXT, VOCAB = 6, 384, 6, 1024, 8192

@@ -19,8 +19,8 @@ import torch
 from kit import Report, arguments, interleave
 
 from llmkit import plugin, registry
-from llmkit.backbone import Backbone
-from llmkit.contracts import Sequence as Positions
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import Sequence as Positions
 
 BASE = {"length": 128, "width": 64, "depth": 1, "batch": 2}
 SIZES: dict[str, tuple[int, ...]] = {

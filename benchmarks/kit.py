@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
-from llmkit.cpu import times  # noqa: E402
+from llmkit.ops.cpu import times  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LLMKIT_DATA", ROOT.parent / "shared" / "data"))

@@ -23,8 +23,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from turns import step_of
 
 from llmkit import plugin
-from llmkit.backbone import Backbone
-from llmkit.contracts import Feedforward, Norm, Sequence
+from llmkit.contracts import Feedforward, Norm
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import Sequence
 
 DIM, LAYERS, VOCAB, BATCH, LENGTH = 200, 2, 8000, 20, 64
 PEER = "nn.LSTM"

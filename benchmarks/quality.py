@@ -31,9 +31,9 @@ from turns import Seat, take_turns
 
 from llmkit import main as command
 from llmkit import plugin
-from llmkit.backbone import Backbone
-from llmkit.contracts import Sequence
-from llmkit.losses import linear_cross_entropy
+from llmkit.model.backbone import Backbone
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.sequence import Sequence
 
 SHAPE = Shape(4, 128, 4, 64, 12, 65)
 TEXT = DATA / "tinyshakespeare" / "input.txt"

@@ -19,9 +19,9 @@ from train import batches, ours
 from turns import Seat, plain, step_of, take_turns
 
 from llmkit import plugin, registry
-from llmkit.backbone import Backbone
-from llmkit.contracts import Sequence
-from llmkit.losses import linear_cross_entropy
+from llmkit.model.backbone import Backbone
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.sequence import Sequence
 
 CASES = {
     "small": (Shape(4, 128, 4, 64, 12, 65), 15, "at most 2 % over"),

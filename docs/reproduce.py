@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from llmkit import checkpoint, figures
+from llmkit.checkpoint import content as checkpoint
+from llmkit.run import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS_FOLDER = ROOT / "docs" / "results"

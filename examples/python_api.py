@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 import llmkit
-from llmkit.optim import AdamW
+from llmkit.model.optim import AdamW
 
 WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 

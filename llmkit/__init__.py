@@ -9,26 +9,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmkit.checkpoint import load
-    from llmkit.contracts import (
-        Attention,
-        DecodingOptions,
-        Feedforward,
-        Head,
-        Memory,
-        Norm,
-        Position,
-        Sequence,
-        State,
-        Tokenizer,
-    )
+    from llmkit.checkpoint.content import load
+    from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
     from llmkit.errors import UserError
-    from llmkit.module import LanguageModel
+    from llmkit.model.language_model import LanguageModel
     from llmkit.registry import plugin, register
-    from llmkit.saving import Checkpoints
+    from llmkit.run.saving import Checkpoints
+    from llmkit.sequence import DecodingOptions, Memory, Sequence, State
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Attention": "llmkit.contracts",
+    "Checkpoints": "llmkit.run.saving",
+    "DataModule": "llmkit.data",
+    "DecodingOptions": "llmkit.sequence",
+    "Feedforward": "llmkit.contracts",
+    "Head": "llmkit.contracts",
+    "LanguageModel": "llmkit.model.language_model",
+    "Memory": "llmkit.sequence",
+    "Norm": "llmkit.contracts",
+    "Position": "llmkit.contracts",
+    "Sequence": "llmkit.sequence",
+    "State": "llmkit.sequence",
+    "Tokenizer": "llmkit.contracts",
+    "UserError": "llmkit.errors",
+    "load": "llmkit.checkpoint.content",
+    "plugin": "llmkit.registry",
+    "register": "llmkit.registry",
+}
+"""Public name -> the module that defines it."""
 
 __all__ = [
     "Attention",
@@ -51,21 +62,11 @@ __all__ = [
     "register",
 ]
 
-_HOMES = {
-    "Checkpoints": "llmkit.saving",
-    "DataModule": "llmkit.data",
-    "LanguageModel": "llmkit.module",
-    "UserError": "llmkit.errors",
-    "load": "llmkit.checkpoint",
-    "plugin": "llmkit.registry",
-    "register": "llmkit.registry",
-}
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'llmkit' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES.get(name, "llmkit.contracts")), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value  # the next look finds it without coming here
     return value
 

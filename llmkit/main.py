@@ -11,10 +11,10 @@ from llmkit import __version__
 from llmkit.errors import Stopped, UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("llmkit.launch:run", "train a model as a config says"),
-    "validate": ("llmkit.launch:run", "measure a checkpoint on the validation data"),
-    "test": ("llmkit.launch:run", "measure a checkpoint on the test data"),
-    "predict": ("llmkit.launch:run", "write a checkpoint's answers for a data set"),
+    "fit": ("llmkit.config.plan:run", "train a model as a config says"),
+    "validate": ("llmkit.config.plan:run", "measure a checkpoint on the validation data"),
+    "test": ("llmkit.config.plan:run", "measure a checkpoint on the test data"),
+    "predict": ("llmkit.config.plan:run", "write a checkpoint's answers for a data set"),
     "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
     "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
     "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from llmkit.failures import explain
+        from llmkit.run.failures import explain
 
         failure = explain(error)
         if failure is None:

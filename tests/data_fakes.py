@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Batch, DecodingOptions, Head, Loss, Network, Stage, Tokenizer, Topology, padded
+from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer, Topology
 from llmkit.data import DataModule
+from llmkit.sequence import DecodingOptions, padded
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = 6

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 
 
 class PlainAttention(Attention):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmkit.backbone import Backbone
+from llmkit.model.backbone import Backbone
 from llmkit.registry import plugin
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmkit.contracts import Memory, Role, Sequence, State
+from llmkit.contracts import Role
 from llmkit.errors import UserError
+from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention import chunked
 from llmkit_plugins.attention.linear import Linear, Retention
 from llmkit_plugins.position import Rotary

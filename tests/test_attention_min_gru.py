@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Role, Sequence, State
+from llmkit.contracts import Role
 from llmkit.errors import UserError
+from llmkit.sequence import Sequence, State
 from llmkit_plugins.attention.min_gru import MinGRU, Scan
 
 DIM = 6

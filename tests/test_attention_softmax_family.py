@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Position, Role, Sequence, State
+from llmkit.contracts import Attention, Position, Role
 from llmkit.errors import UserError
+from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.differential import Differential
 from llmkit_plugins.attention.latent import Latent
 from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Softmax

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from llmkit.backbone import Backbone, parameter_groups, parameter_kinds
-from llmkit.contracts import Attention, Memory, Sequence, State
+from llmkit.contracts import Attention
 from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.registry import entries, plugin
+from llmkit.sequence import Memory, Sequence, State
 
 VARIANTS = list(entries("attention"))
 POSITIONS = list(entries("position"))

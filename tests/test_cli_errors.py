@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
-from llmkit.launch import plan
+from llmkit.config.plan import plan
 
 JARGON = (
     "Traceback",

@@ -14,9 +14,10 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 
-from llmkit import config, registry
-from llmkit.cli import TRAINER_DEFAULTS
+from llmkit import registry
 from llmkit.commands.config.tree import inline
+from llmkit.config import files as config
+from llmkit.run.cli import TRAINER_DEFAULTS
 
 LOCAL = Path(__file__).resolve().parent.parent / "examples" / "local_plugin"
 
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "  attention:\n"
         "    name: multi_head\n"
         "    num_heads: 2\n"
-        "  optimizer: {class_path: llmkit.optim.AdamW, init_args: {lr: 1e-2}}\n"
+        "  optimizer: {class_path: llmkit.model.optim.AdamW, init_args: {lr: 1e-2}}\n"
         "  decoding: {temperature: 0.5}\n"
     )
     with pytest.MonkeyPatch.context() as patch:

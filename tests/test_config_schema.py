@@ -15,14 +15,15 @@ import torch
 from command import done, llmkit
 from jsonargparse import ArgumentParser
 
-from llmkit import config, registry
-from llmkit.cli import TRAINER_DEFAULTS
+from llmkit import registry
 from llmkit.commands.config import schema as schemas
 from llmkit.commands.config.tree import FAMILIES
-from llmkit.contracts import DecodingOptions
+from llmkit.config import files as config
+from llmkit.config.keys import GROUPS, TOP_KEYS
 from llmkit.data import DataModule
-from llmkit.keys import GROUPS, TOP_KEYS
-from llmkit.module import LanguageModel
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.cli import TRAINER_DEFAULTS
+from llmkit.sequence import DecodingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -107,7 +108,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_the_schema_knows_right_from_wrong(path: Path, schema: dict[str, Any]) -> None:
     good = read(path)
     assert accepts(schema, good, schema)
-    optimizer = {"class_path": "llmkit.optim.AdamW", "init_args": {"learning_rate": 0.1}}
+    optimizer = {"class_path": "llmkit.model.optim.AdamW", "init_args": {"learning_rate": 0.1}}
     wrong: dict[str, Any] = {
         "modle": {},
         "model": 3,

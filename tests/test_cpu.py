@@ -14,11 +14,11 @@ from small_networks import decided
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmkit import cpu
-from llmkit.contracts import Sequence
-from llmkit.cpu import Dropout, Linear, computed_again, times, use_cpu_layers
-from llmkit.losses import linear_cross_entropy
-from llmkit_plugins.elementwise import rms_norm, squared_relu
+from llmkit.ops import cpu
+from llmkit.ops.cpu import Dropout, Linear, computed_again, times, use_cpu_layers
+from llmkit.ops.elementwise import rms_norm, squared_relu
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.sequence import Sequence
 
 needs_kernel = pytest.mark.skipif(not cpu._X86, reason="torch has no such kernel on this processor")
 

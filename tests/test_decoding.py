@@ -11,9 +11,10 @@ import torch
 from small_networks import decided
 from torch import Tensor
 
-from llmkit.backbone import Backbone
-from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, State
-from llmkit.decoding import Chooser, beam_search, generate
+from llmkit.contracts import Network
+from llmkit.model.backbone import Backbone
+from llmkit.ops.decoding import Chooser, beam_search, generate
+from llmkit.sequence import DecodingOptions, Memory, Sequence, State
 
 EOS = 0
 

@@ -9,11 +9,11 @@ import torch
 from small_networks import decided
 from torch import Tensor, nn
 
-from llmkit import decoding
-from llmkit.backbone import Backbone
-from llmkit.contracts import DecodingOptions, Sequence
-from llmkit.decoding import beam_search, by_columns, generate, laid_out
 from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone
+from llmkit.ops import decoding
+from llmkit.ops.decoding import beam_search, by_columns, generate, laid_out
+from llmkit.sequence import DecodingOptions, Sequence
 
 PROMPTS = [[3], [4, 5, 6, 7, 8], [9, 10, 11]]
 STEPS = 40  # more columns than a cache begins with

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit_plugins import elementwise
+from llmkit.ops import elementwise
 
 SHAPES = [(3, 5, 8), (2, 1, 4), (7, 6)]
 

@@ -13,8 +13,9 @@ from command import TINY, done, llmkit
 from torch import Tensor
 
 from llmkit import DecodingOptions, LanguageModel, UserError, load, plugin
-from llmkit.backbone import Backbone
-from llmkit.contracts import Batch, Sequence, Tokenizer
+from llmkit.contracts import Batch, Tokenizer
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import Sequence
 from llmkit_plugins.head.masked_lm import MaskedLM, encode_masked, fixed_draws
 from llmkit_plugins.tokenizer import BPE, Byte, Char, Unigram, Word, WordPiece
 

@@ -17,11 +17,12 @@ import torch
 from command import TINY, Result, done, llmkit
 from torch import Tensor, nn
 
-from llmkit.backbone import Backbone
-from llmkit.contracts import DecodingOptions, Head, Memory, Network, Sequence, State, Tokenizer
+from llmkit.contracts import Head, Network, Tokenizer
 from llmkit.errors import UserError
-from llmkit.metrics import answer_scores
+from llmkit.model.backbone import Backbone
+from llmkit.ops.metrics import answer_scores
 from llmkit.registry import plugin
+from llmkit.sequence import DecodingOptions, Memory, Sequence, State
 from llmkit_plugins.head.words import words
 
 RADII = (0, 2, 5, 15, 40)

@@ -15,9 +15,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics.utilities import dim_zero_sum
 
 from llmkit import DecodingOptions, plugin
-from llmkit.backbone import Backbone
-from llmkit.contracts import Head, Sequence, Tokenizer
-from llmkit.metrics import ROUGE
+from llmkit.contracts import Head, Tokenizer
+from llmkit.model.backbone import Backbone
+from llmkit.ops.metrics import ROUGE
+from llmkit.sequence import Sequence
 
 KINDS: tuple[Literal["1", "2", "L"], ...] = ("1", "2", "L")
 

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from command import TINY, done, llmkit
 from seqeval.metrics.sequence_labeling import get_entities
 
-from llmkit.backbone import Backbone
-from llmkit.contracts import DecodingOptions, Head, Sequence, Tokenizer
+from llmkit.contracts import Head, Tokenizer
 from llmkit.errors import UserError
-from llmkit.metrics import EntityScore, entities
+from llmkit.model.backbone import Backbone
+from llmkit.ops.metrics import EntityScore, entities
 from llmkit.registry import plugin
+from llmkit.sequence import DecodingOptions, Sequence
 from llmkit_plugins.head.words import by_character, characters, encode, pack, pieces, running, unpack, words
 
 SENTENCES = [

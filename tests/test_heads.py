@@ -12,11 +12,12 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 
-from llmkit.backbone import Backbone
-from llmkit.contracts import IGNORE, DecodingOptions, Head, Sequence, Tokenizer
+from llmkit.contracts import IGNORE, Head, Tokenizer
 from llmkit.data.examples import Examples, Features
 from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone
 from llmkit.registry import plugin, target_of
+from llmkit.sequence import DecodingOptions, Sequence
 
 TEXTS = ["a small step", "hello", "one more text here", "xyz"]
 VARIANTS = ["standard", "multi_head", "grouped_query", "lstm", "gru"]

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit import LanguageModel, load
-from llmkit.backbone import Backbone
-from llmkit.contracts import Sequence
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import Sequence
 
 DIM, LAYERS, HEADS, CONTEXT, BATCH = 16, 3, 4, 16, 2
 MODEL = ("--model.num_layers", LAYERS, "--model.attention", json.dumps({"name": "multi_head", "num_heads": HEADS}))

@@ -20,11 +20,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from llmkit import DataModule, LanguageModel, plugin, registry, step
-from llmkit.backbone import Backbone
-from llmkit.contracts import IGNORE, Batch, DecodingOptions, Head, Loss, Stage
-from llmkit.contracts import Sequence as Positions
-from llmkit.decoding import generate
+from llmkit import DataModule, LanguageModel, plugin, registry
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Stage
+from llmkit.model import step
+from llmkit.model.backbone import Backbone
+from llmkit.ops.decoding import generate
+from llmkit.sequence import DecodingOptions
+from llmkit.sequence import Sequence as Positions
 from llmkit.testing.head.subject import CONTEXT, FIELDS, TOKENIZER, Subject, alike, items_of, subject
 
 ROWS = 64

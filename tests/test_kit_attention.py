@@ -12,7 +12,8 @@ from plain_attention import PlainAttention
 from torch import Tensor, nn
 
 from llmkit import registry
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 from llmkit.testing import check, examination
 
 test_plain = examination("attention", PlainAttention, reference=plain_attention.reference, compile_backend="aot_eager")

@@ -14,21 +14,9 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from llmkit import registry
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    Topology,
-    padded,
-    segments_of,
-)
-from llmkit.metrics import MeanLoss
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer, Topology
+from llmkit.ops.metrics import MeanLoss
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit.testing import check
 
 

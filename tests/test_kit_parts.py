@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit import UserError, registry
-from llmkit.contracts import Feedforward, Norm, Position, Sequence
+from llmkit.contracts import Feedforward, Norm, Position
+from llmkit.sequence import Sequence
 from llmkit.testing import check
 
 FAMILIES = ("position", "feedforward", "norm")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkit import losses
 from llmkit.contracts import IGNORE
+from llmkit.ops import losses
 
 
 def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ import sacrebleu
 import torch
 
 from llmkit.contracts import Loss
-from llmkit.metrics import BLEU, BitsPerByte, ChrF, MeanLoss, Perplexity
+from llmkit.ops.metrics import BLEU, BitsPerByte, ChrF, MeanLoss, Perplexity
 
 HYPOTHESES = ["the cat sat on the mat .", "a dog runs", "nothing fits", "我喜歡吃蘋果。"]
 REFERENCES = ["the cat sat on a mat.", "A dog runs through the park.", "x y z", "我喜欢吃苹果。"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmkit.optim import AdamW, Muon, WarmupCosine, orthogonalise
+from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
 
 
 def small_model() -> nn.Sequential:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from command import TINY, Result, llmkit
 
-from llmkit import config, failures, main, registry
+from llmkit import main, registry
+from llmkit.config import files as config
 from llmkit.errors import UserError
+from llmkit.run import failures
 
 PLUGINS = """\
 import torch
@@ -143,7 +145,7 @@ def test_debug_shows_everything(folder: Path) -> None:
     result = fit(*HEAD, "encode", "--debug")
     assert result.code == 1
     before, _, after = result.err.partition("llmkit: error: head faulty")
-    assert "Traceback (most recent call last)" in before and f"{Path('llmkit', 'launch.py')}" in before
+    assert "Traceback (most recent call last)" in before and f"{Path('llmkit', 'run', 'cli.py')}" in before
     assert 'raise KeyError("text")' in after
 
 
@@ -198,7 +200,7 @@ def test_an_error_of_the_framework_keeps_its_traceback(
     text = f"Caught\nTraceback (most recent call last):\n{trace}ValueError: x"
     assert failures.explain(RuntimeError(text)) is None
     # The other way round it is the plugin; what it called of torch is left out, its helpers of llmkit are not.
-    helper = Path(registry.__file__).with_name("losses.py")
+    helper = Path(registry.__file__).with_name("ops") / "losses.py"
     trace += f'  File "/p/mine.py", line 7, in g\n    g()\n  File "{helper}", line 1, in h\n    h()\n'
     trace += f'  File "{sys.modules["torch"].__file__}", line 1, in t\n    t()\n'
     found = failures.explain(RuntimeError(f"Traceback (most recent call last):\n{trace}ValueError: x\ny"))

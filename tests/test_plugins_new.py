@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from command import done, llmkit
 
-from llmkit import config, registry
+from llmkit import registry
+from llmkit.config import files as config
 from llmkit.registry import DEFAULTS
 from llmkit.testing import properties
 

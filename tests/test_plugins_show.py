@@ -18,7 +18,8 @@ OWN = '''
 import torch
 from torch import nn
 
-from llmkit.contracts import Attention, Feedforward, Head, Position, State
+from llmkit.contracts import Attention, Feedforward, Head, Position
+from llmkit.sequence import State
 
 
 class Odd(Feedforward):

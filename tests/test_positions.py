@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Position, Sequence, positions_in_segments
+from llmkit.contracts import Position
 from llmkit.errors import UserError
+from llmkit.sequence import Sequence, positions_in_segments
 from llmkit_plugins.position import Alibi, Learned, NoPosition, Rotary, Sinusoidal, slopes
 
 

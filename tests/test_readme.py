@@ -19,12 +19,14 @@ import yaml
 from bugs import BUGS
 from command import Result, done, llmkit
 
-from llmkit import config, main, optim, registry, testing
-from llmkit.cli import TRAINER_DEFAULTS
-from llmkit.contracts import DecodingOptions
+from llmkit import main, registry, testing
+from llmkit.config import files as config
+from llmkit.config.plan import TOP_KEYS
 from llmkit.data import DataModule
-from llmkit.launch import TOP_KEYS
-from llmkit.module import LanguageModel
+from llmkit.model import optim
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.cli import TRAINER_DEFAULTS
+from llmkit.sequence import DecodingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -38,7 +38,7 @@ def test_the_disk_is_full(words: list[str], tmp_path: Path, monkeypatch: pytest.
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llmkit.saving.torch.save", full)
+    monkeypatch.setattr("llmkit.run.saving.torch.save", full)
     result = llmkit(*words, "--checkpoint.every_n_steps", "1", "--trainer.max_steps", "5")
     assert result.code == 2
     (line,) = [line for line in result.err.splitlines() if "error" in line]

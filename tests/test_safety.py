@@ -19,8 +19,10 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 
-from llmkit import LanguageModel, UserError, config, load, trust
-from llmkit.origins import Origins
+from llmkit import LanguageModel, UserError, load
+from llmkit.config import files as config
+from llmkit.config import trust
+from llmkit.config.origins import Origins
 
 TEXT = "".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60))
 
@@ -338,7 +340,7 @@ def test_what_is_installed_or_imported_is_known(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(config, "imported", {"mine", "package.part"})
     for path in ("torch.optim.SGD", "lightning.pytorch.callbacks.EarlyStopping", "torchmetrics.Metric", "yaml.Loader"):
         assert trust.known(path), path
-    for path in ("mine.Class", "package.other.Class", "llmkit.optim.Muon", "llmkit_plugins.norm.RMSNorm"):
+    for path in ("mine.Class", "package.other.Class", "llmkit.model.optim.Muon", "llmkit_plugins.norm.RMSNorm"):
         assert trust.known(path) and trust.is_plugin(path), path
     for path in ("os.system", "subprocess.Popen", "test_safety.Runs", "nowhere.Class", "torch.__main__.x", "mine"):
         assert trust.known(path) == (path == "mine"), path

@@ -17,7 +17,7 @@ import torch
 from command import TINY, Result, done, llmkit
 
 import llmkit as llmkit_package
-from llmkit.saving import WholeFileIO, sweep, write_whole
+from llmkit.run.saving import WholeFileIO, sweep, write_whole
 
 
 def in_a_child(work: Callable[[], None]) -> int:

@@ -10,8 +10,8 @@ import torch
 from command import TINY, Result, done, llmkit
 from torch import Tensor, nn
 
-from llmkit.optim import AdamW
-from llmkit.step import BadSteps
+from llmkit.model.optim import AdamW
+from llmkit.model.step import BadSteps
 
 
 def optimizer_of(kind: str, weight: nn.Parameter) -> torch.optim.Optimizer:

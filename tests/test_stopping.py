@@ -13,7 +13,7 @@ import torch
 from command import TINY, Result, done, llmkit
 
 from llmkit.commands.verify.resume import differ
-from llmkit.throughput import LOGGED as SPEED
+from llmkit.run.throughput import LOGGED as SPEED
 
 
 @pytest.fixture

@@ -62,12 +62,14 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
     assert not [text for text in texts if isinstance(text, str) and text.startswith("llmkit_plugins")]
 
 
-@pytest.mark.parametrize("name", ["contracts", "registry", "errors"])
+@pytest.mark.parametrize("name", ["contracts", "sequence", "registry", "errors"])
 def test_what_plugins_import_needs_no_lightning(name: str) -> None:
     names = imported(ROOT / "llmkit" / f"{name}.py")
     assert not reaches(names, "lightning", "pytorch_lightning", "jsonargparse")
     # They stand at the bottom: each other, and nothing above.
-    assert all(used.split(".")[1] in ("contracts", "registry", "errors") for used in reaches(names, "llmkit"))
+    assert all(
+        used.split(".")[1] in ("contracts", "sequence", "registry", "errors") for used in reaches(names, "llmkit")
+    )
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: module_name(path, ROOT / "plugins"))
@@ -124,4 +126,4 @@ def test_public_names_are_what_type_checkers_see() -> None:
     block = next(node for node in tree.body if isinstance(node, ast.If))
     homes = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {*homes, "__version__"} == set(llmkit.__all__)
-    assert {name: llmkit._HOMES.get(name, "llmkit.contracts") for name in homes} == homes
+    assert homes == llmkit._HOMES

@@ -218,7 +218,7 @@ def test_swap_keeps_nothing_of_the_other_optimizer(data: Path, tmp_path: Path) -
     config = write(tmp_path / "c.yaml", {"model": {"optimizer": {"name": "adamw", "lr": 0.5, "betas": [0.5, 0.6]}}})
     below = write(tmp_path / "d.yaml", {"model": {"optimizer": "muon"}})
     result = fit(data, tmp_path, "--config", config, "--config", below)
-    assert parts(result)["optimizer"]["class_path"] == "llmkit.optim.Muon"
+    assert parts(result)["optimizer"]["class_path"] == "llmkit.model.optim.Muon"
     assert parts(result)["optimizer"].get("init_args", {}).get("lr") in (None, 0.02)
 
 

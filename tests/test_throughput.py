@@ -11,7 +11,7 @@ from command import TINY, done
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmkit
-from llmkit.throughput import LOGGED, Meter, memory, peak_flops
+from llmkit.run.throughput import LOGGED, Meter, memory, peak_flops
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric
 
 from llmkit import DataModule, LanguageModel, UserError, plugin, registry
 from llmkit.commands.verify.metrics import table
-from llmkit.contracts import Attention, Batch, Loss, Memory, Network, Role, Stage, State, Tokenizer
-from llmkit.contracts import Sequence as Positions
+from llmkit.contracts import Attention, Batch, Loss, Network, Role, Stage, Tokenizer
+from llmkit.sequence import Memory, State
+from llmkit.sequence import Sequence as Positions
 from llmkit.testing.invariance import Finding, check
 from llmkit_plugins.attention.softmax import MultiHead
 from llmkit_plugins.head.classification import Classification

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmkit import register
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 
 
 @register("attention", "running_mean")

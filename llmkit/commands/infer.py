@@ -44,7 +44,8 @@ def run(command: str, argv: list[str]) -> int:
         raise UserError("infer: no text given: name it on the command line or with --input FILE (- for standard input)")
     if args.batch_size < 1:
         raise UserError(f"infer: --batch_size must be at least 1, got {args.batch_size}")
-    from llmkit import checkpoint, config
+    from llmkit.checkpoint import content as checkpoint
+    from llmkit.config import files as config
 
     config.import_modules(args.imports)
     model = checkpoint.load(args.checkpoint, _device(args.device))

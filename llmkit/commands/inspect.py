@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkit.backbone import parameter_groups
-from llmkit.cli import CLI
+from llmkit.config.plan import run
 from llmkit.contracts import Batch
-from llmkit.launch import run
-from llmkit.module import LanguageModel
+from llmkit.model.backbone import parameter_groups
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.cli import CLI
 
 
 class InspectCLI(CLI):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmkit.contracts import Batch, Head, Tokenizer
 from llmkit.data.tokens import Index
+from llmkit.errors import note
 
 
 class Features:
@@ -144,3 +145,13 @@ class Examples:
     def __getitem__(self, indices: Index) -> Batch:
         """Return these examples as one batch of the head's ``collate``."""
         return self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
+
+
+def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
+    """Tell how many texts were longer than the context and what became of them."""
+    count = 0 if truncated is None else sum(map(int, truncated))
+    if count:
+        note(
+            f"{count:,} of {total:,} texts{where} are longer than model.context ({context} tokens): "
+            f"the {head.kept} of each is used"
+        )

@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llmkit import registry
-from llmkit.contracts import Head, Stage, Tokenizer, note_truncated
+from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus
-from llmkit.data.examples import Examples, Features
+from llmkit.data.examples import Examples, Features, note_truncated
 from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.prepare import encoded, features, grouped, pieces

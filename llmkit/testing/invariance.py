@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.backbone import Backbone
 from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
 from llmkit.data import DataModule
 from llmkit.data.examples import Examples
 from llmkit.data.tokens import Blocks, Index, split_batches
 from llmkit.errors import UserError
-from llmkit.metrics import EXACT
-from llmkit.module import LanguageModel
+from llmkit.model.backbone import Backbone
+from llmkit.model.language_model import LanguageModel
+from llmkit.ops.metrics import EXACT
 from llmkit.testing.head.subject import alike, items_of
 
 SIZES = (1, 2, 3, 8, 64)

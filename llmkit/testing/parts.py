@@ -14,8 +14,9 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.overrides import TorchFunctionMode
 
 from llmkit import registry
-from llmkit.contracts import Feedforward, Norm, Position, Sequence
+from llmkit.contracts import Feedforward, Norm, Position
 from llmkit.errors import UserError
+from llmkit.sequence import Sequence
 from llmkit.testing.attention.cases import PACKED, PADDED, documents, gap, same
 from llmkit.testing.report import NotApplicable, Properties, Violation
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward
-from llmkit_plugins.elementwise import squared_relu
+from llmkit.ops.elementwise import squared_relu
 
 
 class _TwoLayers(Feedforward):

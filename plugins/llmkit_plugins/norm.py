@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Norm
-from llmkit_plugins.elementwise import rms_norm
+from llmkit.ops.elementwise import rms_norm
 
 
 class LayerNorm(Norm):

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Position, Sequence
+from llmkit.contracts import Position
 from llmkit.errors import UserError
-from llmkit_plugins.elementwise import rotate
+from llmkit.ops.elementwise import rotate
+from llmkit.sequence import Sequence
 
 
 class Sinusoidal(Position):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import UserError
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 
 
 class AFT(Attention):

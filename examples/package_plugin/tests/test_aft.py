@@ -10,7 +10,8 @@ from llmkit_aft import AFT
 from torch import Tensor
 
 from llmkit import UserError
-from llmkit.contracts import Role, Sequence
+from llmkit.contracts import Role
+from llmkit.sequence import Sequence
 from llmkit.testing import examination
 
 # One test a property: nothing ahead, no other document, no padding, decoding in pieces, gradients, precision, ...

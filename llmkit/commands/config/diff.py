@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmkit import checkpoint, config
+from llmkit.checkpoint import content as checkpoint
 from llmkit.commands import Parser
 from llmkit.commands.config.show import effective
 from llmkit.commands.config.tree import Tree, flat, inline, shortened
+from llmkit.config import files as config
 from llmkit.errors import UserError
 
 OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")

@@ -21,12 +21,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import docstring_parser
 import torch
 
-from llmkit import config, registry
-from llmkit.cli import TRAINER_DEFAULTS
+from llmkit import registry
 from llmkit.commands import Parser
 from llmkit.commands.config.tree import FAMILIES, short_names
+from llmkit.config import files as config
+from llmkit.config.keys import GROUPS
 from llmkit.errors import UserError, note
-from llmkit.keys import GROUPS
+from llmkit.run.cli import TRAINER_DEFAULTS
 
 Schema = dict[str, Any]
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from llmkit import launch
-from llmkit.cli import CLI, TRAINER_DEFAULTS, filled_in
 from llmkit.commands.config.tree import Tree, flat, inline, plugin_key, shortened
-from llmkit.origins import DEFAULT, Origins
+from llmkit.config import plan as launch
+from llmkit.config.origins import DEFAULT, Origins
+from llmkit.run.cli import CLI, TRAINER_DEFAULTS, filled_in
 
 USAGE = """\
 usage: llmkit config show --config FILE [options of fit] [--all] [--json]

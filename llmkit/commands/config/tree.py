@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from llmkit import config, registry
-from llmkit.keys import TOP_KEYS
+from llmkit import registry
+from llmkit.config import files as config
+from llmkit.config.keys import TOP_KEYS
 
 Tree = dict[str, Any]
 

@@ -21,9 +21,10 @@ from llmkit import registry
 from llmkit.commands import Parser
 from llmkit.commands.plugins import formula, listing
 from llmkit.commands.plugins.target import init_args, locate
-from llmkit.contracts import Attention, Head, Position, Role, Sequence, State
+from llmkit.contracts import Attention, Head, Position, Role
 from llmkit.errors import UserError
 from llmkit.registry import Entry, Factory
+from llmkit.sequence import Sequence, State
 
 Facts = dict[str, Any]
 Build = Callable[[int, int], Any]  # (dim, length) -> module
@@ -50,7 +51,7 @@ def run(command: str, argv: list[str]) -> int:
             raise UserError(f"{command}: --{name} must be at least 1, got {getattr(options, name)}")
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is not our answer
         if options.imports:
-            from llmkit.config import import_modules
+            from llmkit.config.files import import_modules
 
             import_modules(options.imports, Path.cwd())
         facts = describe(locate(options.target), arguments, options.dim, options.context)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmkit.cli import CLI
 from llmkit.commands import Parser
+from llmkit.config.plan import run as launch
 from llmkit.errors import UserError
-from llmkit.launch import run as launch
+from llmkit.run.cli import CLI
 from llmkit.testing.invariance import Finding, build, compare
 
 DESCRIPTION = (

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from llmkit import checkpoint
+from llmkit.checkpoint import content as checkpoint
 from llmkit.commands import Parser
 from llmkit.errors import UserError
-from llmkit.saving import PART
+from llmkit.run.saving import PART
 
 DESCRIPTION = (
     "Run the first steps of a config once, and once more with SIGKILL at random moments (within steps, validations and "

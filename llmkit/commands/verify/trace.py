@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from llmkit.module import LanguageModel
+from llmkit.model.language_model import LanguageModel
 
 
 class Trace(Callback):

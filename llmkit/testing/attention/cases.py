@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Attention, Memory, Position, Sequence, State
+from llmkit.contracts import Attention, Position
+from llmkit.sequence import Memory, Sequence, State
 from llmkit.testing.report import Violation
 
 Segments = list[list[int]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Attention, Memory, Sequence, State
+from llmkit.contracts import Attention
+from llmkit.sequence import Memory, Sequence, State
 from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, part, run, same, sequence
 from llmkit.testing.attention.subject import Subject, memory_of, need
 from llmkit.testing.report import NotApplicable, Properties, Violation

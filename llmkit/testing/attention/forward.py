@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Attention, Memory, Role, Sequence
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence
 from llmkit.testing.attention.cases import (
     LONG,
     PACKED,

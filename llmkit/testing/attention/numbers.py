@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from llmkit.contracts import Memory, Sequence
+from llmkit.sequence import Memory, Sequence
 from llmkit.testing.attention.cases import (
     PADDED,
     POSITIONS,

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
+from llmkit.sequence import Memory, Sequence, State
 
 PROPERTIES = (
     *("builds", "shape", "mixes_positions", "causal_by_gradient", "causal_by_value", "batch_rows", "gradients"),

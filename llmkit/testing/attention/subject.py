@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Attention, Memory, Role, Sequence
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence
 from llmkit.testing.attention.cases import Segments, sequence
 from llmkit.testing.report import NotApplicable
 

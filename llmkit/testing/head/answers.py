@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from llmkit.metrics import MeanLoss
+from llmkit.ops.metrics import MeanLoss
 from llmkit.testing.attention.cases import gap
 from llmkit.testing.head.subject import CONTEXT, TOKENIZER, ContractNetwork, Subject, alike, close_to, items_of, sums
 from llmkit.testing.report import NotApplicable, Properties, Violation

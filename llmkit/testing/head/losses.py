@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Batch, DecodingOptions, Head, Loss, Topology
+from llmkit.contracts import Batch, Head, Loss, Topology
+from llmkit.sequence import DecodingOptions
 from llmkit.testing.head.subject import (
     CONTEXT,
     TOKENIZER,

@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 
 from llmkit import registry
-from llmkit.backbone import Backbone
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Memory,
-    Network,
-    Sequence,
-    Stage,
-    State,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import IGNORE, Batch, Head, Network, Stage, Tokenizer
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import DecodingOptions, Memory, Sequence, State, padded, segments_of
 from llmkit.testing.parts import disturb, seeded
 from llmkit.testing.report import NotApplicable, Violation
 

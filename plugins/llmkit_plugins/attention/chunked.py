@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.contracts import Memory, Role, Sequence, State
+from llmkit.contracts import Role
+from llmkit.sequence import Memory, Sequence, State
 
 CHUNK = 128
 """Most columns of a chunk."""

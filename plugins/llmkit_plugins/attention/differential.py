@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Role, Sequence
+from llmkit.contracts import Role
 from llmkit.errors import UserError
+from llmkit.sequence import Sequence
 from llmkit_plugins.attention.softmax import GroupedQuery, Kept, nearest
 
 

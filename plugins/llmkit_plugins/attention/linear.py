@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, from_memory, read_documents
 from llmkit_plugins.attention.softmax import check_heads
 

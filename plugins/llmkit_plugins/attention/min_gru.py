@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
+from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.chunked import reverse
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State, positions_in_segments
+from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
+from llmkit.sequence import Memory, Sequence, State, positions_in_segments
 
 PADDED = 1.33
 """On a CPU documents run as rows of equal length where that makes at most so many times as many elements: its kernels

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
-from llmkit_plugins.elementwise import rms_norm
+from llmkit.ops.elementwise import rms_norm
+from llmkit.sequence import Memory, Sequence, State
 
 GROWTH = 16
 """A decoding cache grows by at least so many columns; one for no more has its room from the start."""

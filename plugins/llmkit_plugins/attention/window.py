@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.contracts import Role, Sequence, State
+from llmkit.contracts import Role
 from llmkit.errors import UserError
+from llmkit.sequence import Sequence, State
 from llmkit_plugins.attention.softmax import GroupedQuery, Kept
 
 

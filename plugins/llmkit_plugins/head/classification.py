@@ -10,20 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-from llmkit.contracts import (
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
-from llmkit.metrics import MeanLoss
+from llmkit.ops.metrics import MeanLoss
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
 class Classification(Head):

@@ -7,23 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
-from llmkit.decoding import OnToken, beam_search, generate
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.losses import linear_cross_entropy
-from llmkit.metrics import BitsPerByte, MeanLoss, Perplexity
+from llmkit.ops.decoding import OnToken, beam_search, generate
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.ops.metrics import BitsPerByte, MeanLoss, Perplexity
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
 class Generation(Head):

@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from llmkit.contracts import (
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.losses import linear_cross_entropy, rows_at_once
-from llmkit.metrics import MeanLoss, Perplexity
+from llmkit.ops.losses import linear_cross_entropy, rows_at_once
+from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.generation import special_ids
 
 MASK = "[MASK]"

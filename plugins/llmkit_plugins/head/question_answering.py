@@ -13,20 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import (
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, note
-from llmkit.metrics import Mean, MeanLoss, answer_scores
+from llmkit.ops.metrics import Mean, MeanLoss, answer_scores
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.words import Span, by_character, encode, means, pack, pieces, unpack, words
 
 

@@ -10,23 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Memory,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
-from llmkit.decoding import beam_search, generate
-from llmkit.losses import linear_cross_entropy
-from llmkit.metrics import MeanLoss, Perplexity
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
+from llmkit.ops.decoding import beam_search, generate
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.sequence import DecodingOptions, Memory, Sequence, padded, segments_of
 from llmkit_plugins.head.generation import special_ids
 
 

@@ -10,21 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import (
-    IGNORE,
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.metrics import EntityScore, Mean, MeanLoss, entities
+from llmkit.ops.metrics import EntityScore, Mean, MeanLoss, entities
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.words import characters, encode, means, pack, pieces, running, unpack, words
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from llmkit.contracts import DecodingOptions
-from llmkit.metrics import BLEU, ChrF
+from llmkit.ops.metrics import BLEU, ChrF
+from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import register
-from llmkit.contracts import Attention, Memory, Role, Sequence, State
+from llmkit.contracts import Attention, Role
+from llmkit.sequence import Memory, Sequence, State
 
 
 @register("attention", "template")

@@ -11,20 +11,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from llmkit import register
-from llmkit.contracts import (
-    Batch,
-    DecodingOptions,
-    Head,
-    Loss,
-    Network,
-    Sequence,
-    Stage,
-    Tokenizer,
-    padded,
-    segments_of,
-)
+from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
-from llmkit.metrics import MeanLoss
+from llmkit.ops.metrics import MeanLoss
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
 @register("head", "template")

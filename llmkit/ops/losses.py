@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmkit.contracts import IGNORE, Loss
-from llmkit.cpu import times
+from llmkit.ops.cpu import times
 
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
 CHUNK_ELSEWHERE = 2**26  # an accelerator wants large products: 1,334 rows at a vocabulary of 50304

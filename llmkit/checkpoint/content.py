@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmkit import archive, registry, trust
+from llmkit import registry
+from llmkit.checkpoint import archive
+from llmkit.checkpoint.plausible import PLUGINS, wrong_paths, wrong_sizes, wrong_types
+from llmkit.config import trust
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
-from llmkit.plausible import PLUGINS, wrong_paths, wrong_sizes, wrong_types
 
 if TYPE_CHECKING:
-    from llmkit.module import LanguageModel
+    from llmkit.model.language_model import LanguageModel
 
 FORMAT = 1
 """Raised when an older llmkit could no longer read a new checkpoint."""
@@ -135,7 +137,7 @@ def build(part: dict[str, Any], where: str) -> LanguageModel:
 
     Raises UserError, naming ``where``, when its classes are not installed or do not take what it says.
     """
-    from llmkit.module import LanguageModel
+    from llmkit.model.language_model import LanguageModel
 
     check_classes(part, where)
     with _told(f"{where} describes no model"):

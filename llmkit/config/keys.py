@@ -13,14 +13,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from llmkit import config, registry
-from llmkit.contracts import DecodingOptions
+from llmkit import registry
+from llmkit.config import files as config
+from llmkit.config.messages import null
+from llmkit.config.origins import DEFAULT, Origins, Problem
 from llmkit.data import DataModule
 from llmkit.errors import nearest
-from llmkit.messages import null
-from llmkit.module import LanguageModel
-from llmkit.origins import DEFAULT, Origins, Problem
-from llmkit.saving import Checkpoints
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.saving import Checkpoints
+from llmkit.sequence import DecodingOptions
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": DataModule, "trainer": pl.Trainer, "checkpoint": Checkpoints}
 """The groups of a config, and the class whose arguments each has."""

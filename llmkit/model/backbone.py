@@ -9,21 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import (
-    Attention,
-    Feedforward,
-    Memory,
-    Network,
-    Norm,
-    Position,
-    Role,
-    Sequence,
-    State,
-    Topology,
-)
-from llmkit.cpu import use_cpu_layers
+from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
 from llmkit.errors import UserError
+from llmkit.ops.cpu import use_cpu_layers
 from llmkit.registry import target_of
+from llmkit.sequence import Memory, Sequence, State
 
 ROLES: dict[Topology, tuple[Role, ...]] = {
     "decoder": ("causal",),

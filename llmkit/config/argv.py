@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from llmkit import config, registry
-from llmkit.contracts import DecodingOptions
+from llmkit import registry
+from llmkit.config import files as config
+from llmkit.config.keys import unknown_keys
+from llmkit.config.origins import COMMAND_LINE, DEFAULT, Origins, Problem
 from llmkit.errors import UserError, note
-from llmkit.keys import unknown_keys
-from llmkit.origins import COMMAND_LINE, DEFAULT, Origins, Problem
+from llmkit.sequence import DecodingOptions
 
 Words = list[tuple[str, str | None]]
 

@@ -14,17 +14,17 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from llmkit import checkpoint
-from llmkit.callbacks import DEFAULT_VAL_INTERVAL, Progress, RunReport
+from llmkit.checkpoint import content as checkpoint
+from llmkit.config.messages import gist
 from llmkit.data import DataModule
 from llmkit.errors import UserError
-from llmkit.failures import explain, is_out_of_memory
-from llmkit.messages import gist
-from llmkit.module import LanguageModel
-from llmkit.optim import fast_bf16
-from llmkit.saving import Checkpoints, run_folder, use_whole_files
-from llmkit.stopping import Stopping
-from llmkit.throughput import Throughput
+from llmkit.model.language_model import LanguageModel
+from llmkit.model.optim import fast_bf16
+from llmkit.run.failures import explain, is_out_of_memory
+from llmkit.run.progress import DEFAULT_VAL_INTERVAL, Progress, RunReport
+from llmkit.run.saving import Checkpoints, run_folder, use_whole_files
+from llmkit.run.shutdown import Stopping
+from llmkit.run.throughput import Throughput
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself

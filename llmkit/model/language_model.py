@@ -17,24 +17,14 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups, parameter_kinds
-from llmkit.checkpoint import Stored, check_section, initial, load, section, take_weights
-from llmkit.contracts import (
-    Attention,
-    Batch,
-    DecodingOptions,
-    Feedforward,
-    Head,
-    Norm,
-    Position,
-    Role,
-    Sequence,
-    Tokenizer,
-    note_truncated,
-)
+from llmkit.checkpoint.content import Stored, check_section, initial, load, section, take_weights
+from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
+from llmkit.data.examples import note_truncated
 from llmkit.errors import UserError, note
-from llmkit.optim import AdamW, Muon, WarmupCosine
-from llmkit.step import Step
+from llmkit.model.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups, parameter_kinds
+from llmkit.model.optim import AdamW, Muon, WarmupCosine
+from llmkit.model.step import Step
+from llmkit.sequence import DecodingOptions, Sequence
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]

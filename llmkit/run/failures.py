@@ -18,7 +18,7 @@ import llmkit
 from llmkit import registry
 
 CORE = Path(llmkit.__file__).resolve().parent
-HELPERS = {CORE / f"{name}.py" for name in ("contracts", "decoding", "losses", "metrics")}
+HELPERS = (CORE / "contracts.py", CORE / "sequence.py", CORE / "ops")
 """Modules that plugins call: what fails there belongs to the plugin that called."""
 LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
@@ -126,7 +126,7 @@ def _of_plugin(frames: list[Frame], message: str) -> str | None:
 
 def plugin_roots() -> list[Path]:
     """Return the files and package folders that hold plugins: installed ones, and the user's own modules."""
-    config = sys.modules.get("llmkit.config")
+    config = sys.modules.get("llmkit.config.files")
     names = {entry.target.partition(".")[0].partition(":")[0] for entry in _entries()}
     modules = [sys.modules.get(name) for name in {*names, *(config.imported if config else ())}]
     found = [(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]) for module in modules]
@@ -142,7 +142,7 @@ def _kind(file: Path, roots: list[Path]) -> str:
     if any(map(file.is_relative_to, roots)):
         return "plugin"
     if file.is_relative_to(CORE):
-        return "own" if file in HELPERS else "core"
+        return "own" if any(map(file.is_relative_to, HELPERS)) else "core"
     return "library" if file.name.startswith("<") or any(map(file.is_relative_to, LIBRARIES)) else "own"
 
 

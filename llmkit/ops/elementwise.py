@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmkit.cpu import computed_again
+from llmkit.ops.cpu import computed_again
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

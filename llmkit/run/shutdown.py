@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.saving import Checkpoints, ends_epoch, run_folder, validation_is_due
+from llmkit.run.saving import Checkpoints, ends_epoch, run_folder, validation_is_due
 
 Handler = Callable[[int, FrameType | None], Any]
 

@@ -17,10 +17,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from llmkit import checkpoint
+from llmkit.checkpoint import content as checkpoint
 from llmkit.errors import UserError
-from llmkit.module import LanguageModel
-from llmkit.step import local
+from llmkit.model.language_model import LanguageModel
+from llmkit.model.step import local
 
 PART = ".part"
 """Suffix of a file that is being written; one that a killed run left behind is never taken for a checkpoint."""

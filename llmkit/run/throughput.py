@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from llmkit.contracts import Batch
-from llmkit.cpu import times
-from llmkit.module import LanguageModel
+from llmkit.model.language_model import LanguageModel
+from llmkit.ops.cpu import times
 
 LOGGED = ("tokens_per_second", "mfu", "memory_gib")
 """What is logged: of all in a run's metrics, these alone differ from one machine to another."""

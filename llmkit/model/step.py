@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from llmkit.contracts import Batch, Loss
 from llmkit.errors import UserError, note
-from llmkit.metrics import EXACT
+from llmkit.ops.metrics import EXACT
 
 UNIT = 1024.0
 """What sums of losses are divided by before their sizes are known; a power of two, so that nothing is rounded."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkit.contracts import DecodingOptions
+from llmkit.sequence import DecodingOptions
 
 PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
 """The arguments of a model that are plugins."""

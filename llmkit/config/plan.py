@@ -18,14 +18,16 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from llmkit import checkpoint, config, trust
-from llmkit.cli import CLI
+from llmkit.checkpoint import content as checkpoint
+from llmkit.config import files as config
+from llmkit.config import trust
+from llmkit.config.argv import Words, listed, parsed, split, typed, values
+from llmkit.config.keys import GROUPS as GROUPS
+from llmkit.config.keys import TOP_KEYS as TOP_KEYS
+from llmkit.config.keys import at_fault, is_key, nearest_name, unknown_keys
+from llmkit.config.origins import COMMAND_LINE, DEFAULT, Origins, Problem, drop, plain
 from llmkit.errors import UserError, note
-from llmkit.keys import GROUPS as GROUPS
-from llmkit.keys import TOP_KEYS as TOP_KEYS
-from llmkit.keys import at_fault, is_key, nearest_name, unknown_keys
-from llmkit.origins import COMMAND_LINE, DEFAULT, Origins, Problem, drop, plain
-from llmkit.words import Words, listed, parsed, split, typed, values
+from llmkit.run.cli import CLI
 
 
 @dataclass(frozen=True)

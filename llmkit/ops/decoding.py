@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import DecodingOptions, Memory, Network, Sequence, padded, segments_of
+from llmkit.contracts import Network
 from llmkit.errors import UserError
+from llmkit.sequence import DecodingOptions, Memory, Sequence, padded, segments_of
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token id) as soon as a token is chosen."""

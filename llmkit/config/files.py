@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from llmkit import registry
+from llmkit.config.messages import null
+from llmkit.config.origins import COMMAND_LINE, Origins, Problem
 from llmkit.errors import UserError, nearest, unknown
-from llmkit.messages import null
-from llmkit.origins import COMMAND_LINE, Origins, Problem
 
 PLUGIN_KEYS = {
     "model.head": "head",
@@ -203,12 +203,12 @@ def torch_names(kind: str) -> dict[str, str]:
     import torch
 
     module, base, own = (
-        (torch.optim, torch.optim.Optimizer, {"adamw": "llmkit.optim.AdamW", "muon": "llmkit.optim.Muon"})
+        (torch.optim, torch.optim.Optimizer, {"adamw": "llmkit.model.optim.AdamW", "muon": "llmkit.model.optim.Muon"})
         if kind == "optimizer"
         else (
             torch.optim.lr_scheduler,
             torch.optim.lr_scheduler.LRScheduler,
-            {"cosine": "llmkit.optim.WarmupCosine"},
+            {"cosine": "llmkit.model.optim.WarmupCosine"},
         )
     )
     found = {

@@ -13,10 +13,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
-from llmkit import figures
-from llmkit.module import LanguageModel
-from llmkit.saving import run_folder
-from llmkit.throughput import Throughput, Totals, memory
+from llmkit.model.language_model import LanguageModel
+from llmkit.run import figures
+from llmkit.run.saving import run_folder
+from llmkit.run.throughput import Throughput, Totals, memory
 
 DEFAULT_VAL_INTERVAL = 500
 """Batches between two validations, at most, when the config does not say."""

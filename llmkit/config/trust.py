@@ -23,9 +23,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llmkit import config, registry
+from llmkit import registry
+from llmkit.config import files as config
+from llmkit.config.origins import Origins, Problem
 from llmkit.errors import UserError, note
-from llmkit.origins import Origins, Problem
 
 PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 """A dotted name, as in ``package.module.Class``."""
@@ -100,7 +101,7 @@ def problems(tree: Mapping[str, Any], origins: Origins) -> list[Problem]:
         tree: a config, or a part of one; short names may be written out or not.
         origins: where its values came from, for the messages.
     """
-    from llmkit.keys import GROUPS
+    from llmkit.config.keys import GROUPS
 
     found: dict[str, Problem] = {}
     for group, cls in GROUPS.items():

@@ -1,0 +1,1 @@
+"""What a checkpoint carries, read as data that nobody has to trust."""

@@ -1,0 +1,1 @@
+"""The network, the LightningModule around it, and how it is optimized."""

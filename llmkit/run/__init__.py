@@ -1,0 +1,1 @@
+"""One run around a model: LightningCLI, saving, signals, progress, throughput, reports."""

@@ -1,0 +1,197 @@
+"""The values that plugins are handed: sequences and their masks, an encoder's memory, decoding state and options.
+
+Shape suffixes as in ``llmkit.contracts``: B batch, T query positions, S key or memory positions, D model width,
+H heads, E width of one head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class PositionEncoding(Protocol):
+    """What a sequence asks of the network's ``Position``."""
+
+    def rotate(self, x_BHTE: Tensor, seq: Sequence) -> Tensor:
+        """Turn queries or keys by their position."""
+
+    def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
+        """Return what is added to the scores, (B or 1, H, T, S)."""
+
+
+@dataclass
+class Sequence:
+    """Where each position of a batch stands: its place in its document and which document it belongs to.
+
+    Attributes:
+        positions_BT: place within the document, from 0; (B or 1, T).
+        segments_BT: 0 for padding, 1, 2, ... for the documents packed into the row; None: one document, no padding.
+            A position sees only positions of its own segment.
+        position: the network's position encoding, or None where there is none.
+        memo: results that all layers of one forward pass share (masks, rotation tables).
+    """
+
+    positions_BT: Tensor
+    segments_BT: Tensor | None = None
+    position: PositionEncoding | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def dense(cls, length: int, device: torch.device | str = "cpu", start: int = 0) -> Sequence:
+        """Return rows without padding that begin at position ``start``."""
+        return cls(torch.arange(start, start + length, device=device)[None])
+
+    @classmethod
+    def of(cls, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Sequence:
+        """Return the sequence of a batch of ids, padded or packed as the segments say."""
+        return cls.dense(ids_BT.shape[1], ids_BT.device) if segments_BT is None else cls.from_segments(segments_BT)
+
+    @classmethod
+    def from_segments(cls, segments_BT: Tensor) -> Sequence:
+        """Return a sequence whose positions count the real positions of each document from 0."""
+        return cls(positions_in_segments(segments_BT), segments_BT)
+
+    def rotate(self, x_BHTE: Tensor) -> Tensor:
+        """Turn queries or keys of this sequence by their positions (rotary encodings)."""
+        return x_BHTE if self.position is None else self.position.rotate(x_BHTE, self)
+
+    def bias(self, key: Sequence, num_heads: int) -> Tensor | None:
+        """Return the position bias of this sequence's queries against ``key``'s keys, (B or 1, H, T, S), or None."""
+        if self.position is None:
+            return None
+        return self.position.bias(self.positions_BT, key.positions_BT, num_heads)
+
+    def mask(self, key: Sequence | None = None, *, causal: bool) -> Tensor | None:
+        """Return which keys each query may look at, (B or 1, 1, T, S) with True for yes, or None for all of them.
+
+        Without ``key`` the sequence looks at itself. When there are more keys than queries, the queries are the last
+        positions of the keys (cached decoding). Every row of the mask has at least one True for real memory.
+        """
+        if key is self:
+            key = None
+        memo_key = ("mask", id(key), causal)
+        if memo_key not in self.memo:
+            # The key is kept beside the mask, so that its id cannot be given to another object meanwhile; not this
+            # sequence itself, for FSDP walks through what it is handed and would go round in circles.
+            self.memo[memo_key] = (key, self._mask(self if key is None else key, causal))
+        mask: Tensor | None = self.memo[memo_key][1]
+        return mask
+
+    def _mask(self, key: Sequence, causal: bool) -> Tensor | None:
+        length, key_length = self.positions_BT.shape[-1], key.positions_BT.shape[-1]
+        mask: Tensor | None = None
+        if causal and length > 1:
+            # Column j of the keys is visible to query i when it is not later than the query's own column.
+            ones = torch.ones(length, key_length, dtype=torch.bool, device=self.positions_BT.device)
+            mask = ones.tril(key_length - length)[None, None]
+        if self.segments_BT is not None or key.segments_BT is not None:
+            query_segments = self._segments_or_ones()
+            if key is not self and not causal:
+                # In cross-attention a padded query reads the first document: a row without any key would be NaN.
+                query_segments = query_segments.clamp(min=1)
+            same = query_segments[:, None, :, None] == key._segments_or_ones()[:, None, None, :]
+            mask = same if mask is None else mask & same
+        return mask
+
+    def _segments_or_ones(self) -> Tensor:
+        return torch.ones_like(self.positions_BT) if self.segments_BT is None else self.segments_BT
+
+
+def positions_in_segments(segments_BT: Tensor) -> Tensor:
+    """Return each position's place within its run of equal segments, padding not counted; padding gets 0.
+
+    Padding may stand anywhere. A document is one run of a row: its number must not come back later in that row.
+    """
+    real = segments_BT > 0
+    rank = real.cumsum(-1) - 1  # how many real positions came before, in the row
+    previous = torch.nn.functional.pad(segments_BT.cummax(-1).values[:, :-1], (1, 0))
+    start = real & (segments_BT > previous)
+    start_rank = torch.where(start, rank, torch.zeros_like(rank)).cummax(-1).values
+    return torch.where(real, rank - start_rank, torch.zeros_like(rank))
+
+
+class State(dict[str, Tensor]):
+    """Decoding state of one layer: tensors whose first dimension is the batch, and how many columns were seen.
+
+    The variant owns what is in it (keys and values, or h and c) and changes it in place.
+    """
+
+    length: int = 0
+    of_memory: bool = False
+    """Whether all of it comes from an encoder's memory: beams of one text then hold the same, and are not reordered."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order (beam search)."""
+        for name, value in self.items():
+            self[name] = value.index_select(0, rows)
+
+
+class Memory(NamedTuple):
+    """What an encoder hands to cross-attention."""
+
+    x_BSD: Tensor
+    seq: Sequence
+
+    def take(self, rows: Tensor) -> Memory:
+        """Return the memory of the given rows of the batch, in that order."""
+        positions, segments = self.seq.positions_BT, self.seq.segments_BT
+        kept = Sequence(
+            positions if len(positions) == 1 else positions[rows], None if segments is None else segments[rows]
+        )
+        return Memory(self.x_BSD[rows], kept)
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: most tokens to add; None: as many as the head finds fit.
+        temperature: divides the scores before sampling; 0 is greedy.
+        top_k: sample among the k best tokens only; 0 is off.
+        top_p: sample among the fewest tokens whose probability reaches p (Holtzman et al. 2020, arXiv:1904.09751).
+        num_beams: width of the beam search; 1 is off. With beams the temperature is not used.
+        length_penalty: beam scores are divided by ((5 + length) / 6) ** penalty (Wu et al. 2016, arXiv:1609.08144).
+        seed: seed of the sampling.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+
+
+def padded(rows: list[list[int]], pad: int) -> Tensor:
+    """Return the rows as one tensor (B, T), filled up with ``pad`` at the right."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows], dtype=torch.long).reshape(len(rows), width)
+
+
+def segments_of(lengths: list[int]) -> Tensor | None:
+    """Return segments (B, T) of right-padded rows of these lengths, or None when nothing is padded."""
+    width = max(lengths, default=0)
+    if all(length == width for length in lengths):
+        return None
+    return (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
