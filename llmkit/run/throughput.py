@@ -64,7 +64,7 @@ class Meter:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._network = model.meta_network(restored=True)  # whole, however the weights are sharded
+        self._network = model.meta_network()  # whole, however the weights are sharded
         self._costs: dict[int, float] = {}
         self._start = time.monotonic()
         self._tokens = self._flops = 0.0
