@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -81,11 +82,11 @@ def fits(kind: Any, value: Any) -> bool:
         return type(None) in typing.get_args(kind)
     parser = None if kind in (Any, inspect.Parameter.empty) else _parser(kind)
     try:
-        if parser is not None:
-            parser.parse_object({"value": value})
+        # A copy, for it is changed. Text that jsonargparse would read as a number is still text.
+        found = value if parser is None else parser.parse_object({"value": copy.deepcopy(value)})["value"]
     except ArgumentError:
         return False
-    return True
+    return not (isinstance(value, str) and isinstance(found, int | float))
 
 
 def expected(kind: Any) -> list[str]:
@@ -244,14 +245,13 @@ class _Walk:
         if why:
             self.report(key, why)
             return value
-        given = value.get("init_args") if isinstance(value, dict) else None
         cls = known.get(name) or _load(name)
-        if isinstance(given, dict) and isinstance(cls, type):
-            given = dict(given)
-            before, written = len(self.problems), set(given)
+        written = value.get("init_args") if isinstance(value, dict) else {}
+        if isinstance(cls, type) and isinstance(written, dict):
+            given = dict(written)
             self.named(cls, given, key)
-            if len(self.problems) == before:  # defaults are left to the class, which may have other ways to set them
-                return {**value, "init_args": {part: given[part] for part in given if part in written}}
+            if written:  # its defaults are left to the class
+                return {**value, "init_args": {part: given[part] for part in written}}
         return value
 
 

@@ -159,14 +159,14 @@ def test_a_missing_file_is_told_before_anything_else(folder: Path, tmp_path: Pat
 
 
 def test_another_tokenizer_is_refused(folder: Path, pretrained: Result, tmp_path: Path) -> None:
-    says = f"data.tokenizer is BPE, but model.init_from {pretrained.checkpoint} brings a trained Char: remove"
+    says = f"data.tokenizer: is BPE, but model.init_from {pretrained.checkpoint} brings a trained Char: remove"
     assert says in refused(folder, "--model.init_from", pretrained.checkpoint, "--data.tokenizer", "bpe")
     (tmp_path / "run.yaml").write_text(f"model: {{init_from: {pretrained.checkpoint}}}\ndata: {{tokenizer: bpe}}\n")
     assert says in refused(folder, "--config", tmp_path / "run.yaml")
     data = DataModule(
         train=str(folder / "text.txt"), tokenizer=plugin("tokenizer", "byte"), cache_dir=str(tmp_path / "cache")
     )
-    with pytest.raises(UserError, match="data.tokenizer is Byte, but"):
+    with pytest.raises(UserError, match="data.tokenizer: is Byte, but"):
         trainer(tmp_path, max_steps=1).fit(model_of(pretrained.checkpoint, "generation"), data)
 
 
@@ -195,4 +195,4 @@ def test_only_the_tokenizer_must_be_known(folder: Path, pretrained: Result, tmp_
     content["llmkit"]["tokenizer"]["class_path"] = "gone.tokens.Own"
     torch.save(content, tmp_path / "foreign.ckpt")
     line = refused(folder, "--model.init_from", tmp_path / "foreign.ckpt")
-    assert "model.init_from: " in line and "needs tokenizer gone.tokens.Own, which is no installed plugin" in line
+    assert "model.init_from: " in line and "needs tokenizer gone.tokens.Own, which is not an installed plugin" in line

@@ -179,11 +179,9 @@ def test_register_refuses_what_breaks_the_contract() -> None:
         ({"name": "shift"}, {"class_path": SHIFT}),
         ({"name": "shift", "amount": 2}, {"class_path": SHIFT, "init_args": {"amount": 2}}),
         ({"name": SHIFT, "amount": 2}, {"class_path": SHIFT, "init_args": {"amount": 2}}),
-        (SHIFT, SHIFT),
+        (SHIFT, {"class_path": SHIFT}),
         ({"class_path": SHIFT}, {"class_path": SHIFT}),
         ({"class_path": SHIFT, "init_args": {"amount": 2}}, {"class_path": SHIFT, "init_args": {"amount": 2}}),
-        (None, None),
-        (3, 3),
     ],
 )
 def test_expand(value: Any, expected: Any) -> None:
@@ -196,6 +194,8 @@ def test_expand_refuses() -> None:
     assert message(lambda: registry.expand("position", "rotery")).startswith("unknown position 'rotery'. Did you mean")
     mixed = {"name": "rotary", "init_args": {"base": 1}}
     assert "Use one form" in message(lambda: registry.expand("position", mixed))
+    for value in (None, 3, ["rotary"], {"base": 1}):
+        assert "expected a name, or {name: ..., arguments}" in message(lambda: registry.expand("position", value))  # noqa: B023
 
 
 @pytest.mark.parametrize(

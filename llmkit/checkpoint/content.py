@@ -112,10 +112,11 @@ def refusing(where: str) -> Iterator[None]:
 def _check_limits(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Refuse sizes that could keep a computer busy before the weights contradict them. Raises UserError."""
     sizes = {**spec, **(spec["decoding"] if isinstance(spec.get("decoding"), dict) else {})}
-    for name, most in {**LIMITS, "num_layers": len(weights)}.items():
+    widest = max((side for weight in weights.values() for side in weight.shape), default=0)
+    for name, most in {**LIMITS, "num_layers": len(weights), "dim": widest}.items():
         value = sizes.get(name)
         if type(value) is int and value > most:
-            raise UserError(f"{name} is {value}, more than {most}")
+            raise UserError(f"its model has {name} {value}, and the most that its weights allow is {most}")
 
 
 def _check_paths(callbacks: Any) -> None:

@@ -43,8 +43,13 @@ class Stack:
         """Put a layer on top; a plugin of another class replaces the whole plugin, with a note on what that drops."""
         tree = expanded(layer.tree)
         self.tree = self._merge(self.tree, tree, "", layer.source)
-        self._places |= {plain(key): layer.source for key in _keys(tree)}
-        self._places |= {plain(key): place for key, place in layer.places.items()}
+        leaves = set(_leaves(tree))
+        self._places |= dict.fromkeys(leaves, layer.source)
+        # A mapping that only changes arguments of a plugin does not choose it.
+        chosen = {
+            key: place for key, place in layer.places.items() if plain(key) in leaves or key not in registry.FAMILY_OF
+        }
+        self._places |= {plain(key): place for key, place in chosen.items()}
 
     def _merge(self, below: Tree, above: Tree, key: str, source: str) -> Tree:
         merged = dict(below)
@@ -109,11 +114,14 @@ class Stack:
         return f"{self.at(place_of)}: {text}" if place_of else text
 
 
-def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items() if isinstance(tree, Mapping) else ():
-        name = str(name).removesuffix("+")
-        yield f"{prefix}{name}"
-        yield from _keys(value, f"{prefix}{name}.")
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[str]:
+    """Yield the keys of all values that are not mappings, as people write them."""
+    for name, value in tree.items():
+        key = f"{prefix}{str(name).removesuffix('+')}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield plain(key)
 
 
 def _as_list(value: Any) -> list[Any]:
