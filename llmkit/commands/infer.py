@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmkit.commands import Parser
+from llmkit.commands import Parser, imported
 from llmkit.errors import UserError
 
 
@@ -32,7 +32,7 @@ def parser() -> Parser:
     add("--seed", type=int, help="seed of the sampling")
     add("--device", default="cpu", help="cpu, cuda, mps, ...")
     add("--batch_size", type=int, default=32, help="texts answered at once")
-    add("--imports", action="append", default=[], metavar="MODULE", help="local module or .py file with plugins")
+    options.add_imports()
     return options
 
 
@@ -45,10 +45,9 @@ def run(command: str, argv: list[str]) -> int:
     if args.batch_size < 1:
         raise UserError(f"infer: --batch_size must be at least 1, got {args.batch_size}")
     from llmkit.checkpoint import content as checkpoint
-    from llmkit.config import files as config
 
-    config.import_modules(args.imports)
-    model = checkpoint.load(args.checkpoint, _device(args.device))
+    with imported(args.imports):
+        model = checkpoint.load(args.checkpoint, _device(args.device))
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(model.head.decoding)}
     given = {name: value for name, value in given.items() if value is not None}
     if args.greedy:
