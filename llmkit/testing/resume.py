@@ -1,11 +1,16 @@
-"""``llmkit verify resume``: is a run that is killed and resumed the run that was left alone, to the last bit?"""
+"""Check that a run that is killed and resumed equals the undisturbed run, to the last bit.
+
+    verdict = resume.check(["--config", "x.yaml"], Path("runs"), steps=40, kills=6, seed=0)
+    assert not verdict.differences, verdict.differences
+
+``llmkit verify resume --config FILE`` prints the same as text.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +21,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from llmkit.checkpoint import content as checkpoint
-from llmkit.commands import Parser
 from llmkit.errors import UserError
+from llmkit.model.language_model import LanguageModel
 from llmkit.run.saving import PART
 
-DESCRIPTION = (
-    "Run the first steps of a config once, and once more with SIGKILL at random moments (within steps, validations and "
-    "the writing of checkpoints), resumed each time with --ckpt_path last; compare every loss, metric, weight, "
-    "optimizer and scheduler state bit by bit. All further options are those of fit. Exit code 0: identical, 1: not."
-)
-TRACE = "llmkit.commands.verify.trace.Trace"
 MOMENTS = ("step", "validation", "writing")
+"""When a run is killed: at a training step, during a validation, or while a checkpoint is being written."""
+
+
+class RunFailed(UserError):  # noqa: N818
+    """A run that failed on its own, with what it wrote to stderr."""
+
+    def __init__(self, message: str, stderr: str) -> None:
+        super().__init__(message)
+        self.stderr = stderr
 
 
 @dataclass
@@ -37,16 +47,16 @@ class Kill:
     """One SIGKILL."""
 
     moment: str
-    """``step``, ``validation`` or ``writing`` (a checkpoint), as aimed at."""
+    """The one of ``MOMENTS`` that was aimed at."""
     batch: int
-    """Batches that the run had been trained on."""
+    """Number of batches that the run had trained on."""
     resumed_at: int = 0
-    """Optimizer step from which the next process went on; 0: no checkpoint had been written."""
+    """Optimizer step at which the next process resumed; 0: there was no checkpoint yet."""
 
 
 @dataclass
 class Verdict:
-    """What ``verify`` found."""
+    """The kills, how much was compared, and what differs."""
 
     kills: list[Kill] = field(default_factory=list)
     batches: int = 0
@@ -55,49 +65,21 @@ class Verdict:
     differences: list[str] = field(default_factory=list)
 
 
-def run(argv: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    parser = Parser("verify resume", DESCRIPTION)
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run (default 40)")
-    parser.add_argument("--kills", type=int, default=6, help="how often the second run is killed (default 6)")
-    parser.add_argument("--kill_seed", type=int, default=0, help="seed of the moments (default 0)")
-    options, rest = parser.parse_known_args(argv)
-    if options.steps < 4 or options.kills < 1:
-        raise UserError("verify resume: --steps must be at least 4, and --kills at least 1")
-    folder = Path(tempfile.mkdtemp(prefix="llmkit_verify_"))
-    try:
-        verdict = verify(rest, folder, options.steps, options.kills, options.kill_seed, tell=_tell)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if verdict.differences:
-        print(f"\nNOT IDENTICAL: {len(verdict.differences)} difference(s), the first:\n  {verdict.differences[0]}")
-        return 1
-    print(
-        f"\nIdentical after {len(verdict.kills)} kill(s): {verdict.batches} losses, {verdict.validations} validations, "
-        f"{verdict.tensors} tensors of weights and states, and the results."
-    )
-    return 0
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
-
-
-def verify(
-    argv: list[str], folder: Path, steps: int, kills: int, seed: int, tell: Callable[[str], None] = lambda text: None
+def check(
+    argv: list[str], folder: Path, steps: int, kills: int, seed: int, log: Callable[[str], None] = lambda line: None
 ) -> Verdict:
-    """Run a config whole, and killed and resumed, and return how the two differ.
+    """Run a config once undisturbed and once killed and resumed, and compare the two runs.
 
     Args:
-        argv: the words behind ``llmkit fit``.
-        folder: where both runs go.
-        steps: optimizer steps of a run.
+        argv: the arguments after ``llmkit fit``.
+        folder: where both runs are written.
+        steps: optimizer steps of a run, unless ``argv`` sets them.
         kills: how often the second run is killed.
-        seed: of the moments.
-        tell: is called with a line on what happens.
+        seed: seed for the moments of the kills.
+        log: called with a line of text on each event.
 
     Raises:
-        UserError: a run that fails by itself; its own message is on stderr.
+        RunFailed: a run fails on its own.
     """
     own = {
         "trainer.max_steps": steps,
@@ -108,31 +90,33 @@ def verify(
         "checkpoint.every_n_steps": 3,
     }
     given = {word.split("=", 1)[0] for word in argv}
-    words = [*argv, *(f"--{key}={value}" for key, value in own.items() if f"--{key}" not in given)]
-    tell(f"whole run: {steps} steps")
-    whole = Process(words, folder / "whole")
+    argv = [*argv, *(f"--{key}={value}" for key, value in own.items() if f"--{key}" not in given)]
+    log(f"undisturbed run: {steps} steps")
+    whole = Process(argv, folder / "whole")
     if whole.wait() != 0:
-        raise UserError("verify resume: the run fails by itself, see above")
+        raise RunFailed("the run fails on its own, without a kill", whole.stderr())
     lines = whole.lines()
     numbers = [line["at"] for line in lines if line["event"] == "batch"]
     verdict = Verdict(batches=len(numbers), validations=sum(line["event"] == "validation" for line in lines))
     rng = random.Random(seed)
     processes: list[Process] = []
     for number in range(kills + 1):
-        resume = ["--ckpt_path", "last"] if processes else []
-        process = Process([*words, *resume], folder / "killed")
+        process = Process([*argv, *(["--ckpt_path", "last"] if processes else [])], folder / "killed")
         processes.append(process)
         if number < kills:
-            # The kills follow each other through the run, each at a random place of its part.
+            # Each kill has its own part of the run, and a random place in it. With 90 batches and 2 kills: one kill
+            # in batches 1 to 30, one in 31 to 60; the last third runs to the end.
             aim = 1 + int((number + rng.random()) * len(numbers) / (kills + 1))
-            batch = process.kill_at(MOMENTS[number % len(MOMENTS)], aim, rng.random())
+            moment = MOMENTS[number % len(MOMENTS)]
+            batch = process.kill_at(moment, aim, rng.random())
             if batch is not None:
-                verdict.kills.append(Kill(MOMENTS[number % len(MOMENTS)], batch))
-                tell(f"kill {len(verdict.kills)}: at batch {batch} of {len(numbers)} ({verdict.kills[-1].moment})")
-        if process.wait() not in (0, -signal.SIGKILL):
-            raise UserError(f"verify resume: a resumed run fails after {len(verdict.kills)} kill(s), see above")
-        if process.wait() == 0:
+                verdict.kills.append(Kill(moment, batch))
+                log(f"kill {len(verdict.kills)}: at batch {batch} of {len(numbers)} ({moment})")
+        code = process.wait()
+        if code == 0:
             break
+        if code != -signal.SIGKILL:
+            raise RunFailed(f"a resumed run fails after {len(verdict.kills)} kill(s)", process.stderr())
     for kill, process in zip(verdict.kills, processes[1:], strict=False):
         kill.resumed_at = next((line["at"] for line in process.lines() if line["event"] == "start"), 0)
     verdict.differences = [*lines_differ(lines, [line for process in processes for line in process.lines()])]
@@ -142,48 +126,99 @@ def verify(
     return verdict
 
 
-class Process:
-    """A training process, and the trace that it writes."""
+class Trace(Callback):
+    """Writes each loss and each validation metric as exact hexadecimal, a JSON line per event.
 
-    def __init__(self, words: list[str], output: Path) -> None:
+    Args:
+        folder: gets one file per process, ``PID.jsonl``.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file and write the step at which training starts or resumes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{os.getpid()}.jsonl"
+        self._file = path.open("w", encoding="utf-8", buffering=1)  # line buffered: a SIGKILL loses no line
+        self._write(event="start", at=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the loss of a batch (of the step so far, if batches are accumulated)."""
+        assert isinstance(pl_module, LanguageModel)
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self._write(event="batch", at=number, step=trainer.global_step, loss=float(pl_module.last_loss).hex())
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write that a validation begins; ``Process.kill_at`` waits for it."""
+        if trainer.state.fn == "fit":
+            self._write(event="validation begins", at=trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the metrics of a validation."""
+        if trainer.state.fn == "fit":
+            number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            metrics = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+            self._write(event="validation", at=number, step=trainer.global_step, **metrics)
+
+    def _write(self, **line: Any) -> None:
+        self._file.write(json.dumps({**line, "time": time.time()}) + "\n")
+
+
+TRACE = f"{Trace.__module__}.{Trace.__qualname__}"
+"""Class path of the callback, for the command line of the child process."""
+
+
+class Process:
+    """A training process with a trace of what it computes.
+
+    Args:
+        argv: the arguments after ``llmkit fit``.
+        output: the folder for its runs and its trace.
+    """
+
+    def __init__(self, argv: list[str], output: Path) -> None:
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
         folder = output / "trace"
         trace = {"class_path": TRACE, "init_args": {"folder": str(folder)}}
-        command = [sys.executable, "-m", "llmkit", "fit", *words, f"--output={output}", "--name=run"]
+        command = [sys.executable, "-m", "llmkit", "fit", *argv, f"--output={output}", "--name=run"]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [*command, f"--trainer.callbacks+={json.dumps(trace)}"],
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            # As this process finds llmkit and plugins, so does that one.
+            # The child must find llmkit and plugins where this process does.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self.trace = folder / f"{self.process.pid}.jsonl"
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what has been traced."""
+        """Return the complete lines of the trace so far."""
         text = self.trace.read_text() if self.trace.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def wait(self) -> int:
-        """Wait for the end; returns the exit code, negative for a signal."""
-        code = self.process.wait()
-        if code not in (0, -signal.SIGKILL):
-            self._errors.seek(0)
-            sys.stderr.write(self._errors.read().decode(errors="replace"))
-        return code
+        """Wait for the end; returns the exit code, which is negative for a signal."""
+        return self.process.wait()
+
+    def stderr(self) -> str:
+        """Return what it wrote to stderr."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
 
     def kill_at(self, moment: str, batch: int, delay: float) -> int | None:
-        """Kill the process at the first moment of a kind after it has trained on a batch.
+        """Kill the process at the first ``moment`` after it has trained on ``batch`` batches.
 
         Args:
             moment: one of ``MOMENTS``.
-            batch: number of the batch.
-            delay: share of the time between two lines of the trace to wait before the kill.
+            batch: number of batches to train on first.
+            delay: how long to wait before the kill, as a share of the time between two lines of the trace.
 
         Returns:
-            How many batches it had trained on; None: it came to its end before.
+            How many batches it had trained on, or None if it ended first.
         """
         seen = 0
         while self.process.poll() is None:
@@ -204,43 +239,43 @@ class Process:
 
 
 def lines_differ(whole: list[dict[str, Any]], killed: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what the killed run's processes traced otherwise than the whole run, or not at all."""
+    """Yield each difference between the trace of the whole run and those of the killed run's processes."""
 
     def keyed(line: dict[str, Any]) -> tuple[Any, Any]:
         return line["event"], line["at"]
 
     expected = {keyed(line): line for line in whole if line["event"] in ("batch", "validation")}
-    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    seen = set()
     for line in killed:
         if line["event"] not in ("batch", "validation"):
             continue
-        found[keyed(line)] = line
-        wanted = expected.get(keyed(line))
-        if wanted is None:
+        seen.add(keyed(line))
+        original = expected.get(keyed(line))
+        if original is None:
             yield f"{line['event']} {line['at']}: only in the resumed run"
             continue
-        for name in sorted(wanted.keys() | line.keys() - {"time"}):
-            if name != "time" and wanted.get(name) != line.get(name):
-                values = [float.fromhex(v) if isinstance(v, str) else v for v in (wanted.get(name), line.get(name))]
+        for name in sorted((original.keys() | line.keys()) - {"time"}):
+            if original.get(name) != line.get(name):
+                values = [float.fromhex(v) if isinstance(v, str) else v for v in (original.get(name), line.get(name))]
                 yield f"{line['event']} {line['at']}: {name} is {values[0]!r}, after resuming {values[1]!r}"
-    yield from (f"{event} {at}: missing in the resumed run" for event, at in expected.keys() - found.keys())
+    yield from (f"{event} {at}: missing in the resumed run" for event, at in expected.keys() - seen)
 
 
 def files_of(output: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what the last process of a run left: its checkpoints, without what names its folder, and its results."""
+    """Yield name and content of the files to compare: last and best checkpoint (without folder names), and results."""
     run = max(output.glob("run/version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     for name in ("last", "best"):
         path = run / "checkpoints" / f"{name}.ckpt"
         content = checkpoint.read(path) if path.exists() else {}
         content.pop("callbacks", None)
-        for told in ("config", "model"):  # a resumed run may spell out what was a default
-            content.get("llmkit", {}).pop(told, None)
+        for key in ("config", "model"):  # a resumed run may spell out what was a default
+            content.get("llmkit", {}).pop(key, None)
         yield f"{name}.ckpt", content
     yield "results.json", json.loads((run / "results.json").read_text())
 
 
 def differ(one: Any, two: Any, name: str, differences: list[str]) -> int:
-    """Compare plain data with tensors in it, bit by bit; add what differs, and return the number of tensors."""
+    """Compare nested data bit by bit. Append each difference to ``differences``; return the number of tensors."""
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         same = one.dtype == two.dtype and one.shape == two.shape
         same = same and one.contiguous().view(-1).view(torch.uint8).equal(two.contiguous().view(-1).view(torch.uint8))

@@ -14,7 +14,7 @@ VERBS = {
 def run(command: str, argv: list[str]) -> int:
     """Run one of ``VERBS``, or list the plugins (of one family, when the only word names it); returns the exit code."""
     words = [word for word in argv[:2] if not word.startswith("-")]
-    if len(words) == 2 or argv[:1] and argv[0] in VERBS:
+    if len(words) == 2 or (argv[:1] and argv[0] in VERBS):
         return run_verb(command, VERBS, argv)
     from llmkit.commands.plugins import listing
 
