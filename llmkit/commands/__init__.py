@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     Args:
         command: the command's name, as typed after ``llmkit``.
         description: the text of ``--help``.
-        of_fit: whether the command takes the options of ``fit`` too; see ``parse_with_fit``.
+        of_fit: whether the help says that the options of ``fit`` are allowed too; ``parse_known_args`` leaves them.
     """
 
     def __init__(self, command: str, description: str, of_fit: bool = False) -> None:
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             action="append",
             default=[],
             metavar="FILE_OR_MODULE",
-            help="import plugins from these .py files, or from a module; may be repeated",
+            help="import plugins first, from .py files or from a module; may be repeated",
         )
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
@@ -50,10 +50,6 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(unknown(f"{self.command} option", argument.split("=")[0], self._option_string_actions))
             self.error(f"unexpected argument '{argument}'. See '{self.prog} --help'.")
         return options
-
-    def parse_with_fit(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return the command's own options, and the remaining arguments, which are those of ``fit``."""
-        return self.parse_known_args(argv)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's own message."""

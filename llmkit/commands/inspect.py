@@ -17,7 +17,7 @@ from llmkit.run.cli import CLI
 
 DESCRIPTION = (
     "Build the model of a config, read one training batch, and print modules, parameters, FLOPs per token, and the "
-    "memory that training takes. Nothing is trained or written."
+    "memory that training takes. Nothing is trained."
 )
 
 
@@ -42,7 +42,7 @@ def inspect(command: str, argv: list[str]) -> int:
     """Describe the model of a config; returns the exit code."""
     parser = Parser(command, DESCRIPTION, of_fit=True)
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
-    options, argv = parser.parse_with_fit(argv)
+    options, argv = parser.parse_known_args(argv)
     InspectCLI.as_json = options.json
     return run("fit", argv, InspectCLI, command)
 

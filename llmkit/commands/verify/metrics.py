@@ -41,7 +41,7 @@ def run(command: str, argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(command, DESCRIPTION, of_fit=True)
     parser.add_argument("--rows", type=int, default=64, help="number of rows, or of blocks of text; default: 64")
-    options, argv = parser.parse_with_fit(argv)
+    options, argv = parser.parse_known_args(argv)
     if options.rows < 2:
         raise UserError(f"{command}: --rows must be at least 2, got {options.rows}")
     MetricsCLI.rows, MetricsCLI.failed = options.rows, False

@@ -24,7 +24,7 @@ def run(command: str, argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run; default: 40")
     parser.add_argument("--kills", type=int, default=6, help="how often the second run is killed; default: 6")
     parser.add_argument("--kill_seed", type=int, default=0, help="seed for the moments of the kills; default: 0")
-    options, argv = parser.parse_with_fit(argv)
+    options, argv = parser.parse_known_args(argv)
     if options.steps < 4 or options.kills < 1:
         raise UserError(f"{command}: --steps must be at least 4, and --kills at least 1")
     log = functools.partial(print, flush=True)
