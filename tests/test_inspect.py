@@ -12,7 +12,7 @@ from command import TINY, done, llmkit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmkit import LanguageModel, load
+from llmkit import LanguageModel, load, main
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
 
@@ -29,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inspect(text: Path, *words: object) -> dict[str, Any]:
-    """Return what inspect tells of a tiny model."""
+    """Return what inspect says about a tiny model."""
     facts: dict[str, Any] = json.loads(done("inspect", "--json", "--data.train", text, *TINY, *MODEL, *words).out)
     return facts
 
@@ -62,6 +62,14 @@ def test_config_and_table(text: Path, tmp_path: Path) -> None:
     for line in facts["tree"]:
         assert line in table
     assert llmkit("inspect", "--json", "--config", tmp_path / "nope.yaml").code == 2
+
+
+def test_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main.main(["inspect", "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: llmkit inspect --config FILE [options]\n")
+    assert "--json" in printed and "llmkit fit --help" in printed
 
 
 def test_parameters(text: Path) -> None:

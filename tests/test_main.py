@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from llmkit import __version__, main
-from llmkit.commands import Parser
+from llmkit.commands import Parser, imported
 from llmkit.errors import UserError
 
 seen: list[tuple[str, list[str]]] = []
@@ -124,7 +126,7 @@ def test_a_closed_pipe_is_quiet() -> None:
         (["--jsno"], "unknown toy option '--jsno'. Did you mean '--json'? Allowed: --count, --help, --json, -h."),
         (["--js"], "unknown toy option '--js'."),
         (["--count", "x"], "toy: argument --count: invalid int value: 'x'"),
-        (["extra"], "toy: what is 'extra' for? See 'llmkit toy --help'."),
+        (["extra"], "toy: unexpected argument 'extra'. See 'llmkit toy --help'."),
     ],
 )
 def test_parser_tells_mistakes_in_one_line(argv: list[str], text: str) -> None:
@@ -135,3 +137,61 @@ def test_parser_tells_mistakes_in_one_line(argv: list[str], text: str) -> None:
         parser.parse(argv)
     assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "imports", "texts"),
+    [
+        (["--imports", "a.py", "b.py"], ["a.py", "b.py"], []),
+        (["--imports", "a.py", "--imports", "b.py"], ["a.py", "b.py"], []),
+        (["--imports=a.py", "b.py", "c.py", "--json", "d.py"], ["a.py", "b.py", "c.py"], ["d.py"]),
+        (["one", "--imports", "a.py", "two", "three"], ["a.py"], ["one", "two", "three"]),
+        (["--imports", "package.module", "two"], ["package.module"], ["two"]),
+        (["--imports", "a.py", "b.py", "--imports", "m", "two"], ["a.py", "b.py", "m"], ["two"]),
+        (["one"], [], ["one"]),
+    ],
+)
+def test_imports_and_texts(argv: list[str], imports: list[str], texts: list[str]) -> None:
+    parser = Parser("toy", "A toy.")
+    parser.add_argument("texts", nargs="*")
+    parser.add_argument("--json", action="store_true")
+    parser.add_imports()
+    options = parser.parse(argv)
+    assert (options.imports, options.texts) == (imports, texts)
+
+
+@pytest.mark.parametrize("names", [["one_import.py", "two_imports"], ["one_import.py,two_imports"]])
+def test_imported_plugins_print_to_stderr(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("one_import", "two_imports"):
+        Path(f"{name}.py").write_text(f"print('{name}')\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with imported(names):
+        print("within")
+    print("after")
+    captured = capsys.readouterr()
+    assert captured.err.split() == ["one_import", "two_imports", "within"]
+    assert captured.out == "after\n"
+
+
+@pytest.mark.parametrize("command", ["config", "verify", "plugins"])
+def test_verbs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = importlib.import_module(f"llmkit.commands.{command}").VERBS
+    for verb in verbs:
+        with contextlib.suppress(SystemExit):  # as argparse ends
+            main.main([command, verb, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: llmkit {command} {verb} ")
+    assert main.main([command, f"{next(iter(verbs))}z", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"llmkit: error: unknown {command} command '{next(iter(verbs))}z'. Did")
+    if command != "plugins":  # which lists them
+        assert main.main([command]) == main.main([command, "--config", "x"]) == 2
+        assert capsys.readouterr().err.count(f"llmkit: error: {command} needs a command: {', '.join(verbs)}. See") == 2
+    with contextlib.suppress(SystemExit):
+        main.main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: llmkit {command} ")
+    if command != "plugins":
+        assert all(f"  {verb} " in printed and text in printed for verb, text in verbs.items())

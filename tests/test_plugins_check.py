@@ -122,7 +122,10 @@ def test_reference_from_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["multi_head"], "'multi_head' names no plugin. Write family/name (attention/multi_head), file.py:Class or"),
+        (
+            ["multi_head"],
+            "'multi_head' does not name a plugin. Expected family/name (attention/multi_head), ",
+        ),
         (["attention/multi_haed"], "unknown attention 'multi_haed'. Did you mean 'multi_head'?"),
         (["atention/multi_head"], "unknown family 'atention'. Did you mean 'attention'?"),
         (["missing.py:A"], "missing.py does not exist"),

@@ -9,23 +9,18 @@ from pathlib import Path
 import pytest
 
 from llmkit import registry
-from llmkit.commands.plugins import listing, reading
+from llmkit.commands.plugins import listing
+from llmkit.errors import UserError
 from llmkit.registry import Entry
 
 ENTRIES = [entry for family in registry.DEFAULTS for entry in registry.entries(family).values()]
-SOUND = '''
+NORM = '''
 """A plugin."""
 
-import math as m
-from typing import TypeVar
-
-from llmkit.contracts import {contract}
-
-T = TypeVar("T")
-LIMIT: int = 3
+from llmkit.contracts import Norm
 
 
-class Plugin({contract}):
+class Plugin(Norm):
     """A sound one.
 
     With details.
@@ -34,37 +29,41 @@ class Plugin({contract}):
     def forward(self, x):
         return x
 '''
-NORM = SOUND.format(contract="Norm")
-BY_MODULE = NORM.replace("from llmkit.contracts import Norm", "import llmkit.contracts").replace(
-    "(Norm)", "(llmkit.contracts.Norm)"
-)
-ABSTRACT = NORM.replace(
-    "LIMIT: int = 3", "from abc import abstractmethod\nclass A:\n  @abstractmethod\n  def a(self): ..."
-)
+HEAVY = "raise SystemExit('this module was imported')\n"
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of modules to be written, on the path."""
     monkeypatch.syspath_prepend(tmp_path)
-    reading.forget()
     folder = tmp_path / f"package_{tmp_path.name}"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     return folder
 
 
-def read(package: Path, **modules: str) -> reading.Found | None:
+def entry(package: Path, **modules: str) -> Entry:
     for name, code in modules.items():
-        (package / f"{name}.py").write_text(code)
-    return reading.read(Entry("norm", "some", f"{package.name}.main:Plugin", "some"))
+        file = package / f"{name.replace('__in__', '/')}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+    return Entry("norm", "some", f"{package.name}.main:Plugin", "some")
+
+
+def read(package: Path, **modules: str) -> listing.Definition | None:
+    return from_source(entry(package, **modules))
+
+
+def from_source(entry: Entry) -> listing.Definition | None:
+    module, name = entry.target.split(":")
+    return listing.from_source(module, name)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.family}-{entry.name}")
-def test_reading_shows_what_importing_shows(entry: Entry) -> None:
-    found, imported = reading.read(entry), listing._imported(entry)
+def test_the_source_shows_what_importing_shows(entry: Entry) -> None:
+    found, imported = from_source(entry), listing.from_import(entry)
     assert found is not None
-    assert (found.doc, found.line) == (imported.doc, imported.line)
+    assert (found.doc.partition("\n")[0], found.line) == (imported.doc.partition("\n")[0], imported.line)
     assert found.file is not None and imported.file is not None and found.file.samefile(imported.file)
 
 
@@ -77,64 +76,55 @@ def test_nothing_heavy_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "modules",
+    ("modules", "file"),
     [
-        {"main": NORM},
-        {"main": BY_MODULE},
-        {"main": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import nothing\n" + NORM},
-        {"main": NORM.replace("from llmkit.contracts", "from llmkit")},
-        {"main": "from .other import Plugin\n", "other": NORM},
-        {"main": "from . import other\nclass Plugin(other.Plugin):\n    '''A sound one.'''\n", "other": NORM},
-        {"main": "from .other import Plugin as Above\nclass Plugin(Above):\n    '''A sound one.'''\n", "other": NORM},
+        ({"main": NORM + HEAVY}, "main.py"),
+        ({"main": NORM, "__init__": HEAVY}, "main.py"),  # nor is the package
+        ({"main": "import no_such_package_at_all\n" + NORM}, "main.py"),  # said when it is used
+        ({"main": "from .other import Plugin\n", "other": NORM + HEAVY}, "other.py"),
+        ({"main": "from .other import More as Plugin\n", "other": NORM.replace("Plugin", "More")}, "other.py"),
+        ({"main__in____init__": "from .other import Plugin\n" + HEAVY, "main__in__other": NORM}, "main/other.py"),
     ],
 )
-def test_sound(package: Path, modules: dict[str, str]) -> None:
+def test_read_without_importing(package: Path, modules: dict[str, str], file: str) -> None:
     found = read(package, **modules)
-    assert found is not None and found.doc.strip().startswith("A sound one.")
+    assert found is not None and found.doc.startswith("A sound one.\n")
+    assert found.file == package / file
+    assert (
+        found.line
+        == found.file.read_text()
+        .splitlines()
+        .index(next(line for line in found.file.read_text().splitlines() if line.startswith("class ")))
+        + 1
+    )
 
 
 @pytest.mark.parametrize(
-    "modules",
+    ("modules", "error"),
     [
-        {},  # no module
-        {"main": "class Plugin(:\n"},
-        {"main": NORM.replace("class Plugin", "class Other")},
-        {"main": NORM + "\nprint('hello')\n"},
-        {"main": NORM + "\nif LIMIT:\n    1 / 0\n"},
-        {"main": "import no_such_package_at_all\n" + NORM},
-        {"main": "from .missing import nothing\n" + NORM},
-        {"main": "from .other import Plugin\n", "other": NORM + "\nraise ValueError\n"},
-        {"main": "from . import other\n" + NORM, "other": "1 / 0"},
-        {"main": NORM, "__init__": "1 / 0"},
-        {"main": NORM.replace("class Plugin", "@dear\nclass Plugin")},
-        {"main": NORM.replace("(Norm)", "")},
-        {"main": NORM.replace("(Norm)", "(make())")},
-        {"main": "from json import JSONDecoder as Plugin\n"},
-        {"main": SOUND.format(contract="Position")},
-        {"main": ABSTRACT.replace("(Norm)", "(A, Norm)")},
+        ({}, "No module named"),
+        ({"main": "class Plugin(:\n"}, "SyntaxError"),
+        ({"main": NORM.replace("class Plugin", "class Other")}, "has no attribute 'Plugin'"),
+        ({"main": "from .missing import Plugin\n"}, "No module named"),
+        ({"main": "from ...missing import Plugin\n"}, "ImportError"),  # above the top package
+        ({"main": "from .other import Plugin\n", "other": "raise ValueError('not today')\n"}, "ValueError: not today"),
+        ({"main": "from .other import Plugin\n", "other": "from .main import Plugin\n"}, "ImportError"),  # a circle
+        ({"main": "from json.decoder import JSONDecodeError\nPlugin = JSONDecodeError\n"}, "does not derive from"),
+        ({"main": "Plugin = 3\n"}, "does not derive from"),
+        ({"main": "1 / 0\n"}, "ZeroDivisionError"),
     ],
 )
-def test_left_to_importing(package: Path, modules: dict[str, str]) -> None:
-    assert read(package, **modules) is None
+def test_what_the_source_does_not_define_is_imported_which_says_what_is_wrong(
+    package: Path, modules: dict[str, str], error: str
+) -> None:
+    broken = entry(package, **modules)
+    assert read(package) is None
+    with pytest.raises(UserError, match=error):
+        listing.from_import(broken)
+    assert error in listing.describe(broken)["error"]
 
 
-def test_names_are_looked_up_as_python_does(package: Path) -> None:
-    both = '''
-from abc import abstractmethod
-from llmkit.contracts import Norm
-class Root(Norm):
-    @abstractmethod
-    def one(self): ...
-    @abstractmethod
-    def two(self): ...
-    def forward(self, x): ...
-class Left(Root):
-    def one(self): ...
-class Right(Root):
-    two = None
-class Plugin(Left, Right):
-    """Both."""
-'''
-    assert read(package, main=both) is not None
-    reading.forget()
-    assert read(package, main=both.replace("two = None", "two: int")) is None
+def test_an_assigned_class_is_imported(package: Path) -> None:
+    found = listing.describe(entry(package, main=NORM.replace("Plugin", "Base") + "\nPlugin = Base\n"))
+    assert (found["error"], found["description"]) == (None, "A sound one.")
+    assert Path(found["file"]).name == "main.py"

@@ -184,15 +184,15 @@ def test_the_documentation_of_a_class_is_its_own(family: str, tmp_path: Path, mo
     [
         (("atention", "mine"), ("unknown family 'atention'", "'attention'")),
         (("norm", "My-Norm"), ("'My-Norm'", "lower-case letters, digits and underscores")),
-        (("norm", "2norm"), ("'2norm'", "first a letter")),
-        (("norm", "_norm"), ("'_norm'", "first a letter")),
+        (("norm", "2norm"), ("'2norm'", "starting with a letter")),
+        (("norm", "_norm"), ("'_norm'", "starting with a letter")),
         (("norm", "näher"), ("'näher'", "lower-case letters")),
-        (("norm", "class"), ("'class'", "no keyword of Python")),
-        (("norm", "rms"), ("norm 'rms' exists already", "of llmkit")),
-        (("attention", "json"), ("'json'", "can be imported already")),
-        (("attention", "torch"), ("'torch'", "can be imported already")),
-        (("attention", "sys"), ("'sys'", "can be imported already")),
-        (("attention", "plugins", "--package"), ("'llmkit_plugins'", "can be imported already")),
+        (("norm", "class"), ("'class'", "not a Python keyword")),
+        (("norm", "rms"), ("norm 'rms' already exists", "of llmkit")),
+        (("attention", "json"), ("'json'", "already exists")),
+        (("attention", "torch"), ("'torch'", "already exists")),
+        (("attention", "sys"), ("'sys'", "already exists")),
+        (("attention", "plugins", "--package"), ("'llmkit_plugins'", "already exists")),
         (("norm", "norm"), ("'norm'", "class Norm")),
         (("attention", "tensor"), ("'tensor'", "class Tensor")),
         (("head", "loss", "--package"), ("'loss'", "class Loss")),
@@ -232,7 +232,7 @@ def test_nothing_is_overwritten(file: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_text("mine")
     result = llmkit("plugins", "new", "norm", "mine")
-    assert result.code == 2 and f"{file} exists already" in result.err
+    assert result.code == 2 and f"{file} already exists" in result.err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(file, "mine")]
 
 
@@ -241,5 +241,5 @@ def test_no_package_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "mine" / "tests").mkdir(parents=True)
     (tmp_path / "mine" / "README.md").write_text("mine")
     result = llmkit("plugins", "new", "norm", "mine", "--package")
-    assert result.code == 2 and "mine/README.md exists already" in result.err
+    assert result.code == 2 and "mine/README.md already exists" in result.err
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["README.md"]

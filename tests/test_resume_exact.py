@@ -15,8 +15,10 @@ import yaml
 from command import done, llmkit
 from faults import PowerCut
 
-from llmkit.commands.verify import resume
-from llmkit.commands.verify.resume import Verdict, differ, files_of, lines_differ
+from llmkit.commands.verify import resume as command
+from llmkit.errors import UserError
+from llmkit.testing import resume
+from llmkit.testing.resume import Verdict, differ, files_of, lines_differ
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,7 +136,7 @@ def test_killed_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     config = copy.deepcopy(KILL.configs(folder)["classification"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", str(tmp_path / "config.yaml"), "--steps", "12", "--kills", "2"]
-    assert resume.run(words) == 0
+    assert command.run("verify resume", words) == 0
     told = capsys.readouterr().out
     # The last of an epoch's 12 steps has one of its 34 batches.
     assert "Identical after 2 kill(s): 34 losses, 11 validations" in told
@@ -143,15 +145,22 @@ def test_killed_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict], None]:
     def use(verdict: Verdict) -> None:
-        monkeypatch.setattr(resume, "verify", lambda *words, **more: verdict)
+        monkeypatch.setattr(resume, "check", lambda *words, **more: verdict)
 
     return use
 
 
 def test_a_difference_is_told(verdicts: Callable[[Verdict], None], capsys: pytest.CaptureFixture[str]) -> None:
     verdicts(Verdict(differences=["batch 3: loss is 1.0, after resuming 2.0", "x"]))
-    assert resume.run(["--config", "x.yaml"]) == 1
+    assert command.run("verify resume", ["--config", "x.yaml"]) == 1
     assert "NOT IDENTICAL: 2 difference(s), the first:\n  batch 3: loss" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_on_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it wrote is shown, and the check ends with a mistake of the user's."""
+    with pytest.raises(UserError, match="verify resume: the run fails on its own, without a kill; see its output"):
+        command.run("verify resume", ["--config", str(tmp_path / "nothing.yaml")])
+    assert "nothing.yaml does not exist" in capsys.readouterr().err
 
 
 def test_what_counts_as_a_difference() -> None:

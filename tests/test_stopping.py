@@ -12,8 +12,8 @@ import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
-from llmkit.commands.verify.resume import differ
 from llmkit.run.throughput import LOGGED as SPEED
+from llmkit.testing.resume import differ
 
 
 @pytest.fixture

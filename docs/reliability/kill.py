@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from llmkit.commands.verify.resume import MOMENTS, verify
+from llmkit.testing.resume import MOMENTS, check
 
 HERE = Path(__file__).resolve().parent
 WORDS = ("river", "stone", "house", "green", "walk", "small", "light", "water", "seven", "seldom", "bright", "corner")
@@ -127,7 +127,7 @@ def main() -> None:
         path.write_text(yaml.safe_dump(config))
         began = time.monotonic()
         length = ["--trainer.max_steps=-1", "--trainer.max_epochs=3"] if name.startswith("epochs") else []
-        verdict = verify(["--config", str(path), *length], output, options.steps, options.kills, seed=number)
+        verdict = check(["--config", str(path), *length], output, options.steps, options.kills, seed=number)
         moments = Counter(kill.moment for kill in verdict.kills)
         row = {
             "configuration": name,

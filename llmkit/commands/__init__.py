@@ -1,29 +1,114 @@
-"""Commands that are not training: one module each, with ``run(command, argv) -> exit code``."""
+"""Commands that are not training: one module each, with ``run(command, argv) -> exit code``. Only they print."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from llmkit.errors import UserError, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with one line (a UserError) instead of the usage text on a mistake."""
+    """argparse without abbreviations; a mistake is one line (a UserError), without the usage text.
 
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"llmkit {command}", description=description, allow_abbrev=False)
+    Args:
+        command: the command's name, as typed after ``llmkit``.
+        description: the text of ``--help``.
+        of_fit: whether the help says that the options of ``fit`` are allowed too; ``parse_known_args`` leaves them.
+    """
+
+    def __init__(self, command: str, description: str, of_fit: bool = False) -> None:
+        super().__init__(
+            prog=f"llmkit {command}",
+            description=description,
+            usage="%(prog)s --config FILE [options]" if of_fit else None,
+            epilog="All other options are those of fit: see 'llmkit fit --help'." if of_fit else None,
+            allow_abbrev=False,
+        )
         self.command = command
 
+    def add_imports(self) -> None:
+        """Add ``--imports``; ``imported`` imports what it names."""
+        self.add_argument(
+            "--imports",
+            action="append",
+            default=[],
+            metavar="FILE_OR_MODULE",
+            help="import plugins first, from .py files or from a module; may be repeated",
+        )
+
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Return the parsed options. Raises UserError, naming the nearest option, for what cannot be parsed."""
-        options, rest = self.parse_known_intermixed_args(argv)  # options may stand between the texts
+        """Return the parsed options. Raises UserError, suggesting the nearest option, for what cannot be parsed."""
+        # Intermixed: options may stand between positional arguments.
+        options, rest = self.parse_known_intermixed_args(list(_one_import_each(argv)))
         for argument in rest:
             if argument.startswith("-"):
                 raise UserError(unknown(f"{self.command} option", argument.split("=")[0], self._option_string_actions))
-            self.error(f"what is '{argument}' for? See '{self.prog} --help'.")
+            self.error(f"unexpected argument '{argument}'. See '{self.prog} --help'.")
         return options
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's own message."""
         raise UserError(f"{self.command}: {message}")
+
+
+def _one_import_each(argv: list[str]) -> Iterator[str]:
+    """Yield ``--imports a.py b.py text`` as ``--imports a.py --imports b.py text``.
+
+    ``nargs="+"`` would take the text too, which is a positional argument.
+    """
+    previous, in_list = "", False
+    for word in argv:
+        if in_list and word.endswith(".py"):
+            yield "--imports"
+        else:
+            in_list = previous == "--imports" or word.startswith("--imports=")
+        yield word
+        previous = word
+
+
+def import_local(names: list[str]) -> None:
+    """Import local modules or ``.py`` files. Raises UserError for one that cannot be imported."""
+    from llmkit.imports import import_modules
+
+    import_modules(names)
+
+
+@contextlib.contextmanager
+def imported(names: list[str]) -> Iterator[None]:
+    """Import the values of ``--imports``, each a name or several with commas between them.
+
+    What plugins print, now or within the block, goes to stderr: stdout is for the command's answer.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        if names:
+            import_local([name for value in names for name in value.split(",")])
+        yield
+
+
+def run_verb(command: str, verbs: Mapping[str, str], argv: list[str]) -> int:
+    """Run ``llmkit COMMAND VERB ...`` and return its exit code.
+
+    Args:
+        command: the command's name, which is its package's too.
+        verbs: one line of help for each verb; a verb is a module of the package.
+        argv: the arguments after ``llmkit COMMAND``.
+
+    Raises:
+        UserError: no verb, or an unknown one.
+    """
+    verb = argv[0] if argv else ""
+    if verb in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<10}{text}" for name, text in verbs.items())
+        print(f"usage: llmkit {command} COMMAND [options]\n\ncommands:\n{rows}")
+        return 0
+    if not verb or verb.startswith("-"):
+        raise UserError(f"{command} needs a command: {', '.join(verbs)}. See 'llmkit {command} --help'.")
+    if verb not in verbs:
+        raise UserError(unknown(f"{command} command", verb, verbs))
+    code: int = importlib.import_module(f"llmkit.commands.{command}.{verb}").run(f"{command} {verb}", argv[1:])
+    return code

@@ -1,4 +1,4 @@
-"""``llmkit infer``: ask a checkpoint, without any config file."""
+"""``llmkit infer``: get answers from a checkpoint, without a config file."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmkit.commands import Parser
+from llmkit.commands import Parser, imported
 from llmkit.errors import UserError
 
 
 def parser() -> Parser:
     """Return the parser of ``llmkit infer``."""
-    options = Parser("infer", "Ask a checkpoint: generate, classify or translate text, tag it or answer from it.")
+    options = Parser("infer", "Get answers from a checkpoint: generated, classified, translated or tagged text.")
     add = options.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of a run")
-    add("texts", metavar="TEXT", nargs="*", help="texts; JSON objects for a head that reads several fields")
-    add("--input", metavar="FILE", help="a file with one text (or JSON object) a line; - for standard input")
-    add("--json", action="store_true", help="one JSON object a line")
-    add("--max_new_tokens", type=int, help="most tokens to generate")
-    add("--temperature", type=float, help="sampling temperature; 0 is greedy")
-    add("--greedy", action="store_true", help="always take the best token")
-    add("--top_k", type=int, help="sample among the k best tokens")
-    add("--top_p", type=float, help="sample among the fewest tokens that reach this probability")
-    add("--num_beams", type=int, help="width of the beam search; 1 is off")
-    add("--length_penalty", type=float, help="exponent of the beam search's length normalisation")
-    add("--seed", type=int, help="seed of the sampling")
+    add("texts", metavar="TEXT", nargs="*", help="texts; or JSON objects, if the head reads several fields")
+    add("--input", metavar="FILE", help="a file with one text (or JSON object) per line; - for standard input")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add("--max_new_tokens", type=int, help="maximum number of tokens to generate")
+    add("--temperature", type=float, help="sampling temperature; 0: greedy")
+    add("--greedy", action="store_true", help="always take the most probable token")
+    add("--top_k", type=int, help="sample from the k most probable tokens")
+    add("--top_p", type=float, help="sample from the smallest set of tokens with this total probability")
+    add("--num_beams", type=int, help="beam width; 1: no beam search")
+    add("--length_penalty", type=float, help="exponent of the length normalisation in beam search")
+    add("--seed", type=int, help="seed for sampling")
     add("--device", default="cpu", help="cpu, cuda, mps, ...")
-    add("--batch_size", type=int, default=32, help="texts answered at once")
-    add("--imports", action="append", default=[], metavar="MODULE", help="local module or .py file with plugins")
+    add("--batch_size", type=int, default=32, help="number of texts per batch")
+    options.add_imports()
     return options
 
 
@@ -41,14 +41,13 @@ def run(command: str, argv: list[str]) -> int:
     args = parser().parse(argv)
     texts = list(args.texts) + list(_lines(args.input))
     if not texts:
-        raise UserError("infer: no text given: name it on the command line or with --input FILE (- for standard input)")
+        raise UserError("infer: no text given: add it to the command line, or use --input FILE (- for standard input)")
     if args.batch_size < 1:
         raise UserError(f"infer: --batch_size must be at least 1, got {args.batch_size}")
-    from llmkit.imports import import_modules
     from llmkit.model.language_model import load
 
-    import_modules(args.imports)
-    model = load(args.checkpoint, _device(args.device))
+    with imported(args.imports):
+        model = load(args.checkpoint, _device(args.device))
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(model.head.decoding)}
     given = {name: value for name, value in given.items() if value is not None}
     if args.greedy:
@@ -57,9 +56,8 @@ def run(command: str, argv: list[str]) -> int:
         options = dataclasses.replace(model.head.decoding, **given)
     except ValueError as error:
         raise UserError(f"infer: {error}") from error
-    for text in texts:
-        if not text:
-            raise UserError("infer: the text is empty: a prompt needs at least one token")
+    if "" in texts:
+        raise UserError("infer: the text is empty, but a prompt needs at least one token")
     rows: list[Any] = texts if len(model.head.inputs) == 1 else [_row(text, model.head.inputs) for text in texts]
     streams = "on_token" in inspect.signature(model.head.predict).parameters and options.num_beams == 1
     streaming = streams and sys.stdout.isatty() and not args.json
@@ -78,7 +76,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _row(text: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """Return the row of a head that reads several fields, from a JSON object."""
+    """Return the JSON object in a text as a row for a head that reads several fields."""
     try:
         row = json.loads(text)
     except json.JSONDecodeError:
@@ -110,7 +108,7 @@ def _lines(source: str | None) -> Iterator[str]:
 
 
 class _Printer:
-    """Prints text as its tokens come; a character whose bytes are not all there yet is held back."""
+    """Prints text token by token; a character is printed once all its bytes have been generated."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""``llmkit inspect``: what a config would train, before any training."""
+"""``llmkit inspect``: the model that a config would train: its modules, parameters, FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkit.commands import Parser
 from llmkit.commands.fit import run
 from llmkit.contracts import Batch
 from llmkit.model.backbone import parameter_groups
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI
 
+DESCRIPTION = (
+    "Build the model of a config, read one training batch, and print modules, parameters, FLOPs per token, and the "
+    "memory that training takes. Nothing is trained."
+)
+
 
 class InspectCLI(CLI):
-    """Builds everything that ``fit`` would and describes it instead of training."""
+    """Builds everything that ``fit`` would, and describes it instead of training."""
 
     as_json = False
 
@@ -29,24 +35,24 @@ class InspectCLI(CLI):
         model.configure_model()
         batch = next(iter(data.train_dataloader()))
         facts = describe(model, batch, self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        if self.as_json:
-            print(json.dumps(facts, indent=2))
-        else:
-            print(_table(facts))
+        print(json.dumps(facts, indent=2) if self.as_json else _table(facts))
 
 
 def inspect(command: str, argv: list[str]) -> int:
-    """Describe the model of a config; ``--json`` for machines. Returns the exit code."""
-    InspectCLI.as_json = "--json" in argv
-    return run("fit", [word for word in argv if word != "--json"], InspectCLI, "inspect")
+    """Describe the model of a config; returns the exit code."""
+    parser = Parser(command, DESCRIPTION, of_fit=True)
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    options, argv = parser.parse_known_args(argv)
+    InspectCLI.as_json = options.json
+    return run("fit", argv, InspectCLI, command)
 
 
 def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[str, Any]:
-    """Return the facts about a built model on one training batch.
+    """Return the facts about a built model as JSON-able data.
 
-    FLOPs count a multiply-add as two, for one position at full context; training is three times the forward pass.
-    Memory is in bytes for one device in fp32: weights, gradients, optimizer state, and the activations that the
-    backward pass keeps for this batch (measured by running it forward).
+    FLOPs are per position at full context, a multiply-add counting as two; training costs three forward passes.
+    Memory is in bytes, on one device in fp32: weights, gradients, optimizer state, and the activations that autograd
+    keeps for the backward pass of ``batch``, measured by a forward pass.
     """
     net = model.network
     counts = net.num_parameters()
@@ -70,7 +76,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
 
 
 def tree(module: nn.Module, name: str = "", depth: int = 0) -> list[str]:
-    """Return the module tree as indented lines with parameter counts; equal layers of a stack are shown once."""
+    """Return the module tree as indented lines with parameter counts; a stack shows its first layer only."""
     size = sum(p.numel() for p in module.parameters())
     label = f"{name}: " if name else ""
     lines = [f"{'  ' * depth}{label}{type(module).__name__}  {size:,}"]
@@ -81,7 +87,7 @@ def tree(module: nn.Module, name: str = "", depth: int = 0) -> list[str]:
 
 
 def optimizer_bytes(model: LanguageModel) -> int:
-    """Return the size of the optimizer's state, by letting it step once on copies of one row of each matrix."""
+    """Return the bytes of the optimizer's state, measured by one step on a tiny tensor of each parameter group."""
     total = 0.0
     for group in parameter_groups(model, model.kinds):
         matrix = group["kind"] != "vector"
@@ -96,7 +102,7 @@ def optimizer_bytes(model: LanguageModel) -> int:
 
 
 def activation_bytes(model: LanguageModel, batch: Batch) -> int:
-    """Return the bytes that autograd keeps for the backward pass of one batch, weights not counted."""
+    """Return the bytes that autograd keeps for the backward pass of one batch, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

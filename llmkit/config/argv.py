@@ -25,6 +25,8 @@ def split(argv: list[str]) -> Options:
             options.append((key, value if equals else None))
         elif options and options[-1][1] is None:
             options[-1] = (options[-1][0], word)
+        elif options and options[-1][0] == "--imports" and word.endswith(".py"):
+            options.append(("--imports", word))
         else:
             raise UserError(f"unexpected '{word}' on the command line: options are --key value")
     for key, given in options:
@@ -39,9 +41,9 @@ def values(options: Options, *keys: str) -> list[str]:
 
 
 def listed(text: str) -> list[str]:
-    """Return a value as a list of texts: that of a YAML list, or the text itself."""
+    """Return the names in a value: those of a YAML list, or of names with commas between them."""
     value = raw(text).value
-    return [str(item) for item in value] if isinstance(value, list) else [text]
+    return [str(item) for item in value] if isinstance(value, list) else text.split(",")
 
 
 def raw(text: str) -> Raw:

@@ -12,7 +12,6 @@ import functools
 import inspect
 import json
 import os
-import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,9 +21,8 @@ import docstring_parser
 import torch
 
 from llmkit import registry
-from llmkit.commands import Parser
+from llmkit.commands import Parser, imported
 from llmkit.errors import UserError, note
-from llmkit.imports import import_modules
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 
 Schema = dict[str, Any]
@@ -44,17 +42,9 @@ def run(command: str, argv: list[str]) -> int:
     """Print the schema, or write it to a file; returns the exit code."""
     parser = Parser(command, "Print a JSON schema of configs, with every plugin that is registered, for editors.")
     parser.add_argument("--output", metavar="FILE", help="write it to this file")
-    parser.add_argument(
-        "--imports",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="import these first; they may register plugins",
-    )
+    parser.add_imports()
     options = parser.parse(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is not our answer
-        import_modules(options.imports)
+    with imported(options.imports):
         text = json.dumps(schema(), indent=2, ensure_ascii=False)
     if options.output is None:
         print(text)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+from llmkit.commands import run_verb
 
-from llmkit.errors import UserError, unknown
-
-VERBS = ("check", "new", "show")
+VERBS = {
+    "check": "test one against its contract",
+    "new": "write a small working plugin to start from",
+    "show": "describe one: arguments, abilities, cost",
+}
 
 
 def run(command: str, argv: list[str]) -> int:
-    """List the plugins or, when the first word is a verb, do that; returns the exit code."""
+    """Run one of ``VERBS``, or list the plugins (of one family, when the only word names it); returns the exit code."""
     words = [word for word in argv[:2] if not word.startswith("-")]
-    if len(words) == 2 and words[0] not in VERBS:
-        raise UserError(unknown(f"{command} command", words[0], VERBS))
-    verb = argv[0] if argv and argv[0] in VERBS else ""
-    module = importlib.import_module(f"llmkit.commands.plugins.{verb or 'listing'}")
-    code: int = module.run(f"{command} {verb}", argv[1:]) if verb else module.run(command, argv)
-    return code
+    if len(words) == 2 or (argv[:1] and argv[0] in VERBS):
+        return run_verb(command, VERBS, argv)
+    from llmkit.commands.plugins import listing
+
+    return listing.run(command, argv)

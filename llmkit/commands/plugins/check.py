@@ -1,4 +1,4 @@
-"""``llmkit plugins check``: examine a plugin for everything it owes its users."""
+"""``llmkit plugins check``: test a plugin against its family's contract."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmkit import registry
-from llmkit.commands import Parser
+from llmkit import registry, testing
+from llmkit.commands import Parser, import_local, imported
 from llmkit.commands.plugins.target import NoContract, init_args, locate
 from llmkit.errors import UserError, note
+from llmkit.testing import Report
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Print the report on a plugin; returns 1 when a property does not hold."""
-    arguments, words = init_args(argv)
-    parser = Parser(command, "Examine a plugin: every property it owes its users, and what a failure means.")
+    """Print the report on a plugin; returns 1 if a property fails."""
+    arguments, argv = init_args(argv)
+    parser = Parser(command, "Check every property that the plugin's family guarantees, and explain each failure.")
     add = parser.add_argument
     add("target", metavar="TARGET", help="family/name, file.py:Class or package.module:Class")
     add("--init.ARGUMENT", metavar="VALUE", help="an argument of the plugin, such as --init.num_heads 4")
-    add("--dim", type=int, help="the width it is built with; default: the first usual one that fits")
+    add("--dim", type=int, help="width of the plugin; default: the first common width that it accepts")
     add("--seed", type=int, default=0, help="seed of weights and inputs")
-    add("--only", nargs="+", metavar="PROPERTY", help="examine these properties only")
-    add("--reference", metavar="FILE:FUNCTION", help="a slow form of it, (module, x_BTD, seq, memory) -> (B, T, D)")
-    add("--rows", metavar="FILE", help="for a head with fields of its own: a JSON file, {field: [value, ...]}")
-    add("--no_compile", action="store_true", help="leave torch.compile out, which takes the most time")
-    add("--imports", nargs="+", action="extend", default=[], metavar="FILE_OR_MODULE", help="import these first")
+    add("--only", nargs="+", metavar="PROPERTY", help="check only these properties")
+    add("--reference", metavar="FILE:FUNCTION", help="a slow equivalent, (module, x_BTD, seq, memory) -> (B, T, D)")
+    add("--rows", metavar="FILE", help="for a head with its own fields: a JSON file, {field: [value, ...]}")
+    add("--no_compile", action="store_true", help="skip torch.compile, which takes most of the time")
+    parser.add_imports()
     add("--json", action="store_true", help="print a JSON object instead of a table")
-    options = parser.parse(words)
-    if options.imports:
-        from llmkit.imports import import_modules
+    options = parser.parse(argv)
+    with imported(options.imports):
+        report = _report(options, arguments)
+    if options.json:
+        results = [dataclasses.asdict(result) for result in report.results]
+        print(json.dumps({"title": report.title, "results": results}, indent=2, ensure_ascii=False))
+    else:
+        print(report)
+    return 1 if report.failed else 0
 
-        import_modules(options.imports)
+
+def _report(options: argparse.Namespace, arguments: dict[str, Any]) -> Report:
+    only = options.only
+    given: dict[str, Any] = {"seed": options.seed}
     try:
         entry = locate(options.target)
-        family, factory = entry.family, registry.factory_of(_spec(entry.class_path, arguments), entry.family)
+        family = entry.family
+        factory = registry.factory_of({"class_path": entry.class_path, "init_args": arguments}, family)
     except NoContract as error:
-        family, factory = "attention", _plain(error, arguments, options)
-    from llmkit import testing
-
-    given: dict[str, Any] = {"seed": options.seed}
+        family = "attention"
+        factory, properties = _adapted(error, arguments)
+        only = only or properties
     if options.dim is not None:
         given["dim"] = options.dim
     if options.no_compile and family == "attention":
@@ -51,13 +61,7 @@ def run(command: str, argv: list[str]) -> int:
         given["reference"] = _function(options.reference)
     if options.rows:
         given["rows"] = _rows(options.rows)
-    report = testing.check(family, factory, only=options.only, **given)
-    if options.json:
-        found = {"title": report.title, "results": [dataclasses.asdict(result) for result in report.results]}
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        print(report)
-    return 1 if report.failed else 0
+    return testing.check(family, factory, only=only, **given)
 
 
 def _rows(file: str) -> Any:
@@ -71,12 +75,11 @@ def _rows(file: str) -> Any:
     return rows
 
 
-def _spec(class_path: str, arguments: dict[str, Any]) -> registry.Spec:
-    return {"class_path": class_path, "init_args": arguments}
+def _adapted(error: NoContract, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return a plain torch module as an attention variant, and the properties that it can be checked for.
 
-
-def _plain(error: NoContract, arguments: dict[str, Any], options: argparse.Namespace) -> Any:
-    """Return a torch module that is no plugin as an attention variant; anything else stays an error."""
+    Raises the error for any other class.
+    """
     from torch import nn
 
     from llmkit.testing.attention import plain
@@ -85,20 +88,18 @@ def _plain(error: NoContract, arguments: dict[str, Any], options: argparse.Names
         raise error
     factory = plain.adapt(error.cls, arguments)
     note(
-        f"{error.cls.__name__} derives from no contract of llmkit. It is examined as what mixes positions, forward(x) "
-        "alone: without padding, packed documents and decoding. docs/plugins.md says how it becomes a plugin."
+        f"{error.cls.__name__} derives from no contract of llmkit. It is checked as an attention variant by forward(x) "
+        "alone: without padding, packed documents and decoding. To make it a plugin, see docs/plugins.md."
     )
-    options.only = options.only or list(plain.PROPERTIES)
-    return factory
+    return factory, list(plain.PROPERTIES)
 
 
 def _function(text: str) -> Any:
-    from llmkit.imports import import_modules
-
+    """Return the function that ``file.py:function`` or ``module:function`` names."""
     where, _, name = text.rpartition(":")
     if not where:
-        raise UserError(f"--reference {text}: write file.py:function")
-    import_modules([where])
+        raise UserError(f"--reference {text}: expected file.py:function")
+    import_local([where])
     module = importlib.import_module(Path(where).stem if where.endswith(".py") else where)
     function = getattr(module, name, None)
     if not callable(function):

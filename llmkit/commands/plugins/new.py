@@ -1,4 +1,4 @@
-"""``llmkit plugins new``: a small plugin that works, to start from, with its test and a config that trains it."""
+"""``llmkit plugins new``: write a small working plugin to start from, with its test and a config that trains it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llmkit.errors import UserError
 from llmkit.registry import DEFAULTS, check_family, entries
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""A module for each family, with a class ``Template`` that is registered as ``template``."""
+"""One module per family, with a class ``Template`` registered as ``template``."""
 
 TEST = '''\
-"""What every {family} plugin owes its users: one test for each property."""
+"""Every property that a {family} plugin guarantees, one test each."""
 
 from llmkit.testing import examination
 
@@ -27,9 +27,9 @@ test_{name} = examination("{family}", {cls})
 '''
 
 CONFIG = """\
-# A small model with {name}. It trains within seconds, on the standard library that came with your Python.
+# A small model with {name}. It trains within seconds on the source of Python's own standard library.
 {imports}data:
-  train: ${{STDLIB}}/*.py          # ${{STDLIB}} is the folder of the standard library
+  train: ${{STDLIB}}/*.py          # ${{STDLIB}}: the folder of the standard library
 {rows}  validation_share: 0.05
   tokenizer: {tokenizer}
   batch_size: 8
@@ -43,7 +43,7 @@ trainer:
 """
 
 ROWS = """\
-  # Does a line open a block? Your own rows may be a CSV file with the columns text and label, without a pattern.
+  # Does a line open a block? For your own rows, use a CSV file with columns text and label, and drop the pattern.
   pattern: '(?P<text>.*?)(?P<label>:?)'
 """
 
@@ -60,13 +60,13 @@ readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["llmkit"]
 
-# This is all that llmkit needs to find it: group llmkit.<family>, name = "module:Class".
+# llmkit finds the plugin by this entry point: group llmkit.<family>, name = "module:Class".
 [project.entry-points."llmkit.{family}"]
 {name} = "{module}:{cls}"
 
 [tool.hatch.build.targets.wheel]
 packages = ["{module}"]
-dev-mode-dirs = ["."]  # an editable install is a plain path, which type checkers follow
+dev-mode-dirs = ["."]  # makes an editable install a plain path, which type checkers can follow
 
 [tool.ruff]
 line-length = 120
@@ -85,19 +85,19 @@ llmkit fit --config {name}.yaml
 ```
 
 - `{module}/__init__.py`: the class, `{cls}`.
-- `pyproject.toml`: the entry point `llmkit.{family}`, by which llmkit finds it.
-- `tests/test_{name}.py`: what every {family} plugin owes its users.
+- `pyproject.toml`: the entry point in `llmkit.{family}` by which llmkit finds it.
+- `tests/test_{name}.py`: tests every property that a {family} plugin guarantees.
 - `{name}.yaml`: a small model to try it with.
 """
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Write a new plugin and print the commands that come next; returns the exit code."""
-    parser = Parser(command, "Write a small plugin that works, with a test and a config: a place to start from.")
+    """Write a new plugin and print the next commands; returns the exit code."""
+    parser = Parser(command, "Write a small working plugin to start from, with a test and a config.")
     parser.add_argument("family", help=f"one of {', '.join(DEFAULTS)}")
     parser.add_argument("name", help="its name: lower-case letters, digits and underscores")
-    parser.add_argument("--package", action="store_true", help="a distribution that can be installed, not a file")
-    parser.add_argument("--folder", default=".", metavar="DIR", help="where it is written; default: where you are")
+    parser.add_argument("--package", action="store_true", help="write an installable distribution, not a single file")
+    parser.add_argument("--folder", default=".", metavar="DIR", help="where to write it; default: the current folder")
     options = parser.parse(argv)
     family, name, folder = options.family, options.name, Path(options.folder)
     if folder.exists() and not folder.is_dir():
@@ -116,22 +116,22 @@ def check_name(family: str, name: str) -> None:
     """Raise UserError unless a new plugin of the family can have this name."""
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(
-            f"'{name}' cannot be a plugin's name. Allowed: lower-case letters, digits and underscores, first a letter; "
-            "no keyword of Python."
+            f"'{name}' is not a valid plugin name. Allowed: lower-case letters, digits and underscores, starting with "
+            "a letter; not a Python keyword."
         )
     known = entries(family)
     if name in known:
-        raise UserError(f"the {family} '{name}' exists already: {known[name].target} of {known[name].distribution}")
+        raise UserError(f"{family} '{name}' already exists: {known[name].target} of {known[name].distribution}")
 
 
 def write(files: dict[Path, str], module: str) -> None:
-    """Write all files or none. Raises UserError for one that exists, or a module that would hide another one."""
+    """Write all files or none. Raises UserError if one exists, or if the module would shadow another one."""
     for path in files:
         if path.exists():
-            raise UserError(f"{path} exists already: choose another name or --folder")
+            raise UserError(f"{path} already exists: choose another name or --folder")
     found = importlib.util.find_spec(module)
-    if found is not None and found.origin is not None:  # a folder of that name hides nothing
-        raise UserError(f"'{module}' is a module that can be imported already ({found.origin}): choose another name")
+    if found is not None and found.origin is not None:  # a mere folder of that name shadows nothing
+        raise UserError(f"a module '{module}' already exists ({found.origin}): choose another name")
     try:
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +142,7 @@ def write(files: dict[Path, str], module: str) -> None:
 
 @dataclass(frozen=True)
 class New:
-    """A plugin to be written.
-
-    Attributes:
-        family: its family.
-        name: what it is registered as.
-        module: the module that it is in.
-    """
+    """A plugin to write: its family, its registered name, and its module."""
 
     family: str
     name: str
@@ -156,11 +150,11 @@ class New:
 
     @property
     def cls(self) -> str:
-        """What its class is called: ``my_norm`` gives ``MyNorm``."""
+        """The name of its class: ``my_norm`` gives ``MyNorm``."""
         return "".join(part.capitalize() for part in self.name.split("_"))
 
     def local(self, folder: Path) -> tuple[dict[Path, str], list[str]]:
-        """Return the files of a plugin in one module, and the commands that come next."""
+        """Return the files of a single-module plugin, and the next commands."""
         file, test, config = (
             folder / name for name in (f"{self.name}.py", f"test_{self.name}.py", f"{self.name}.yaml")
         )
@@ -172,7 +166,7 @@ class New:
         ]
 
     def package(self, folder: Path) -> tuple[dict[Path, str], list[str]]:
-        """Return the files of a distribution, and the commands that come next."""
+        """Return the files of a distribution, and the next commands."""
         test, config = folder / "tests" / f"test_{self.name}.py", folder / f"{self.name}.yaml"
         files = {
             folder / "pyproject.toml": self.fill(PYPROJECT),
@@ -190,13 +184,13 @@ class New:
         ]
 
     def source(self, registered: bool = True) -> str:
-        """Return the module, with the decorator or, where an entry point takes its place, without.
+        """Return the module's source; without ``@register`` if an entry point registers it.
 
-        Raises UserError when the class would be called like one that it uses.
+        Raises UserError if the class would have the name of one that it uses.
         """
         text = (TEMPLATES / f"{self.family}.py").read_text(encoding="utf-8")
         if self.cls in {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}:
-            raise UserError(f"'{self.name}' would be a class {self.cls}, which it uses itself: choose another name")
+            raise UserError(f"'{self.name}' would be class {self.cls}, a name that its code uses: choose another name")
         if not registered:
             text = "".join(line for line in text.splitlines(keepends=True) if "register" not in line)
         return re.sub(
@@ -215,5 +209,5 @@ class New:
         )
 
     def fill(self, text: str, **values: str) -> str:
-        """Return a text with its names filled in."""
+        """Fill in the plugin's names."""
         return text.format(family=self.family, name=self.name, module=self.module, cls=self.cls, **values)

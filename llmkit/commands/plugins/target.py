@@ -1,4 +1,4 @@
-"""Finding the plugin that a command names: ``family/name``, ``file.py:Class`` or ``package.module:Class``."""
+"""The plugin that a command names: ``family/name``, ``file.py:Class`` or ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from llmkit import registry
+from llmkit.commands import import_local
 from llmkit.errors import UserError, unknown
 from llmkit.registry import Entry
 
 
 class NoContract(UserError):  # noqa: N818
-    """A class that derives from no contract.
+    """The named class derives from no contract.
 
     Attributes:
         cls: the class.
@@ -29,21 +30,20 @@ def locate(text: str) -> Entry:
     """Return the plugin that ``text`` names, with its family.
 
     Raises:
-        UserError: no such name, file, module or class.
-        NoContract: a class that is no plugin.
+        UserError: there is no such name, file, module or class, or the class is abstract.
+        NoContract: the class is not a plugin.
     """
     if ":" not in text:
         family, slash, name = text.partition("/")
         if not slash:
             raise UserError(
-                f"'{text}' names no plugin. Write family/name (attention/multi_head), file.py:Class or module:Class."
+                f"'{text}' does not name a plugin. Expected family/name (attention/multi_head), file.py:Class or "
+                "module:Class."
             )
         return registry.find(family, name)
     where, _, name = text.rpartition(":")
     if where.endswith(".py"):
-        from llmkit.imports import import_modules
-
-        import_modules([where], Path.cwd())
+        import_local([where])
         where = Path(where).stem
     entry = Entry("class", name, f"{where}:{name}", "(local)")
     found = _class(entry)
@@ -52,7 +52,7 @@ def locate(text: str) -> Entry:
         contracts = ", ".join(registry.CONTRACTS[family].partition(":")[2] for family in registry.DEFAULTS)
         raise NoContract(f"{text} derives from no contract of llmkit.contracts; a plugin is one of: {contracts}", found)
     entry = Entry(families[0], name, entry.target, entry.distribution)
-    entry.load()  # an abstract one is told here
+    entry.load()  # raises if the class is abstract
     return entry
 
 
@@ -67,15 +67,15 @@ def _class(entry: Entry) -> type:
             raise UserError(f"in {module}: {unknown('class', name, own)}") from error
         raise
     if not isinstance(found, type):
-        raise UserError(f"{entry.target} is no class")
+        raise UserError(f"{entry.target} is not a class")
     return found
 
 
-def init_args(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split ``--init.KEY VALUE`` (or ``--init.KEY=VALUE``) from other words; values are read as YAML."""
+def init_args(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of ``--init.KEY VALUE`` and ``--init.KEY=VALUE``, read as YAML, and the remaining arguments."""
     found: dict[str, Any] = {}
     rest: list[str] = []
-    iterator = iter(words)
+    iterator = iter(argv)
     for word in iterator:
         if not word.startswith("--init."):
             rest.append(word)
@@ -87,5 +87,5 @@ def init_args(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         try:
             found[key] = yaml.safe_load(given)
         except yaml.YAMLError as error:
-            raise UserError(f"--init.{key}: '{given}' is no YAML value") from error
+            raise UserError(f"--init.{key}: '{given}' is not valid YAML") from error
     return found, rest

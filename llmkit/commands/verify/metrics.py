@@ -1,4 +1,4 @@
-"""``llmkit verify metrics``: do the numbers of a config's model depend on how its rows are batched?"""
+"""``llmkit verify metrics``: check that a model's numbers do not depend on how its rows are batched."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from llmkit.run.cli import CLI
 from llmkit.testing.invariance import Finding, build, compare
 
 DESCRIPTION = (
-    "Compute loss, metrics, answers and gradients of a config's model on some of its rows, one row at a time and in "
-    "many kinds of batches (sizes 1 to 64, other orders, more padding, by batch_tokens, accumulated), and compare. "
-    "The model has new weights, or those of --ckpt_path. All further options are those of fit. Exit code 0: nothing "
-    "depends on the batches, 1: something does."
+    "Compute loss, metrics, answers and gradients of a config's model on some rows, one row at a time and in many "
+    "kinds of batches (sizes 1 to 64, other orders, more padding, by batch_tokens, accumulated), and compare. The "
+    "weights are new, or those of --ckpt_path. Exit code 0: no number depends on the batches, 1: some do."
 )
 
 
@@ -26,7 +25,7 @@ class MetricsCLI(CLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         model, data = self.model, self.datamodule
-        model.spec["compile"] = False  # every width of a batch would be compiled anew
+        model.spec["compile"] = False  # else each batch width is compiled again
         build(model, data)
         weights = "new weights"
         if self.stored is not None:
@@ -38,20 +37,20 @@ class MetricsCLI(CLI):
         type(self).failed = not all(finding.passed for finding in findings)
 
 
-def run(argv: list[str]) -> int:
+def run(command: str, argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = Parser("verify metrics", DESCRIPTION)
-    parser.add_argument("--rows", type=int, default=64, help="how many rows, or blocks of text (default 64)")
-    options, rest = parser.parse_known_args(argv)
+    parser = Parser(command, DESCRIPTION, of_fit=True)
+    parser.add_argument("--rows", type=int, default=64, help="number of rows, or of blocks of text; default: 64")
+    options, argv = parser.parse_known_args(argv)
     if options.rows < 2:
-        raise UserError(f"verify metrics: --rows must be at least 2, got {options.rows}")
+        raise UserError(f"{command}: --rows must be at least 2, got {options.rows}")
     MetricsCLI.rows, MetricsCLI.failed = options.rows, False
-    launch("fit", rest, MetricsCLI, "verify metrics")
+    launch("fit", argv, MetricsCLI, command)
     return int(MetricsCLI.failed)
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Return findings as a person reads them."""
+    """Return findings as a table for people."""
     titles = ("number", "row by row", "largest difference", "verdict")
     rows = [titles, *((f.what, f.reference, f"{f.difference:.1e}", verdict(f)) for f in findings)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -63,7 +62,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def verdict(finding: Finding) -> str:
-    """Return one word, and what stands behind it where the precision decides."""
+    """Return pass or FAIL; for a pass by double precision only, the difference there."""
     if finding.exact is not None:
         return f"pass (rounding: {finding.exact:.1e} in double precision)"
     return "pass" if finding.passed else "FAIL"

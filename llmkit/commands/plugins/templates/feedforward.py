@@ -1,4 +1,4 @@
-"""A feedforward: what happens at each position on its own."""
+"""A feedforward: transforms each position on its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmkit.contracts import Feedforward
 
 @register("feedforward", "template")
 class Template(Feedforward):
-    """A linear map gated by the GELU of another one, then a linear map back.
+    """A linear layer gated by the GELU of another one, then a linear layer back to the model width.
 
     Args:
         dim: model width.
@@ -23,10 +23,10 @@ class Template(Feedforward):
         hidden = round(hidden_multiple * dim)
         self.gate = nn.Linear(dim, hidden, bias=False)
         self.inner = nn.Linear(dim, hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)  # a map called `out` starts small, as residual outputs should
+        self.out = nn.Linear(hidden, dim, bias=False)  # a layer named `out` starts small, as residual outputs should
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the new values, (B, T, D), position by position."""
-        hidden_BTF = F.gelu(self.gate(x_BTD)) * self.inner(x_BTD)  # change what happens between the maps here
+        """Return the new values, (B, T, D), each position on its own."""
+        hidden_BTF = F.gelu(self.gate(x_BTD)) * self.inner(x_BTD)  # put your own idea here
         y_BTD: Tensor = self.out(hidden_BTF)
         return y_BTD

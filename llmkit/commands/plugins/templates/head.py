@@ -1,4 +1,4 @@
-"""A head: a task, from the rows of the data to the answers."""
+"""A head: a task, from rows of data to answers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 @register("head", "template")
 class Template(Head):
-    """One of several labels for each text: the mean of the encoder's states, then a linear map.
+    """Assign one of several labels to each text: the mean of the encoder's states, then a linear layer.
 
     Shapes: B batch, T positions, D model width, L labels.
     """
 
-    topology = "encoder"  # each position sees the whole text; `decoder`: only what is before it
-    inputs = ("text",)  # the columns of the data that an answer needs
-    targets = ("label",)  # and those that training needs besides
-    texts = ("text",)  # the columns that are text, on which a tokenizer is trained
+    topology = "encoder"  # each position sees the whole text; `decoder`: only the positions before it
+    inputs = ("text",)  # the columns that prediction reads
+    targets = ("label",)  # the further columns that training reads
+    texts = ("text",)  # the text columns, on which a tokenizer is trained
     monitor = ("accuracy", "max")  # the metric that chooses the best checkpoint
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Template(Head):
         self.labels: list[str] = []
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
-        """Take the labels from the training rows; called once, before training."""
+        """Collect the labels of the training rows; called once, before training."""
         self.labels = sorted({str(label) for label in columns["label"]})
         if len(self.labels) < 2:
             raise UserError(f"the column 'label' needs at least two labels, the training data has {self.labels}")
 
     def info(self) -> dict[str, Any]:
-        """Return what was learned, for the checkpoint."""
+        """Return what ``learn`` collected, for the checkpoint."""
         return {"labels": self.labels}
 
     def set_info(self, info: dict[str, Any]) -> None:
@@ -49,11 +49,11 @@ class Template(Head):
         self.labels = list(info["labels"])
 
     def build(self, dim: int, vocab_size: int) -> None:
-        """Create the linear map from the mean state, (B, D), to the scores, (B, L)."""
+        """Create the linear layer from the mean state, (B, D), to the scores, (B, L)."""
         self.linear = nn.Linear(dim, len(self.labels))
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Turn rows into features: numbers and lists of numbers. There is no ``label`` when predicting."""
+        """Turn rows into features: numbers and lists of numbers. Rows to predict have no ``label``."""
         ids = [row or [tokenizer.unk_id] for row in tokenizer.encode_batch(rows["text"])]
         features: dict[str, list[Any]] = {
             "ids": [row[:max_length] for row in ids],

@@ -1,4 +1,4 @@
-"""A norm: it keeps the size of what the layers read and write in bounds."""
+"""A norm: keeps the values that layers read and write at a steady scale."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llmkit.contracts import Norm
 
 @register("norm", "template")
 class Template(Norm):
-    """Root mean square one over the width, then a learned weight.
+    """Scale each position to root mean square one, then multiply by a learned weight.
 
     Args:
         dim: model width.
-        eps: added to the mean square, so that zeros stay zeros.
+        eps: added to the mean square, so that a zero input stays zero instead of becoming NaN.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -25,6 +25,6 @@ class Template(Norm):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the normalised values, (B, T, D), each position on its own."""
-        exact_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))  # squares need more digits than bfloat16
+        exact_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))  # bfloat16 is too coarse for squares
         scale_BT1 = torch.rsqrt(exact_BTD.square().mean(-1, keepdim=True) + self.eps)
         return (exact_BTD * scale_BT1).to(x_BTD.dtype) * self.weight.to(x_BTD.dtype)

@@ -1,4 +1,4 @@
-"""A position encoding: a penalty on the scores for distance. Override one of the methods of ``Position``."""
+"""A position encoding: lowers attention scores with distance. Override one of the methods of ``Position``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llmkit.contracts import Position
 
 @register("position", "template")
 class Template(Position):
-    """A penalty on the scores that grows with the logarithm of the distance, alike for all heads; any length.
+    """A penalty on the scores that grows with the logarithm of the distance, equal for all heads; any length.
 
-    This is one of three ways: ``add`` adds vectors to the embeddings, ``rotate`` turns queries and keys. Use the
-    positions that are given: with packed documents and in decoding they are not the column numbers.
+    ``bias`` is one of three ways: ``add`` adds vectors to the embeddings, ``rotate`` rotates queries and keys. Use the
+    positions passed in: with packed documents and in decoding they differ from the column numbers.
 
     Args:
         dim: model width.
-        max_length: the context; not a limit here.
-        strength: what the logarithm is multiplied with.
+        max_length: the context; this encoding has no limit.
+        strength: factor of the logarithm.
     """
 
     def __init__(self, dim: int, max_length: int, strength: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""A tokenizer: text to numbers and back, with all that it learned in its state."""
+"""A tokenizer: text to ids and back; everything that it learned is in its state."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llmkit.errors import UserError
 
 @register("tokenizer", "template")
 class Template(Tokenizer):
-    """One token for each character that the training text has; all others are the unknown token.
+    """One token per character of the training text; any other character becomes the unknown token.
 
-    Nothing but the arguments and the state may decide what it does: both travel inside every checkpoint.
+    Its behaviour may depend on the arguments and the state only: every checkpoint contains both.
 
     Args:
-        min_count: how often a character must be seen to get an id.
+        min_count: how often a character must occur to get an id.
     """
 
-    pad_id, bos_id, eos_id, unk_id, mask_id, sep_id = range(6)  # characters come behind these
+    pad_id, bos_id, eos_id, unk_id, mask_id, sep_id = range(6)  # characters get the ids from 6 on
 
     def __init__(self, min_count: int = 1) -> None:
         self.min_count = min_count
@@ -44,7 +44,7 @@ class Template(Tokenizer):
                 counts[character] = counts.get(character, 0) + 1
         self._set("".join(sorted(character for character, count in counts.items() if count >= self.min_count)))
         if not self.trained:
-            raise UserError(f"no character is in the training text {self.min_count} times")
+            raise UserError(f"no character occurs {self.min_count} times in the training text")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
@@ -65,7 +65,7 @@ class Template(Tokenizer):
         except (ValueError, KeyError, TypeError):
             characters = None
         if not isinstance(characters, str):
-            raise UserError("this is no state of the tokenizer 'template'")
+            raise UserError("not a state of the tokenizer 'template'")
         self._set(characters)
 
     def _set(self, characters: str) -> None:

@@ -1,0 +1,295 @@
+"""The facts about one plugin: arguments, abilities, limits, cost. They are measured, not declared."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import docstring_parser
+import torch
+from torch import Tensor
+
+from llmkit import registry
+from llmkit.commands.plugins import listing
+from llmkit.contracts import Attention, Head, Position, Role
+from llmkit.errors import UserError
+from llmkit.registry import Entry, Factory
+from llmkit.sequence import Sequence, State
+
+Facts = dict[str, Any]
+Build = Callable[[int, int], Any]  # (dim, length) -> module
+Measure = Callable[[Any, int], Any]  # (module, length) -> what is measured
+
+ROLES: tuple[Role, ...] = ("causal", "bidirectional", "cross")
+WAYS = ("add", "rotate", "bias")
+
+
+def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
+    """Return the facts about a plugin as JSON-able data.
+
+    Args:
+        entry: the plugin.
+        arguments: its init arguments.
+        dim: the width at which it is measured; sizes and costs also at twice this width.
+        length: the sequence length at which it is measured.
+
+    Raises:
+        UserError: it cannot be imported, or does not take one of the arguments.
+    """
+    cls = entry.load()
+    factory = registry.factory_of({"class_path": entry.class_path, "init_args": arguments}, entry.family)
+    doc = docstring_parser.parse(inspect.cleandoc(cls.__doc__ or ""), docstring_parser.DocstringStyle.GOOGLE)
+    facts = {
+        **{key: value for key, value in listing.describe(entry).items() if key != "error"},
+        "details": doc.long_description or "",
+        "class": entry.class_path,
+        "version": _version(entry.distribution),
+        "papers": papers(cls.__doc__ or ""),
+        "arguments": _arguments(cls, {found.arg_name: found.description or "" for found in doc.params}),
+        "dim": dim,
+        "length": length,
+        "supports": {},
+        "limits": [f"the argument {name} must be given" for name in registry.missing_arguments(factory)],
+        "cost": [],
+    }
+    if not facts["limits"]:
+        with _refusals(facts):
+            FAMILIES[entry.family](factory, dim, length, facts)
+    return facts
+
+
+def papers(text: str) -> list[str]:
+    """Return links to the arXiv numbers and DOIs in a text, in order of appearance."""
+    found = re.findall(r"\barXiv:\s?(\d{4}\.\d{4,5}|[\w.-]+/\d{7})|\bdoi:\s?(10\.\d+/\S+)", text, re.IGNORECASE)
+    links = [f"https://arxiv.org/abs/{a}" if a else f"https://doi.org/{b.rstrip('.,;:)')}" for a, b in found]
+    return list(dict.fromkeys(links))
+
+
+def _version(distribution: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+    return None
+
+
+def _arguments(cls: type, described: dict[str, str]) -> list[Facts]:
+    """Return the arguments that a config may set."""
+    found = []
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.name in registry.PASSED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        required = parameter.default is parameter.empty
+        annotation = "" if parameter.annotation is parameter.empty else parameter.annotation
+        found.append(
+            {
+                "name": parameter.name,
+                "type": annotation if isinstance(annotation, str) else inspect.formatannotation(annotation),
+                "required": required,
+                "default": None if required else json.loads(json.dumps(parameter.default, default=str)),
+                "description": " ".join(described.get(parameter.name, "").split()),
+            }
+        )
+    return found
+
+
+# Abilities and cost, by family. An odd width is tried too: many plugins refuse it, and say so under "limits".
+
+
+def _attention(factory: Factory, dim: int, length: int, facts: Facts) -> None:
+    roles = [role for role in ROLES if role in registry.target_of(factory).roles]
+    facts["supports"] = {"roles": roles}
+    for width in (dim, _odd(dim)):
+        for role in roles:
+            with _refusals(facts):
+                factory(width, role)
+    for role in roles:
+        build = _of_role(factory, role)
+        with _refusals(facts):
+            facts["cost"].append({"role": role, **_cost(build, dim, length)})
+            if role != "cross" and "positions" not in facts["supports"]:
+                facts["supports"]["positions"] = _measured(build, _positions, dim, 2)
+            if role == "causal":
+                facts["supports"]["decoding_state"] = _state(build, dim, length)
+
+
+def _of_role(factory: Factory, role: Role) -> Build:
+    return lambda dim, length: factory(dim, role)
+
+
+def _positions(module: Any, length: int) -> list[str]:
+    """Return the methods of position plugins that have an effect on this attention variant."""
+    listener = _Listener(module.dim, length)
+    _feed(module, length, None, listener)
+    return ["add", *(way for way in WAYS if way in listener.called)]
+
+
+class _Listener(Position):
+    """Adds no positions; records which methods are called."""
+
+    def __init__(self, dim: int, max_length: int) -> None:
+        super().__init__(dim, max_length)
+        self.called: set[str] = set()
+
+    def rotate(self, x_BHTE: Tensor, seq: Sequence) -> Tensor:
+        self.called.add("rotate")
+        return x_BHTE
+
+    def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
+        self.called.add("bias")
+        return None
+
+
+def _state(build: Build, dim: int, length: int) -> Facts | None:
+    """Return the size of one row's decoding state and whether it grows with the length; None if there is no state."""
+    if _measured(build, lambda module, length: module.init_state(1, length, torch.empty(1, dim)), dim, length) is None:
+        return None
+    size = _quantity(build, _state_size, dim, length)
+    return {**size, "grows": _measured(build, _state_size, dim, 2 * length) > size["at_dim"]}
+
+
+def _state_size(module: Any, length: int) -> int:
+    """Return how many numbers the decoding state of one row holds after ``length`` columns."""
+
+    def after(columns: int) -> int:
+        state = module.init_state(1, length, torch.empty(1, module.dim))
+        if columns:
+            _feed(module, columns, state)
+        return sum(value.numel() for value in state.values())
+
+    # A preallocated state has its full size at once; only one that grows has to be filled.
+    empty = after(0)
+    return empty if after(1) == empty else after(length)
+
+
+def _feed(module: Any, length: int, state: State | None, position: Position | None = None) -> None:
+    x_BTD = torch.empty(1, length, module.dim)
+    seq = Sequence.dense(length, x_BTD.device)
+    seq.position = position
+    with torch.no_grad():
+        module(x_BTD, seq, state=state)
+
+
+def _position(factory: Factory, dim: int, length: int, facts: Facts) -> None:
+    cls: Any = registry.target_of(factory)
+    facts["supports"] = {"positions": [way for way in WAYS if getattr(cls, way) is not getattr(Position, way)]}
+    for width in (dim, _odd(dim)):
+        with _refusals(facts):
+            position, seq = factory(width, length), Sequence.dense(1)
+            position.add(torch.zeros(1, 1, width), seq.positions_BT)
+            position.rotate(torch.zeros(1, 1, 1, width), seq)
+    facts["cost"].append(_cost(factory, dim, length, flops=False))
+
+
+def _by_width(factory: Factory, dim: int, length: int, facts: Facts, flops: bool) -> None:
+    for width in (dim, _odd(dim)):
+        with _refusals(facts):
+            factory(width)
+    facts["cost"].append(_cost(lambda dim, length: factory(dim), dim, length, flops))
+
+
+def _tokenizer(factory: Factory, dim: int, length: int, facts: Facts) -> None:
+    tokenizer = factory()
+    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("pad", "bos", "eos", "unk", "mask", "sep")}
+    facts["supports"] = {
+        "trained": tokenizer.trained,
+        "vocab_size": tokenizer.vocab_size if tokenizer.trained else None,
+        "lossless": tokenizer.lossless,
+        "special_ids": {name: number for name, number in ids.items() if number is not None},
+    }
+
+
+def _head(factory: Factory, dim: int, length: int, facts: Facts) -> None:
+    head = factory()
+    facts["supports"] = {
+        **{name: getattr(head, name) for name in ("topology", "layout")},
+        **{name: list(getattr(head, name)) for name in ("inputs", "targets", "texts", "monitor")},
+        "metrics": _metrics(head),
+    }
+
+
+def _metrics(head: Head) -> list[str] | None:
+    """Return the names of the metrics on test data, or None if they depend on more of the data."""
+    for columns in ({}, {field: ["a", "b"] for field in head.targets}):
+        with contextlib.suppress(Exception):  # the head may need other labels than these
+            if columns:
+                head.learn(columns)
+            return list(head.metrics("test"))
+    return None
+
+
+# Measuring
+
+
+def _cost(build: Build, dim: int, length: int, flops: bool = True) -> Facts:
+    found = {"parameters": _quantity(build, _parameters, dim, length)}
+    return {**found, "flops_per_token": _quantity(build, _flops, dim, length)} if flops else found
+
+
+def _parameters(module: Any, length: int) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _flops(module: Any, length: int) -> float:
+    """Return forward FLOPs per position: two per weight of each matrix, plus the mixing."""
+    weights: int = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+    return 2.0 * weights + (module.mixing_flops(length) if isinstance(module, Attention) else 0.0)
+
+
+def _quantity(build: Build, measure: Measure, dim: int, length: int) -> Facts:
+    """Measure at a width and at twice that width, which shows the growth; None if the plugin refuses the latter."""
+    quantity: Facts = {"at_dim": _number(_measured(build, measure, dim, length)), "at_twice_dim": None}
+    with contextlib.suppress(UserError):
+        quantity["at_twice_dim"] = _number(_measured(build, measure, 2 * dim, length))
+    return quantity
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _measured(build: Build, measure: Measure, dim: int, length: int) -> Any:
+    """Measure a module on the meta device, which allocates nothing, or on the CPU if it needs real numbers.
+
+    Raises UserError if the plugin cannot be run.
+    """
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                return measure(build(dim, length), length)
+        except UserError:
+            raise
+        except Exception as error:
+            failure = error
+    cause = " ".join(str(failure).split())[:200]
+    raise UserError(f"it raises {type(failure).__name__}: {cause}; see 'llmkit plugins check'") from failure
+
+
+@contextlib.contextmanager
+def _refusals(facts: Facts) -> Iterator[None]:
+    """Add the message of a UserError raised in the block to the plugin's limits."""
+    try:
+        yield
+    except UserError as error:
+        line = " ".join(str(error).split())
+        if line not in facts["limits"]:
+            facts["limits"].append(line)
+
+
+def _odd(dim: int) -> int:
+    """Return the next odd width above ``dim``."""
+    return dim + 1 + dim % 2
+
+
+FAMILIES: dict[str, Callable[[Factory, int, int, Facts], None]] = {
+    "tokenizer": _tokenizer,
+    "attention": _attention,
+    "position": _position,
+    "feedforward": functools.partial(_by_width, flops=True),
+    "norm": functools.partial(_by_width, flops=False),
+    "head": _head,
+}
