@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from typing import Any, NoReturn
@@ -18,12 +17,14 @@ from llmkit.checkpoint import content as checkpoint
 from llmkit.config.messages import gist
 from llmkit.data import DataModule
 from llmkit.errors import UserError
+from llmkit.lightning import is_debug_run, raised_while_resuming
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
-from llmkit.run.progress import DEFAULT_VAL_INTERVAL, Progress, RunReport
-from llmkit.run.saving import Checkpoints, run_folder, use_whole_files
-from llmkit.run.shutdown import Stopping
+from llmkit.run.progress import Progress
+from llmkit.run.report import DEFAULT_VAL_INTERVAL, RunReport
+from llmkit.run.saving import Checkpoints, use_whole_files
+from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -155,7 +156,7 @@ class CLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         self.report = RunReport()
         throughput = Throughput()
-        own: list[pl.Callback] = [self.report, Stopping(), throughput]
+        own: list[pl.Callback] = [self.report, GracefulShutdown(), throughput]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
@@ -178,7 +179,12 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             step = self.trainer.global_step if self.command == "fit" else -1
-            if self.stored is not None and not explain(error) and checkpoint.is_to_blame(self.stored, error, step):
+            resuming = raised_while_resuming(error)
+            if (
+                self.stored is not None
+                and not explain(error)
+                and (resuming or checkpoint.is_to_blame(self.stored, error, step))
+            ):
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
             if not is_out_of_memory(error):
@@ -196,7 +202,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure the best checkpoint and print the closing report."""
         trainer, model = self.trainer, self.model
-        if trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
+        if is_debug_run(trainer) or trainer.interrupted:
             return
         saver = trainer.checkpoint_callback
         best = getattr(saver, "best_model_path", "")
@@ -212,16 +218,8 @@ class CLI(LightningCLI):
         self.report.finish(self.trainer, self.model, "test")
 
     def predict(self, model: LanguageModel, datamodule: DataModule, **kwargs: Any) -> None:
-        """Write one JSON line an example to ``predictions.jsonl`` in the run folder."""
-        batches = self.trainer.predict(model, datamodule, **kwargs) or []
-        if self.trainer.is_global_zero:
-            path = run_folder(self.trainer) / "predictions.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as handle:
-                for answers in batches:
-                    for answer in answers:
-                        handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            print(f"predictions: {path}")
+        """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
+        self.report.write_predictions(self.trainer, self.trainer.predict(model, datamodule, **kwargs) or [])
 
 
 def filled_in(given: Any) -> dict[str, Any]:

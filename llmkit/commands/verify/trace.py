@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from llmkit.lightning import batches_begun
 from llmkit.model.language_model import LanguageModel
 
 
@@ -36,20 +37,19 @@ class Trace(Callback):
     ) -> None:
         """Write the loss of a batch (of the step so far, where batches are accumulated)."""
         assert isinstance(pl_module, LanguageModel)
-        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self._write(event="batch", at=number, step=trainer.global_step, loss=float(pl_module.last_loss).hex())
+        loss = float(pl_module.last_loss).hex()
+        self._write(event="batch", at=batches_begun(trainer), step=trainer.global_step, loss=loss)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write that a validation begins."""
         if trainer.state.fn == "fit":
-            self._write(event="validation begins", at=trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+            self._write(event="validation begins", at=batches_begun(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics of a validation."""
         if trainer.state.fn == "fit":
-            number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
             metrics = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-            self._write(event="validation", at=number, step=trainer.global_step, **metrics)
+            self._write(event="validation", at=batches_begun(trainer), step=trainer.global_step, **metrics)
 
     def _write(self, **line: Any) -> None:
         self._file.write(json.dumps({**line, "time": time.time()}) + "\n")
