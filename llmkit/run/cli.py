@@ -179,11 +179,10 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             step = self.trainer.global_step if self.command == "fit" else -1
-            resuming = raised_while_resuming(error)
             if (
                 self.stored is not None
                 and not explain(error)
-                and (resuming or checkpoint.is_to_blame(self.stored, error, step))
+                and (raised_while_resuming(error) or checkpoint.is_to_blame(self.stored, error, step))
             ):
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
