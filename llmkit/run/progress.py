@@ -61,9 +61,7 @@ class Progress(ProgressBar):
             f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}"
         )
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Show the line when it is time."""
         assert isinstance(pl_module, LanguageModel)
         now = self.throughput.meter.totals()

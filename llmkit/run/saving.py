@@ -155,9 +155,7 @@ class Checkpoints(Checkpoint):
         if not trainer.strategy.broadcast(found):
             self.best_step = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Save between validations. A validation that is due now saves anyway, and the end of an epoch waits a batch.
 
         Lightning miscounts epochs when it resumes a run that was saved between the last batch of an epoch and its end.
@@ -240,10 +238,9 @@ def _link(path: Path, name: Path) -> None:
         try:
             os.link(path, part)
         except OSError:
-            with open(path, "rb") as source, open(part, "wb") as target:
-                shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
+            shutil.copyfile(path, part)
+            with open(part, "r+b") as copy:
+                os.fsync(copy.fileno())
 
     write_whole(name, write)
 

@@ -61,15 +61,7 @@ class GracefulShutdown(Callback):
         """Note that a validation is not done yet."""
         self._validating = trainer.state.fn == "fit"
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
         """Stop between two batches."""
         if self._validating and trainer.world_size == 1:
             self._stop_if_asked(trainer)
@@ -90,11 +82,10 @@ class GracefulShutdown(Callback):
             if callable(self._requeue):
                 self._requeue(received, None)
             return
-        saver = trainer.checkpoint_callback
+        path, saver = run_folder(trainer) / "checkpoints" / "last.ckpt", trainer.checkpoint_callback
         if isinstance(saver, Checkpoints):
-            path = saver.save(trainer)
+            saver.save(trainer)
         else:
-            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             name = signal.Signals(received).name
@@ -102,9 +93,7 @@ class GracefulShutdown(Callback):
             print("To resume, run the same command with --ckpt_path last", file=sys.stderr, flush=True)
         raise Stopped(received)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Have an unfinished validation repeated from its first batch by the run that resumes this one."""
         if self._validating:
             restart_validation(checkpoint)
