@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint import content as checkpoint
+from llmkit.checkpoint.content import read
+from llmkit.model.language_model import load
 from llmkit.run import figures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,7 @@ def measure(name: str, output: Path, trained: bool = False) -> None:
     cpu_seconds = cpu_end.children_user + cpu_end.children_system - cpu.children_user - cpu.children_system
     best = _best(output / name)
     folder = best.parent.parent
-    model = checkpoint.load(best)
+    model = load(best)
     record: dict[str, Any] = {
         "row": name,
         "table": row.table,
@@ -142,7 +143,7 @@ def measure(name: str, output: Path, trained: bool = False) -> None:
         "seconds": round(_time(folder / "results.json") - _time(folder / "config.yaml")),
         "cpu_seconds": None if trained else round(cpu_seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": int(checkpoint.read(best)["global_step"]),
+        "steps": int(read(best)["global_step"]),
         "results": json.loads((folder / "results.json").read_text()),
         "curve": figures.read_metrics(folder / "metrics.csv").get("val_loss", []),
     }

@@ -9,11 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmkit.checkpoint.content import load
     from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
     from llmkit.errors import UserError
-    from llmkit.model.language_model import LanguageModel
+    from llmkit.model.language_model import LanguageModel, load
     from llmkit.registry import plugin, register
     from llmkit.run.saving import Checkpoints
     from llmkit.sequence import DecodingOptions, Memory, Sequence, State
@@ -35,7 +34,7 @@ _HOMES = {
     "State": "llmkit.sequence",
     "Tokenizer": "llmkit.contracts",
     "UserError": "llmkit.errors",
-    "load": "llmkit.checkpoint.content",
+    "load": "llmkit.model.language_model",
     "plugin": "llmkit.registry",
     "register": "llmkit.registry",
 }

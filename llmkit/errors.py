@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One mistake in a config. Where its value was set is added once, when it is printed."""
+
+    key: str
+    """The config key it is about, dotted; empty: no key, the text says it all."""
+    text: str
+    place_of: str = ""
+    """The key whose place to show, if that is not ``key`` itself: an argument of the plugin at ``key``, say."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}" if self.key else self.text
 
 
 class UserError(ValueError):
-    """What the user can mend: a line on stderr for each problem, exit code 2, no traceback."""
+    """An error the user can fix: one line on stderr for each problem, exit code 2, no traceback."""
 
-    def __init__(self, *problems: str) -> None:
-        super().__init__(" | ".join(problems))
-        self.problems = problems
+    def __init__(self, *problems: str | Problem) -> None:
+        self.problems = [item if isinstance(item, Problem) else Problem("", item) for item in problems]
+        super().__init__(" | ".join(map(str, self.problems)))
 
 
 class Stopped(Exception):  # noqa: N818
-    """A signal asked the run to stop; it has saved and said how to go on. Its exit code is the shell's for a signal."""
+    """A signal asked the run to stop, and it has saved. Its exit code is the shell's for a signal."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
         self.code = 128 + signum
 
 
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Attach a config key to what the part at that key raises as a mistake (ValueError, UserError)."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(item if item.key else Problem(key, item.text) for item in error.problems)) from error
+    except ValueError as error:
+        raise UserError(Problem(key, str(error))) from error
+
+
 def note(message: str) -> None:
-    """Tell the user something worth knowing that is no error."""
+    """Print something worth knowing that is not an error."""
     print(f"llmkit: note: {message}", file=sys.stderr, flush=True)
 
 

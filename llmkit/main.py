@@ -11,10 +11,10 @@ from llmkit import __version__
 from llmkit.errors import Stopped, UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("llmkit.config.plan:run", "train a model as a config says"),
-    "validate": ("llmkit.config.plan:run", "measure a checkpoint on the validation data"),
-    "test": ("llmkit.config.plan:run", "measure a checkpoint on the test data"),
-    "predict": ("llmkit.config.plan:run", "write a checkpoint's answers for a data set"),
+    "fit": ("llmkit.commands.fit:run", "train a model as a config says"),
+    "validate": ("llmkit.commands.fit:run", "measure a checkpoint on the validation data"),
+    "test": ("llmkit.commands.fit:run", "measure a checkpoint on the test data"),
+    "predict": ("llmkit.commands.fit:run", "write a checkpoint's answers for a data set"),
     "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
     "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
     "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        for problem in error.problems:
+        for problem in map(str, error.problems):
             # What a worker process raised comes from torch as the text of a whole traceback.
             problem = problem.rpartition("UserError: ")[2] if "\nOriginal Traceback" in problem else problem
             print(f"llmkit: error: {' '.join(problem.split())}", file=sys.stderr)

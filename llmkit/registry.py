@@ -21,7 +21,26 @@ DEFAULTS: dict[str, str] = {
     "norm": "rms",
     "head": "generation",
 }
-"""The families, with the name that is used when a config says nothing."""
+"""The families of plugins, with the name that is used when a config says nothing."""
+
+TORCH: dict[str, tuple[str, str, dict[str, str]]] = {
+    "optimizer": ("torch.optim", "adamw", {"adamw": "AdamW", "muon": "Muon"}),
+    "scheduler": ("torch.optim.lr_scheduler", "cosine", {"cosine": "WarmupCosine"}),
+}
+"""What else a config picks by name: torch's module, the default, and our own classes in ``model.optim``."""
+
+FAMILY_OF: dict[str, str] = {
+    "model.head": "head",
+    "model.attention": "attention",
+    "model.cross_attention": "attention",
+    "model.position": "position",
+    "model.feedforward": "feedforward",
+    "model.norm": "norm",
+    "model.optimizer": "optimizer",
+    "model.scheduler": "scheduler",
+    "data.tokenizer": "tokenizer",
+}
+"""Every config key whose value is a class with arguments, and the family it takes."""
 
 CONTRACTS: dict[str, str] = {
     **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
@@ -103,6 +122,20 @@ def _by_name(family: str) -> dict[str, Entry]:
     return found
 
 
+@functools.cache
+def _of_torch(family: str) -> dict[str, Entry]:
+    """Return the optimizers or schedulers by their name in lower case: every class of torch, and ours above them."""
+    module, _, own = TORCH[family]
+    base = contract(family)
+    found = {
+        name.lower(): Entry(family, name.lower(), f"{module}:{name}", "torch")
+        for name, cls in vars(importlib.import_module(module)).items()
+        if isinstance(cls, type) and issubclass(cls, base) and cls is not base and not name.startswith("_")
+    }
+    ours = {name: Entry(family, name, f"llmkit.model.optim:{cls}", "llmkit") for name, cls in own.items()}
+    return {**found, **ours}
+
+
 def check_family(family: str) -> None:
     """Raise UserError unless ``family`` is one of the families."""
     if family not in DEFAULTS:
@@ -110,7 +143,9 @@ def check_family(family: str) -> None:
 
 
 def entries(family: str) -> dict[str, Entry]:
-    """Return every registered plugin of a family by name."""
+    """Return every registered plugin of a family by name; optimizers and schedulers are families here too."""
+    if family in TORCH:
+        return _of_torch(family)
     check_family(family)
     return dict(sorted({**_by_name(family), **_local[family]}.items()))
 
@@ -118,9 +153,15 @@ def entries(family: str) -> dict[str, Entry]:
 def find(family: str, name: str) -> Entry:
     """Return the plugin called ``name``. Raises UserError naming the nearest one when there is none."""
     known = entries(family)
-    if name not in known:
+    key = name.lower() if family in TORCH else name
+    if key not in known:
         raise UserError(unknown(family, name, known))
-    return known[name]
+    return known[key]
+
+
+def default(family: str) -> str:
+    """Return the name that is used when a config says nothing."""
+    return TORCH[family][1] if family in TORCH else DEFAULTS[family]
 
 
 def contract(family: str) -> type:
@@ -166,24 +207,33 @@ def plugin(family: str, name: str, **init_args: Any) -> Factory:
     return resolve(family, {"name": name, **init_args})
 
 
-def expand(family: str, value: Any) -> Any:
-    """Return ``{class_path, init_args}`` for a short form (``lstm``, or ``{name: lstm, ...}``); else ``value``.
+def expand(family: str, value: Any) -> Spec:
+    """Return ``{class_path, init_args}`` for every form a config may give a plugin in.
 
-    Raises UserError for a name that is not registered.
+    Args:
+        family: what it is looked up in.
+        value: a name, a class path, ``{name, arguments}`` or ``{class_path, init_args}``.
+
+    Raises:
+        UserError: a name that is not registered, or a value of no such form.
     """
-    if isinstance(value, str) and "." not in value:
-        return {"class_path": find(family, value).class_path}
+    if isinstance(value, str):
+        return {"class_path": value if "." in value else find(family, value).class_path}
     if isinstance(value, Mapping) and "name" in value:
-        rest = {key: item for key, item in value.items() if key != "name"}
-        if "class_path" in rest or "init_args" in rest:
-            raise UserError(
-                f"{family}: 'name' stands beside its arguments; 'class_path' has 'init_args'. Use one form."
-            )
-        spec = expand(family, str(value["name"]))
-        if not isinstance(spec, dict):
-            spec = {"class_path": spec}
-        return {**spec, "init_args": rest} if rest else spec
-    return value
+        given = {key: item for key, item in value.items() if key != "name"}
+        if "class_path" in given or "init_args" in given:
+            raise UserError("'name' takes its arguments next to it, 'class_path' takes 'init_args'. Use one form.")
+        return {**expand(family, str(value["name"])), **({"init_args": given} if given else {})}
+    if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
+        raise UserError(f"expected a name, or {{name: ..., arguments}}, got {value!r}")
+    stray = [str(name) for name in value if name not in ("class_path", "init_args")]
+    if stray:
+        raise UserError(
+            f"next to class_path only init_args is allowed, with the arguments below it: {', '.join(stray)}"
+        )
+    if not isinstance(value.get("init_args") or {}, Mapping):
+        raise UserError(f"init_args: expected a mapping, got {value['init_args']!r}")
+    return dict(value)
 
 
 def resolve(family: str, value: Any) -> Factory:
@@ -191,10 +241,8 @@ def resolve(family: str, value: Any) -> Factory:
 
     Raises UserError when the name is unknown, the class cannot be imported or an argument does not exist.
     """
-    value = expand(family, DEFAULTS[family] if value is None else value)
-    if isinstance(value, str):
-        value = {"class_path": value}
-    return factory_of(value, family) if isinstance(value, Mapping) else value
+    value = default(family) if value is None else value
+    return factory_of(expand(family, value), family) if isinstance(value, str | Mapping) else value
 
 
 def factory_of(spec: Mapping[str, Any], family: str) -> functools.partial[Any]:

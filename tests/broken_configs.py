@@ -149,14 +149,14 @@ TYPES = {
     "model.dropout": ("a lot", FLOAT),
     "model.norm_first": ("perhaps", BOOL),
     "model.tie_embeddings": ("2", BOOL),
-    "model.init_from": ("[a, b]", "a text"),
+    "model.init_from": ("[a, b]", "text"),
     "data.batch_size": ("many", INT),
     "data.batch_tokens": ("{a: 1}", INT),
     "data.validation_share": ("a tenth", FLOAT),
     "data.pack": ("sometimes", BOOL),
-    "data.columns": ("text", "keys with values"),
+    "data.columns": ("text", "a mapping"),
     "data.column_names": ("3", "a list"),
-    "data.train": ("7", "a text"),
+    "data.train": ("7", "text"),
     "data.num_workers": ("two", INT),
     "trainer.max_steps": ("often", INT),
     "trainer.max_epochs": ("[1]", INT),
@@ -165,7 +165,7 @@ TYPES = {
     "model.decoding.top_k": ("few", INT),
     "model.decoding.top_p": ("[1]", FLOAT),
     "seed_everything": ("lucky", f"{BOOL} or {INT}"),
-    "name": ("[a]", "a text"),
+    "name": ("[a]", "text"),
 }
 """Key -> a value of the wrong type, and what is expected."""
 RANGES = {
@@ -182,7 +182,7 @@ RANGES = {
     "trainer.accumulate_grad_batches": ("0", "at least 1"),
     "trainer.val_check_interval": ("0", "at least 1"),
     "trainer.devices": ("0", "devices"),
-    "trainer.gradient_clip_algorithm": ("norms", "['value', 'norm']"),
+    "trainer.gradient_clip_algorithm": ("norms", "norm, value"),
     "model.decoding.temperature": ("-1", "0 (greedy) or more"),
     "model.decoding.num_beams": ("0", "at least 1"),
     "name": ("../elsewhere", "relative path"),
@@ -293,8 +293,11 @@ def broken_yaml(config: Shipped) -> list[tuple[str, tuple[str, ...]]]:
             config.replaced(dim, config.lines[dim], "  init_from: runs/none.ckpt"),
             (place(dim + 1), "model.init_from", "none.ckpt"),
         ),
-        (f"- {config.lines[0]}\n", ("expected keys with values",)),
-        (config.text.replace("model:", "model: 5\nx:"), (place(config.line("model")), "model: expected keys", "got 5")),
+        (f"- {config.lines[0]}\n", ("expected a mapping",)),
+        (
+            config.text.replace("model:", "model: 5\nx:"),
+            (place(config.line("model")), "model: expected a mapping", "got '5'"),
+        ),
     ]
 
 
@@ -338,7 +341,7 @@ def combinations(configs: list[Shipped]) -> Iterator[Broken]:
         ("translation", "model.cross_attention", "lstm", ("model.cross_attention", "'cross'", "It supports")),
         ("summarization", "model.cross_attention", "gru", ("model.cross_attention", "'cross'", "It supports")),
         ("masked_lm", "model.attention", "{class_path: multi_head}", ("model.attention", "multi_head")),
-        ("masked_lm", "model.attention", "{num_heads: 4}", ("model.attention", "{name: ..., arguments}")),
+        ("masked_lm", "model.attention", "{num_haeds: 4}", ("model.attention", meant("num_heads"))),
         ("masked_lm", "model.attention", "{name: gru, class_path: torch.nn.GRU}", ("model.attention", "class_path")),
         ("translation", "trainer.callbacks", stopping % "patiense: 3", ("trainer.callbacks", meant("patience"))),
         ("translation", "trainer.callbacks", stopping % "monitor: val_loss, patience: x", ("trainer.callbacks", INT)),
@@ -348,10 +351,10 @@ def combinations(configs: list[Shipped]) -> Iterator[Broken]:
         yield Broken("combination", find(head).name, text, (place(number), *says))
     config = next(one for one in configs if one.has("trainer.max_epochs"))
     text, _ = with_value(config, "data.streaming", "true")
-    yield Broken("combination", config.name, text, ("default: trainer.max_steps must be set",))
+    yield Broken("combination", config.name, text, ("default: trainer.max_steps: must be set",))
     config = find("classification")
     text, _ = with_value(config, "model.attention", f"{{name: multi_head, num_heads: {config.value('model.dim')}}}")
-    yield Broken("combination", config.name, text, ("default: model.position", "even width"))
+    yield Broken("combination", config.name, text, ("model.attention", "even width"))
 
 
 COMMAND_LINES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
@@ -379,7 +382,7 @@ COMMAND_LINES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--model.decoding.top_k", "some"), ("model.decoding.top_k: expected a whole number",)),
     (("--trainer.max_steps", "few"), ("trainer.max_steps: expected a whole number", "'few'")),
     (("--trainer.precision", "half"), ("trainer.precision", "'half'", "16-mixed")),
-    (("--data.columns", "text"), ("data.columns: expected keys with values",)),
+    (("--data.columns", "text"), ("data.columns: expected a mapping",)),
     (("--data.batch_size", "0"), ("data.batch_size", "at least 1")),
     (("--model.dropout", "1.5"), ("model.dropout", "below 1")),
     (("--model.attention.num_heads", "7"), ("model.attention.num_heads", "divisible")),

@@ -193,12 +193,12 @@ WRONG_VALUES = [
     fit("--trainer.devices", "0", says=("devices", "0")),
     fit("--trainer.accumulate_grad_batches", "0", says=("trainer.accumulate_grad_batches", "at least 1")),
     fit("--trainer.val_check_interval", "0", says=("trainer.val_check_interval",)),
-    fit("--trainer.log_every_n_steps", "0", says=("command line: trainer.log_every_n_steps must be at least 1",)),
-    fit("--trainer.gradient_clip_val", "-3", says=("command line: trainer.gradient_clip_val must be 0 or more",)),
+    fit("--trainer.log_every_n_steps", "0", says=("command line: trainer.log_every_n_steps: must be at least 1",)),
+    fit("--trainer.gradient_clip_val", "-3", says=("command line: trainer.gradient_clip_val: must be 0 or more",)),
     fit("--data.encoding", "utf9", says=("command line: data.encoding: unknown encoding: utf9",)),
     fit(
         *("--data.pack", "true", "--model.head", "classification"),
-        says=("command line: data.pack is for heads that join their rows, and Classification does not",),
+        says=("command line: data.pack: is for heads that join their rows, and Classification does not",),
     ),
     fit("--model.num_layers", "0", says=("model.num_layers", "at least 1")),
     fit("--model.context", "1", says=("model.context", "at least 2")),  # the next token of one token is in no block
@@ -217,17 +217,17 @@ WRONG_VALUES = [
     config("model: {dim: abc}", "model.dim", "whole number", "'abc'"),
     config("data: {train: 3}", "data.train", "'3'"),
     config("data: {train: text.txt, batch_size: 2.5}", "data.batch_size", "whole number", "'2.5'"),
-    config("data: {train: text.txt, columns: text}", "data.columns", "keys with values", "'text'"),
+    config("data: {train: text.txt, columns: text}", "data.columns", "mapping", "'text'"),
     config("data: {train: text.txt, format: cvs}", "data.format", "Did you mean 'csv'?", "parquet"),
     config("data: {train: text.txt, format: lines, pattern: '('}", "data.pattern", "regular expression"),
     config("data: {train: text.txt, encoding: utf9}", "data.encoding", "utf9"),
     config("seed_everything: abc", "seed_everything", "whole number", "'abc'"),
-    config("name: [a]", "name", "a text"),
+    config("name: [a]", "name", "expected text"),
     config("imports: 3", "case.yaml", "imports", "3"),
-    config("model: 3", "case.yaml", "model", "keys with values", "3"),
+    config("model: 3", "case.yaml", "model: expected a mapping", "3"),
     config("model: {attention: 3}", "case.yaml", "model.attention", "name", "3"),
     config("model: {attention: [lstm]}", "case.yaml", "model.attention", "name", "lstm"),
-    config("model: {attention: {num_heads: 3}}", "case.yaml", "model.attention", "name", "num_heads"),
+    config("model: {attention: {num_haeds: 3}}", "case.yaml", "model.attention", "MultiHead", "num_heads"),
     config("model: {attention: {name: lstm, class_path: torch.nn.LSTM}}", "case.yaml", "model.attention", "class_path"),
     config("model: {attention: {name: multi_head, num_heads: two}}", "model.attention.num_heads", "whole number"),
     config("model: {attention: torch.nn.Identity}", "case.yaml", "model.attention", "Identity", "contracts.Attention"),
@@ -283,7 +283,7 @@ YAML = [
     Case(("fit", "--config", "tab.yaml"), ("tab.yaml:2", "YAML")),
     Case(("fit", "--config", "twice.yaml"), ("twice.yaml:3", "'dim'", "twice")),
     Case(("fit",), ("case.yaml", "${LLMKIT_UNSET}", "not set"), "data: {train: '${LLMKIT_UNSET}/a.txt'}\n"),
-    Case(("fit",), ("case.yaml", "keys with values", "list"), "- a\n- b\n"),
+    Case(("fit",), ("case.yaml", "mapping", "list"), "- a\n- b\n"),
 ]
 
 SEVERAL = [
@@ -318,7 +318,7 @@ SEVERAL = [
 
 @pytest.mark.parametrize("case", UNKNOWN_NAMES, ids=name)
 def test_unknown_name(case: Case, folder: Path) -> None:
-    run(folder, case)
+    run(folder, case, tiny="bpee" not in case.yaml)  # of one key only the topmost value counts
 
 
 @pytest.mark.parametrize("case", UNKNOWN_KEYS, ids=name)
@@ -555,7 +555,7 @@ def test_where_values_come_from(folder: Path, tmp_path: Path) -> None:
     first.write_text(f"data: {{train: text.txt}}\nmodel:\n{attention}  norm: rms\n  dim: 16\n")
     second.write_text("model:\n  norm: layer\n  attention: {class_path: llmkit_plugins.attention.softmax.MultiHead}\n")
     words = ["--config", str(first), "--config", str(second), "--model.dim", "8", "--model.optimizer.lr", "0.1"]
-    of = plan("fit", words).origins.of
+    of = plan("fit", words).config.of
     assert of("model.dim") == of("model.optimizer.init_args.lr") == "command line"
     assert of("model.norm") == f"{second}:2"
     assert of("model.attention.class_path") == f"{second}:3"
@@ -564,7 +564,7 @@ def test_where_values_come_from(folder: Path, tmp_path: Path) -> None:
     assert of("model.position") == of("model.dropout") == of("model.attention.qk_norm") == "default"
     assert of("model.decoding.top_k") == "default of Generation"
     second.write_text("model: {attention: gru}\n")
-    of = plan("fit", words).origins.of
+    of = plan("fit", words).config.of
     assert of("model.attention") == f"{second}:1"
     assert of("model.attention.dropout") == "default"  # what the other class was given is gone
 

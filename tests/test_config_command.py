@@ -14,9 +14,9 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 
-from llmkit import registry
+from llmkit import imports, registry
 from llmkit.commands.config.tree import inline
-from llmkit.config import files as config
+from llmkit.config.files import read_yaml
 from llmkit.run.cli import TRAINER_DEFAULTS
 
 LOCAL = Path(__file__).resolve().parent.parent / "examples" / "local_plugin"
@@ -27,7 +27,7 @@ def _no_local_plugins() -> Iterator[None]:
     """Undo the import of the example's plugin, so that other tests do not see it."""
     yield
     sys.modules.pop("running_mean", None)
-    config.imported.discard("running_mean")
+    imports.imported.discard("running_mean")
     registry._local["attention"].pop("running_mean", None)
 
 
@@ -144,7 +144,7 @@ def test_values_keep_their_meaning_on_one_line(value: Any, tmp_path: Path) -> No
     assert "\n" not in text
     assert yaml.safe_load(text) == {"key": value}
     (tmp_path / "value.yaml").write_text(text)
-    assert config.read_yaml(tmp_path / "value.yaml")[0] == {"key": value}
+    assert read_yaml(tmp_path / "value.yaml").tree == {"key": value}
 
 
 # diff

@@ -15,14 +15,13 @@ import torch
 from command import done, llmkit
 from jsonargparse import ArgumentParser
 
-from llmkit import registry
+from llmkit import imports, registry
 from llmkit.commands.config import schema as schemas
-from llmkit.commands.config.tree import FAMILIES
-from llmkit.config import files as config
-from llmkit.config.keys import GROUPS, TOP_KEYS
+from llmkit.config.files import read_yaml
+from llmkit.config.plan import TOP_KEYS
 from llmkit.data import DataModule
 from llmkit.model.language_model import LanguageModel
-from llmkit.run.cli import TRAINER_DEFAULTS
+from llmkit.run.cli import GROUPS, TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +41,7 @@ def _no_local_plugins() -> Iterator[None]:
     """Undo the import of the example's plugin, so that other tests do not see it."""
     yield
     sys.modules.pop("running_mean", None)
-    config.imported.discard("running_mean")
+    imports.imported.discard("running_mean")
     registry._local["attention"].pop("running_mean", None)
 
 
@@ -101,7 +100,7 @@ WORDS: dict[str, Any] = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    return config.read_yaml(path)[0]
+    return read_yaml(path).tree
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -177,7 +176,7 @@ VALUES = (True, 3, 0.5, "text", ["a"], [3], {"a": "b"}, {"a": 3})
 def test_the_schema_is_as_strict_as_the_parser(cls: type, schema: dict[str, Any]) -> None:
     rules = schemas.arguments(cls)["properties"]
     for name, kind in get_type_hints(cls.__init__).items():  # type: ignore[misc]
-        if name == "return" or {f"model.{name}", f"data.{name}"} & set(FAMILIES):
+        if name == "return" or {f"model.{name}", f"data.{name}"} & set(registry.FAMILY_OF):
             continue
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=kind)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from command import TINY, Result, llmkit
 
-from llmkit import main, registry
-from llmkit.config import files as config
+from llmkit import imports, main, registry
 from llmkit.errors import UserError
 from llmkit.run import failures
 
@@ -94,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
     for module in ("faulty_plugins", "beside"):
         sys.modules.pop(module, None)
-    config.imported.discard("faulty_plugins")
+    imports.imported.discard("faulty_plugins")
     for entries in registry._local.values():
         entries.pop("faulty", None)
 

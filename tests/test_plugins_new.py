@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from command import done, llmkit
 
-from llmkit import registry
-from llmkit.config import files as config
+from llmkit import imports, registry
 from llmkit.registry import DEFAULTS
 from llmkit.testing import properties
 
@@ -39,7 +38,7 @@ def _clean(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     monkeypatch.setenv("STDLIB", str(library))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(config, "imported", {*config.imported})
+    monkeypatch.setattr(imports, "imported", {*imports.imported})
     monkeypatch.setattr(registry, "_local", {family: {**registry._local[family]} for family in DEFAULTS})
     yield
     for name in set(sys.modules) - before:

@@ -19,11 +19,10 @@ import yaml
 from bugs import BUGS
 from command import Result, done, llmkit
 
-from llmkit import main, registry, testing
-from llmkit.config import files as config
+from llmkit import imports, main, registry, testing
+from llmkit.config.files import parse_yaml
 from llmkit.config.plan import TOP_KEYS
 from llmkit.data import DataModule
-from llmkit.model import optim
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
@@ -88,7 +87,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def forget(module: str) -> None:
     """Undo the import of a local plugin, so that other tests do not see it."""
     sys.modules.pop(module, None)
-    config.imported.discard(module)
+    imports.imported.discard(module)
     for entries in registry._local.values():
         for name in [name for name, entry in entries.items() if entry.target.startswith(f"{module}:")]:
             del entries[name]
@@ -275,10 +274,9 @@ def test_every_key_is_documented_with_its_default(heading: str, cls: type) -> No
     parameters = inspect.signature(cls).parameters
     assert list(found) == list(parameters)
     families = {
-        key.partition(".")[2]: family for key, family in config.PLUGIN_KEYS.items() if key != "model.cross_attention"
+        key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key != "model.cross_attention"
     }
-    names = {key: registry.DEFAULTS[family] for key, family in families.items()}
-    names |= {"optimizer": "adamw", "scheduler": "cosine"}
+    names = {key: registry.default(family) for key, family in families.items()}
     for key, (_, default, meaning) in found.items():
         expected = names[key] if key in names else parameters[key].default
         assert yaml.safe_load(default.strip("`")) == expected, key
@@ -304,12 +302,8 @@ def test_plugin_arguments_are_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     rows = re.findall(r"^\| `((?:model|data)\.\w+)` \| `(\w+)` \| (.+) \|$", text, re.M)
     own = {"dim", "role", "max_length", "params", "optimizer"}
-    classes: dict[tuple[str, str], type] = {
-        ("model.optimizer", "adamw"): optim.AdamW,
-        ("model.optimizer", "muon"): optim.Muon,
-        ("model.scheduler", "cosine"): optim.WarmupCosine,
-    }
-    for key, family in config.PLUGIN_KEYS.items():
+    classes: dict[tuple[str, str], type] = {}
+    for key, family in registry.FAMILY_OF.items():
         if key != "model.cross_attention":
             for name, entry in registry.entries(family).items():
                 if entry.distribution == "llmkit":
@@ -319,7 +313,7 @@ def test_plugin_arguments_are_documented() -> None:
         given: dict[str, Any] = {}
         for cell in re.findall(r"`([^`]+)`", cells):
             argument, colon, default = cell.partition(": ")
-            given[argument] = yaml.load(default, Loader=config._Loader) if colon else inspect.Parameter.empty
+            given[argument] = parse_yaml(default) if colon else inspect.Parameter.empty
         parameters = inspect.signature(classes[key, name]).parameters.values()
         plain = [p for p in parameters if p.name not in own and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         assert given == {p.name: written(p.default) for p in plain}, (key, name)

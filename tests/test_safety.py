@@ -19,10 +19,9 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 
-from llmkit import LanguageModel, UserError, load
-from llmkit.config import files as config
-from llmkit.config import trust
-from llmkit.config.origins import Origins
+from llmkit import LanguageModel, UserError, imports, load
+from llmkit.check import check_arguments
+from llmkit.run.cli import GROUPS
 
 TEXT = "".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60))
 
@@ -337,27 +336,31 @@ def test_yaml_that_builds_objects(tag: str, bait: Path) -> None:
 
 
 def test_what_is_installed_or_imported_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "imported", {"mine", "package.part"})
+    monkeypatch.setattr(imports, "imported", {"mine", "package.part"})
     for path in ("torch.optim.SGD", "lightning.pytorch.callbacks.EarlyStopping", "torchmetrics.Metric", "yaml.Loader"):
-        assert trust.known(path), path
+        assert not imports.refusal(path), path
     for path in ("mine.Class", "package.other.Class", "llmkit.model.optim.Muon", "llmkit_plugins.norm.RMSNorm"):
-        assert trust.known(path) and trust.is_plugin(path), path
+        assert not imports.refusal(path) and imports.is_plugin(path), path
     for path in ("os.system", "subprocess.Popen", "test_safety.Runs", "nowhere.Class", "torch.__main__.x", "mine"):
-        assert trust.known(path) == (path == "mine"), path
+        assert bool(imports.refusal(path)) == (path != "mine"), path
     for path in ("lightning.pytorch.callbacks.EarlyStopping", "yaml.Loader", "torch.hub.load"):
-        assert not trust.is_plugin(path), path
+        assert not imports.is_plugin(path), path
 
 
 def test_texts_that_only_look_like_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.syspath_prepend(tmp_path)  # now 'tokenizer' can be imported
-    tree = {
+    tree: dict[str, dict[str, Any]] = {
         "model": {"init_from": "os.path", "optimizer": {"name": "adamw", "lr": 1e-3}, "attention": "lstm"},
         "data": {"train": "json.tool", "tokenizer": {"name": "pretrained", "path": "tokenizer.json"}},
         "trainer": {"strategy": "auto", "default_root_dir": "test.runs", "callbacks": ["EarlyStopping"]},
     }
     before = copy.deepcopy(tree)
-    assert trust.problems(tree, Origins("x")) == [] and tree == before
+    for group, cls in GROUPS.items():
+        assert check_arguments(cls, tree.setdefault(group, {}), group) == []
+    plugins = {"optimizer", "attention", "tokenizer"}
+    for group, given in before.items():
+        assert all(tree[group][name] == value for name, value in given.items() if name not in plugins)
 
 
 # --- tokenizer files and the network

@@ -44,7 +44,7 @@ def test_both_sides_of_a_translation_count() -> None:
     )  # fmt: skip
     model.tokenizer = llmkit.plugin("tokenizer", "byte")()
     meter = Meter(model)
-    cost = model.meta_network(restored=True).flops_per_position(8)
+    cost = model.meta_network().flops_per_position(8)
     meter.add({"source": torch.zeros(3, 8, dtype=torch.long), "targets": torch.zeros(3, 8, dtype=torch.long)})
     assert meter.totals().flops == pytest.approx(3 * 24 * cost)
 

@@ -44,11 +44,11 @@ def run(command: str, argv: list[str]) -> int:
         raise UserError("infer: no text given: name it on the command line or with --input FILE (- for standard input)")
     if args.batch_size < 1:
         raise UserError(f"infer: --batch_size must be at least 1, got {args.batch_size}")
-    from llmkit.checkpoint import content as checkpoint
-    from llmkit.config import files as config
+    from llmkit.imports import import_modules
+    from llmkit.model.language_model import load
 
-    config.import_modules(args.imports)
-    model = checkpoint.load(args.checkpoint, _device(args.device))
+    import_modules(args.imports)
+    model = load(args.checkpoint, _device(args.device))
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(model.head.decoding)}
     given = {name: value for name, value in given.items() if value is not None}
     if args.greedy:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkit.config.plan import run
+from llmkit.commands.fit import run
 from llmkit.contracts import Batch
 from llmkit.model.backbone import parameter_groups
 from llmkit.model.language_model import LanguageModel
@@ -87,7 +87,7 @@ def optimizer_bytes(model: LanguageModel) -> int:
         matrix = group["kind"] != "vector"
         probe = nn.Parameter(torch.zeros(2, 2) if matrix else torch.zeros(2))
         probe.grad = torch.ones_like(probe)
-        optimizer = model._optimizer([{**group, "params": [probe]}])
+        optimizer = model.parts.build("optimizer", [{**group, "params": [probe]}])
         optimizer.step()
         kept = [v for v in optimizer.state[probe].values() if torch.is_tensor(v) and v.shape == probe.shape]
         per_element = sum(value.element_size() for value in kept)

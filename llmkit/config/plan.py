@@ -1,325 +1,232 @@
-"""``llmkit fit | validate | test | predict | inspect``: from words, config files and a checkpoint to a run."""
+"""From argv, config files and a checkpoint to one checked tree: what a command will run with."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import functools
+import inspect
 import json
-import logging
 import re
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
-from llmkit.checkpoint import content as checkpoint
-from llmkit.config import files as config
-from llmkit.config import trust
-from llmkit.config.argv import Words, listed, parsed, split, typed, values
-from llmkit.config.keys import GROUPS as GROUPS
-from llmkit.config.keys import TOP_KEYS as TOP_KEYS
-from llmkit.config.keys import at_fault, is_key, nearest_name, unknown_keys
-from llmkit.config.origins import COMMAND_LINE, DEFAULT, Origins, Problem, drop, plain
-from llmkit.errors import UserError, note
-from llmkit.run.cli import CLI
+from llmkit import imports, registry
+from llmkit.check import check_arguments, check_value
+from llmkit.checkpoint.content import Stored
+from llmkit.config import argv as command_line
+from llmkit.config.files import fill_variables, read_yaml
+from llmkit.config.layers import COMMAND_LINE, DEFAULT, Layer, Stack, Tree
+from llmkit.config.stored import check_name, find, layer_of
+from llmkit.errors import Problem, UserError, unknown
+from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
+from llmkit.sequence import DecodingOptions
+
+TOP_KEYS = (*TOP, *GROUPS)
+"""The keys at the top of a config."""
+PASSED_ON = re.compile(r"--(print_config|\S+\.help)\b")
+"""Options that LightningCLI answers itself."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one of Lightning's commands is about to do, every mistake that can be seen before it told already.
+    """What a command will run with, every mistake that can be found without building anything already reported.
 
     Attributes:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        tree: the merged config: defaults, checkpoint, files; every plugin as ``{class_path, init_args}``.
-        args: the options of the command line, which are above it.
-        stored: the checkpoint that is begun with.
-        imports: the local modules that files and command line name.
-        origins: where every value came from, the command line included.
-        class_paths: the class of each plugin's key; empty where it is left to the model.
+        config: the merged tree with every default filled in, and where each value came from.
+        stored: the checkpoint that the command starts from.
+        passed_on: options that LightningCLI answers itself, ``--print_config``, say.
     """
 
     command: str
-    tree: dict[str, Any]
-    args: list[str]
-    stored: checkpoint.Stored | None
-    imports: list[str]
-    origins: Origins
-    class_paths: dict[str, str]
+    config: Stack
+    stored: Stored | None
+    passed_on: list[str]
 
     @property
-    def words(self) -> list[str]:
-        """What the typed parser reads."""
-        return [self.command, f"--config={json.dumps(self.tree, default=str)}", *self.args]
+    def args(self) -> list[str]:
+        """What LightningCLI parses."""
+        tree = {key: value for key, value in self.config.tree.items() if value is not None}
+        return [self.command, f"--config={json.dumps(tree, default=str)}", *self.passed_on]
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Put the place of its value in front of each mistake told inside, and tell those of the parser together."""
+    def placed(self) -> Iterator[None]:
+        """Put the place of its value in front of each mistake that is raised inside."""
         try:
             yield
         except UserError as error:
-            problems = [problem.text for problem in typed_problems(self)]
-            raise UserError(*(problems or [self._with_key(text, error) for text in error.problems])) from error
-
-    def placed(self, text: str) -> str:
-        """Return a sentence that begins with a key behind the place of that key's value."""
-        text = re.sub(r"^[a-z]+\.\w+: (?=(data|model|trainer)\.\w)", "", text)  # the second key is the one to change
-        key = re.match(r"\w+(\.\w+)*", text)
-        place = self.origins.near(key[0]) if key else None
-        return f"{place or DEFAULT}: {text}" if key and (place or is_key(key[0])) else text
-
-    def _with_key(self, text: str, error: UserError) -> str:
-        text = text.partition("\nException raised from")[0]  # where torch tells its own source code
-        placed = self.placed(text)
-        key = at_fault(error, text, self.class_paths, self.origins) if placed == text else ""
-        return f"{self.origins.at(key)}: {key}: {text}{nearest_name(key, text)}" if key else placed
-
-
-def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") -> int:
-    """Run one of Lightning's commands; returns the exit code.
-
-    Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: the words behind it.
-        cli: what is built and run.
-        asked: the command's name in messages.
-    """
-    if {"-h", "--help"} & set(argv):
-        cli(command, [command, "--help"], None)
-        return 0
-    planned = plan(command, argv, asked)
-    _quiet()
-    with planned.told():
-        cli(command, planned.words, planned.stored)
-    return 0
+            raise UserError(*map(self.config.placed, error.problems)) from error
 
 
 def plan(command: str, argv: list[str], asked: str = "") -> Plan:
-    """Return what a command would do. Nothing is built, but the modules that the config imports are.
+    """Return what a command would do. Nothing is built, but the modules that the config imports are imported.
 
     A value is taken from the command line, else the config files (later ones first), else the checkpoint, else the
-    default. The arguments are those of ``run``.
-
-    Raises:
-        UserError: all mistakes that can be seen before anything is built, together.
-    """
-    words = split(argv)
-    files = values(words, "--config", "-c")
-    parts = [config.read_yaml(file) for file in files]
-    imports: list[str] = []
-    for file, (content, places) in zip(files, parts, strict=True):
-        imports += config.import_modules(content.pop("imports", None), Path(file).parent, places.at("imports"))
-    imports += config.import_modules([name for value in values(words, "--imports") for name in listed(value)])
-    named = {"name": Path(files[0]).stem} if files else {}
-    settings = {**named, **{key: value for content, _ in parts for key, value in content.items()}}
-    settings |= {key.removeprefix("--"): value for key, value in words if value is not None}
-    output = Path(str(settings.get("output", "runs")))
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{_place('output', words, parts)}: output: {output} is a file, not a folder")
-    stored: checkpoint.Stored | None = None
-    wanted = settings.get("ckpt_path")
-    if wanted:
-        folder = output / str(settings.get("name", "run"))
-        try:
-            stored = find_checkpoint(str(wanted), folder)
-        except UserError as error:
-            raise UserError(f"{_place('ckpt_path', words, parts)}: {error}") from error
-        words = [word for word in words if word[0] != "--ckpt_path"]
-    if stored is not None:
-        part, places = _stored_config(stored, command, alone=not files), Origins(f"checkpoint {stored.path}")
-        places.put("", part)
-        parts.insert(0, (part, places))
-        words.append(("--ckpt_path", str(stored.path)))
-    elif wanted and command != "fit":
-        raise UserError(f"--ckpt_path {wanted}: no run below {folder} has a checkpoint")
-    elif command != "fit":
-        raise UserError(f"{command} needs --ckpt_path FILE (or 'best' or 'last' of the newest run)")
-    elif not files and not {"data.train", "data.source"} & set(settings):
-        raise UserError(f"{asked or command} needs --config FILE (or --data.train FILE and options)")
-    if wanted and stored is None:
-        note(f"--ckpt_path {wanted}: no run below {folder} has a checkpoint yet: training begins at the start")
-    refused = [problem.text for content, places in parts for problem in trust.problems(content, places)]
-    if refused:
-        raise UserError(*refused)  # before anything that they name is imported
-    problems: list[Problem] = []
-    tree = config.merge(config.defaults(), named)
-    origins = Origins()
-    origins.put("", tree)
-    for content, places in parts:
-        problems += unknown_keys(content, places)
-        known = [key for key in TOP_KEYS if key in content and (key not in GROUPS or isinstance(content[key], dict))]
-        content = {key: content[key] for key in known}
-        tree = config.merge(tree, config.prepare(content, places, problems))
-        origins.update(places)
-    tree.pop("ckpt_path", None)
-    if imports:
-        tree["imports"] = list(dict.fromkeys(imports))
-    origins.keep(tree)
-    if values(words, "--imports"):
-        origins.put("imports", None, COMMAND_LINE)
-    args, class_paths = typed(words, tree, origins, problems)
-    if _tokenizer_comes_along(words, parts, tree):
-        tree["data"]["tokenizer"] = None
-    name = str((values(words, "--name") or [tree.get("name", "run")])[-1])
-    if not trust.is_below(name):
-        text = f"name: expected a relative path without '..' (it becomes a folder below output), got '{name}'"
-        problems.append(Problem("name", f"{origins.at('name')}: {text}"))
-    seed = parsed((values(words, "--seed_everything") or [str(tree.get("seed_everything", 0))])[-1])
-    if isinstance(seed, int) and not 0 <= seed < 2**32:
-        text = f"seed_everything: expected 0 or more and below 2**32, got {seed}"
-        problems.append(Problem("seed_everything", f"{origins.at('seed_everything')}: {text}"))
-    planned = Plan(command, tree, args, stored, imports, origins, class_paths)
-    if problems:
-        problems += typed_problems(planned, {problem.key for problem in problems})
-        raise UserError(*dict.fromkeys(problem.text for problem in problems))
-    for stage in {"test", "predict"} & {command}:
-        data = tree.get("data", {})
-        if not (data.get(stage) or data.get("source") or values(words, f"--data.{stage}", "--data.source")):
-            raise UserError(f"data.{stage} is not set: give --data.{stage} FILE")
-    return planned
-
-
-def _place(key: str, words: Words, parts: list[tuple[dict[str, Any], Origins]]) -> str:
-    """Return where the value of a key at the top comes from, before all places are put together."""
-    found = [places.at(key) for content, places in parts if key in content]
-    return [DEFAULT, *found, *[COMMAND_LINE for word, _ in words if word == f"--{key}"]][-1]
-
-
-def typed_problems(plan: Plan, known: Iterable[str] = ()) -> list[Problem]:
-    """Return every value of a wrong type. The typed parser stops at the first: each is taken out in its turn.
+    default.
 
     Args:
-        plan: what is parsed.
-        known: keys that are wrong otherwise: they are left out.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        argv: the words after it.
+        asked: the command's name in messages.
+
+    Raises:
+        UserError: all mistakes that can be found before anything is built, together.
     """
-    tree = copy.deepcopy(plan.tree)
-    args = [word for word in plan.args if not re.match(r"--(print_config|\S+\.help)\b", word)]  # these end the program
-    for key in known:
-        _take_out(tree, args, key)
-    found: dict[str, Problem] = {}
-    for _ in range(50):
-        try:
-            _parser(plan.command).parse_args(dataclasses.replace(plan, tree=tree, args=args).words)
-            break
-        except UserError as error:
-            text = str(error)
-            key = plain(text.partition(":")[0])
-            if any(f"{other}.".startswith(f"{key}.") for other in found):
-                break  # it is missing only because it was taken out
-            found[key] = Problem(key, plan.placed(text))
-            if not _take_out(tree, args, key):
-                break
-    return list(found.values())
+    options = command_line.split(argv)
+    files = command_line.values(options, "--config", "-c")
+    layers = [read_yaml(file) for file in files]
+    imported: list[str] = []
+    for file, layer in zip(files, layers, strict=True):
+        imported += _import(layer.tree.pop("imports", None), layer, Path(file).parent)
+    names = [name for text in command_line.values(options, "--imports") for name in command_line.listed(text)]
+    imported += _import(names, Layer({}, COMMAND_LINE), Path())
+    problems: list[Problem] = []
+    config_options = [
+        (key, value)
+        for key, value in options
+        if key not in ("--config", "-c", "--imports") and not PASSED_ON.match(key)
+    ]
+    layers.append(command_line.layer(config_options, problems))
+    named = Path(files[0]).stem if files else "run"
+    stored = find(command, layers, named, bool(files), asked or command)
+    if stored is not None:
+        layers.insert(0, layer_of(stored, command, alone=not files))
+    stack = Stack()
+    stack.add(Layer({"trainer": dict(TRAINER_DEFAULTS)}, "default of llmkit"))
+    stack.add(_defaults(named))
+    for layer in layers:
+        content = {str(key): value for key, value in layer.tree.items() if not (key in GROUPS and value is None)}
+        stack.add(layer._replace(tree=fill_variables(content, "", problems)))
+    if stored is not None:
+        stack.put("ckpt_path", str(stored.path), COMMAND_LINE)
+    else:
+        stack.tree.pop("ckpt_path", None)
+    if imported:
+        place = COMMAND_LINE if names else stack.of("imports")
+        stack.put("imports", list(dict.fromkeys(imported)), place)
+    if _tokenizer_comes_along(stack):
+        stack.tree["data"]["tokenizer"] = None
+    problems += _check(stack)
+    stage = {"test": "test", "predict": "predict"}.get(command)
+    data = stack.tree["data"]
+    if not problems and stage and not (data.get(stage) or data.get("source")):
+        raise UserError(f"data.{stage} is not set: give --data.{stage} FILE")
+    if problems:
+        raise UserError(*dict.fromkeys(map(stack.placed, problems)))
+    passed_on = [key if value is None else f"{key}={value}" for key, value in options if PASSED_ON.match(key)]
+    return Plan(command, stack, stored, passed_on)
 
 
-@functools.cache
-def _parser(command: str) -> LightningArgumentParser:
-    """Return the typed parser of a command."""
-    made: list[LightningArgumentParser] = []
-
-    class Stop(CLI):
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> NoReturn:
-            made.append(parser)
-            raise UserError
-
-    with contextlib.suppress(UserError):
-        Stop(command, [], None)
-    return made[0]
+def _import(names: Any, layer: Layer, folder: Path) -> list[str]:
+    """Import the local modules that a layer names; an error says where they are named."""
+    try:
+        return imports.import_modules(names, folder)
+    except UserError as error:
+        place = layer.places.get("imports", layer.source)
+        raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from error
 
 
-def _take_out(tree: dict[str, Any], args: list[str], key: str) -> bool:
-    """Take a value out of what the typed parser reads, or else the nearest one above it; False: there is none."""
-    options = [plain(word.partition("=")[0][2:]).rstrip("+") for word in args]
-    below = f"{key}."
-    while key:
-        gone = {option for option in options if option == key or option.startswith(below)}
-        if drop(tree, key) or gone:
-            args[:] = [word for word, option in zip(args, options, strict=True) if option not in gone]
-            return True
-        key = key.rpartition(".")[0] if key.count(".") > 1 else ""
-    return False
+def _defaults(name: str) -> Layer:
+    """Return the layer at the bottom: the default plugin of every key that must have one."""
+    tree: Tree = {"name": name, **{group: {} for group in GROUPS}}
+    for key, family in registry.FAMILY_OF.items():
+        group, _, leaf = key.partition(".")
+        if key != "model.cross_attention":
+            tree[group][leaf] = registry.default(family)
+    return Layer(tree, DEFAULT)
 
 
-def find_checkpoint(wanted: str, folder: Path) -> checkpoint.Stored | None:
-    """Return the checkpoint that is meant, read; None when ``last`` is wanted and there is none below ``folder`` yet.
+def _check(stack: Stack) -> list[Problem]:
+    """Check the merged tree, fill in what is left open, and return everything that is wrong."""
+    tree = stack.tree
+    problems = []
 
-    ``last`` is the newest checkpoint of the newest run, ``best`` the newest best one. One that cannot be read is passed
-    over, with a note. Raises UserError when no checkpoint can be read.
-    """
-    if wanted not in ("best", "last"):
-        return checkpoint.Stored(Path(wanted), checkpoint.read(wanted))
-    pattern = "best.ckpt" if wanted == "best" else "*.ckpt"
-    found = sorted(
-        folder.glob(f"version_*/checkpoints/{pattern}"),
-        key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"),
-        reverse=True,
-    )
-    damaged: list[str] = []
-    for path in found:
-        try:
-            stored = checkpoint.Stored(path, checkpoint.read(path))
-        except UserError as error:
-            damaged.append(str(error))
-            continue
-        if damaged:
-            step = stored.content.get("global_step", "(unknown)")
-            note(
-                f"--ckpt_path {wanted}: {'; '.join(damaged)}. The last good one is used instead: {path}, of step {step}"
-            )
-        return stored
-    if damaged:
-        raise UserError(f"--ckpt_path {wanted}: no checkpoint below {folder} can be read; the newest: {damaged[0]}")
-    if wanted == "best":
-        raise UserError(f"--ckpt_path best: no run below {folder} has a checkpoint called best.ckpt")
-    return None
+    def elsewhere(name: str) -> str:
+        owners = (owner for owner, cls in _owners(tree) if name in inspect.signature(cls).parameters)
+        return next((f"{owner}.{name}" for owner in owners), "")
+
+    for name in [name for name in tree if name not in TOP_KEYS]:
+        hint = elsewhere(name)
+        text = f"unknown key '{name}'. Did you mean '{hint}'?" if hint else unknown("key", name, TOP_KEYS)
+        problems.append(Problem("", text, name))
+        tree.pop(name)
+    head = _class(tree, "model.head")
+    if head is not None:
+        given = tree["model"].get("decoding")
+        if isinstance(given, dict | None):
+            for name, value in dataclasses.asdict(head.decoding).items():
+                if name not in (given or {}):
+                    stack.put(f"model.decoding.{name}", value, f"{DEFAULT} of {head.__name__}")
+    for group, cls in GROUPS.items():
+        if isinstance(tree[group], dict):
+            problems += check_arguments(cls, tree[group], group, elsewhere)
+        else:
+            problems.append(Problem(group, f"expected a mapping, got '{tree[group]}'"))
+    for name, (kind, default, _) in TOP.items():
+        tree[name], wrong = check_value(kind, tree.get(name, default), name)
+        problems += wrong
+    return problems or [*_check_values(tree)]
 
 
-def _stored_config(stored: checkpoint.Stored, command: str, alone: bool) -> dict[str, Any]:
-    """Return the part of a checkpoint's config that a command starts from.
-
-    Its local modules are not imported: naming code to run is up to the user. A run goes beside the one that the
-    checkpoint lies in, wherever the checkpoint says it was written.
-    """
-    checkpoint.check_classes(stored.part, f"checkpoint {stored.path}")
-    tree = trust.stored_part(stored.part["config"], command == "fit", alone)
-    folders = [folder for folder in stored.path.absolute().parents if folder.name]
-    if len(folders) > 3 and folders[0].name == "checkpoints" and re.fullmatch(r"version_\d+", folders[1].name):
-        tree |= {"output": str(folders[3]), "name": folders[2].name}
-    # A model trained from Python has no config, but every checkpoint describes its model and tokenizer.
-    data = {**tree["data"], "tokenizer": stored.part["tokenizer"]}
-    described: dict[str, Any] = json.loads(
-        json.dumps({**tree, "model": stored.part["model"], "data": data}, default=str)
-    )
-    return described
+def _owners(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Yield every part of a config that has keys below it, and the class that takes them."""
+    yield from GROUPS.items()
+    yield "model.decoding", DecodingOptions
+    for key in registry.FAMILY_OF:
+        cls = _class(tree, key)
+        if cls is not None:
+            yield key, cls
 
 
-def _tokenizer_comes_along(words: Words, parts: list[tuple[dict[str, Any], Origins]], tree: dict[str, Any]) -> bool:
+def _class(tree: Tree, key: str) -> Any:
+    """Return the class that a plugin's key names; None where it names none that may be imported."""
+    group, _, leaf = key.partition(".")
+    spec = tree[group].get(leaf) if isinstance(tree.get(group), dict) else None
+    if not isinstance(spec, dict) or imports.refusal(str(spec.get("class_path"))):
+        return None
+    try:
+        return registry.class_of(spec["class_path"], registry.FAMILY_OF[key])
+    except (UserError, KeyError):  # the check reports it
+        return None
+
+
+def _check_values(tree: Tree) -> Iterator[Problem]:
+    """Yield what is wrong with values of the right type."""
+    yield from check_name(tree["name"])
+    seed = tree["seed_everything"]
+    if not 0 <= seed < 2**32:
+        yield Problem("seed_everything", f"expected 0 or more and below 2**32, got {seed}")
+    try:
+        DecodingOptions(**tree["model"]["decoding"])
+    except ValueError as error:
+        name, _, text = str(error).partition(" ")
+        yield Problem(f"model.decoding.{name}", text)
+    trainer = tree["trainer"]
+    for key, least in {"accumulate_grad_batches": 1, "val_check_interval": 0.0, "log_every_n_steps": 1}.items():
+        value = trainer[key]
+        if isinstance(value, int | float) and (value < least or value == 0):
+            share = "" if least else ", or above 0 as a share of an epoch"
+            yield Problem(f"trainer.{key}", f"must be at least 1{share}, got {value}")
+    if (trainer["gradient_clip_val"] or 0) < 0:
+        yield Problem("trainer.gradient_clip_val", f"must be 0 or more, got {trainer['gradient_clip_val']}")
+    choices: dict[str, list[str]] = {
+        "strategy": ["auto", *StrategyRegistry.available_strategies()],
+        "accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+        "gradient_clip_algorithm": ["norm", "value"],
+    }
+    for key, allowed in choices.items():
+        value = trainer[key]
+        if isinstance(value, str) and value.lower() not in allowed:
+            yield Problem(f"trainer.{key}", unknown(key.rpartition("_")[2], value, allowed))
+
+
+def _tokenizer_comes_along(stack: Stack) -> bool:
     """Return whether the tokenizer is that of ``model.init_from``: no other one is asked for."""
-    files = values(words, "--model.init_from") or [tree["model"].get("init_from")]
-    groups = [content.get("data") for content, _ in parts]
-    asked: list[Any] = [group.get("tokenizer") for group in groups if isinstance(group, dict)]
-    asked += [key for key, _ in words if key.startswith("--data.tokenizer")]
-    return files[-1] not in (None, "null") and not any(asked)
-
-
-def _quiet() -> None:
-    """Keep Lightning's hints out of the way; warnings that a user can act on stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-        ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already
-        ".*Total length of `list` across ranks is zero.*",
-        ".*The dirpath has changed from.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",
-        ".*lr_scheduler.step.. before `optimizer.step.*",
-    ):
-        warnings.filterwarnings("ignore", text)
+    model = stack.tree["model"]
+    begins = isinstance(model, dict) and model.get("init_from") not in (None, "null")
+    return begins and isinstance(stack.tree["data"], dict) and stack.of("data.tokenizer") == DEFAULT

@@ -18,7 +18,7 @@ from llmkit.data.prepare import Fields, Item, cut, measure
 from llmkit.data.rows import OnBadRow, Rows, Skipped
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError
 
 
 class Reader(NamedTuple):
@@ -40,7 +40,7 @@ class Reader(NamedTuple):
         """Return the error for a split without rows, because none are there or because these were skipped."""
         told = skipped.told(self.skipped.seen)
         because = f": {told}" if told else ""
-        return UserError(f"{self.rows.key}: no rows in {', '.join(self.rows.names)}{because}")
+        return UserError(Problem(self.rows.key, f"no rows in {', '.join(self.rows.names)}{because}"))
 
 
 @dataclass
@@ -93,7 +93,9 @@ class Corpus:
                 return Reader(rows, lambda: take(read(), HELD_OUT), identity, skipped)
             size = sum(1 for _ in take(read(), HELD_OUT))
             if size and next(islice(read(), size, None), None) is None:
-                raise UserError(f"{rows.key}: all {size} rows would be set aside for validation. Set data.validation.")
+                raise UserError(
+                    Problem(rows.key, f"all {size} rows would be set aside for validation. Set data.validation.")
+                )
             return Reader(rows, partial(_sharded, rows, fields, skipped, skip=size), identity, skipped)
         text = next((name for name in fields.needed if name in fields.texts), None) if self.joins(stage, head) else None
         identity += [stage, self.validation_share]
@@ -120,11 +122,11 @@ class Corpus:
     def _rows(self, stage: Stage, chunks: bool) -> Rows:
         key, given = f"data.{stage}", self._given(stage)
         if given is None:
-            raise UserError(f"{key} is not set, and this run needs it")
+            raise UserError(Problem(key, "is not set, and this run needs it"))
         if self.source is None:
             return local(key, given, replace(self.options, chunks=chunks))
         if not isinstance(given, str):
-            raise UserError(f"{key}: with data.source it is the name of a split, got {given}")
+            raise UserError(Problem(key, f"with data.source it is the name of a split, got {given}"))
         return self.hub.rows(key, given)
 
 

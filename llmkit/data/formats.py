@@ -16,7 +16,7 @@ from itertools import count, groupby
 from typing import Any, Literal
 
 from llmkit.data.rows import Bad, Read, Row, flaw
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError
 
 Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conll", "squad"]
 
@@ -88,9 +88,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"data.pattern is not a regular expression: {error}") from error
+        raise UserError(Problem("data.pattern", f"is not a regular expression: {error}")) from error
     if not compiled.groupindex:
-        raise UserError("data.pattern has no named group; a column is written (?P<name>...)")
+        raise UserError(Problem("data.pattern", "has no named group; a column is written (?P<name>...)"))
     return compiled
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from llmkit.data.rows import Bad, Read, Row, Rows
-from llmkit.errors import UserError, nearest
+from llmkit.errors import Problem, UserError, nearest
 
 
 class Hub:
@@ -25,7 +25,7 @@ class Hub:
         """Return the rows of a split; ``train[:10%]`` and the like are splits too."""
         if split.partition("[")[0].partition("+")[0] not in self.splits:
             hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
-            raise UserError(f"{key}: '{self.source}' has no split '{split}'.{hint}")
+            raise UserError(Problem(key, f"'{self.source}' has no split '{split}'.{hint}"))
         load = partial(_load, key, self.source, self.subset, split, self.streaming)
         # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
         identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
@@ -39,7 +39,7 @@ def _try(source: str, load: Callable[[Any], Any]) -> Any:
         return load(datasets)
     except Exception as error:  # the library and what it stands on raise dozens of kinds
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.source: '{source}' cannot be loaded: {text}") from error
+        raise UserError(Problem("data.source", f"'{source}' cannot be loaded: {text}")) from error
 
 
 def _load(
@@ -64,7 +64,7 @@ def _load(
                 yield Row({**item, **named}, split, number)
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key}: '{source}' cannot be read after row {number} of '{split}': {text}") from error
+        raise UserError(Problem(key, f"'{source}' cannot be read after row {number} of '{split}': {text}")) from error
 
 
 def _named(value: Any, names: list[str]) -> Any:

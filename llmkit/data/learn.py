@@ -11,7 +11,7 @@ from llmkit.contracts import Head, Tokenizer
 from llmkit.data import cache
 from llmkit.data.corpus import Reader
 from llmkit.data.prepare import Columns, texts
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError, blame
 
 
 def train_tokenizer(
@@ -22,7 +22,8 @@ def train_tokenizer(
 
     def write(path: Path) -> None:
         reader.check()
-        tokenizer.train(texts(reader.read, head))
+        with blame("data.tokenizer"):
+            tokenizer.train(texts(reader.read, head))
         cache.write_text(path / "state.json", tokenizer.to_state())
 
     try:
@@ -47,7 +48,7 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
             head.learn(columns)
         except UserError as error:
             place = f"{columns.at}: " if columns.at else ""
-            raise UserError(f"{reader.rows.key}: {place}{error}") from error
+            raise UserError(Problem(reader.rows.key, f"{place}{error}")) from error
         cache.write_text(path / "info.json", json.dumps(head.info()))
         learned = True
 

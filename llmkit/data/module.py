@@ -26,7 +26,7 @@ from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
-from llmkit.errors import UserError, note
+from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import global_seed
 
 STAGES: dict[str | None, tuple[Stage, ...]] = {
@@ -115,15 +115,15 @@ class DataModule(pl.LightningDataModule):
         sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens, "shuffle_buffer": shuffle_buffer}
         for name, value in sizes.items():
             if value is not None and value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}")
+                raise UserError(Problem(f"data.{name}", f"must be at least 1, got {value}"))
         if not 0 <= validation_share < 1:
-            raise UserError(f"data.validation_share must be 0 or more and below 1, got {validation_share}")
+            raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
         if num_workers < 0:
-            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
+            raise UserError(Problem("data.num_workers", f"must be 0 or more, got {num_workers}"))
         try:
             codecs.lookup(encoding)
         except LookupError as error:
-            raise UserError(f"data.encoding: {error}") from error
+            raise UserError(Problem("data.encoding", f"{error}")) from error
         self._folder = cache.root(cache_dir)
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
         options = Options(format, pattern, column_names, encoding)
@@ -153,7 +153,9 @@ class DataModule(pl.LightningDataModule):
             head_ready: the head knows what it has to learn from training rows, from a checkpoint.
         """
         if self.pack and head.layout != "blocks":
-            raise UserError(f"data.pack is for heads that join their rows, and {type(head).__name__} does not")
+            raise UserError(
+                Problem("data.pack", f"is for heads that join their rows, and {type(head).__name__} does not")
+            )
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
         self._learned = False
         self._splits = {}
@@ -204,7 +206,8 @@ class DataModule(pl.LightningDataModule):
             return
         head = self.head
         if self._tokenizer is None:
-            self._tokenizer = (self._factory or registry.resolve("tokenizer", None))()
+            with blame("data.tokenizer"):
+                self._tokenizer = (self._factory or registry.resolve("tokenizer", None))()
         untrained = not self._tokenizer.trained
         unlearned = not self._head_ready and type(head).learn is not Head.learn
         if untrained or unlearned:
@@ -267,7 +270,7 @@ class DataModule(pl.LightningDataModule):
             return Examples(found, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:
-            raise UserError(f"{reader.rows.key}: fewer than two tokens in {', '.join(reader.rows.names)}")
+            raise UserError(Problem(reader.rows.key, f"fewer than two tokens in {', '.join(reader.rows.names)}"))
         kind = Packed if self.pack else Blocks
         return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
 
@@ -320,9 +323,9 @@ class DataModule(pl.LightningDataModule):
         reader.check()
         rank, size = world()
         if size > 1 and self.trainer and self.trainer.max_steps == -1:
-            raise UserError("trainer.max_steps is needed with data.streaming and several processes")
+            raise UserError(Problem("trainer.max_steps", "is needed with data.streaming and several processes"))
         if getattr(self.trainer, "overfit_batches", 0):
-            raise UserError("trainer.overfit_batches does not go with data.streaming")
+            raise UserError(Problem("trainer.overfit_batches", "does not go with data.streaming"))
         batch = self.batch_size if self.head.layout == "examples" else self._rows_of_a_batch
         stream = Stream(
             reader.read, reader.skipped, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,

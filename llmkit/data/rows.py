@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llmkit.errors import UserError, note
+from llmkit.errors import Problem, UserError, note
 
 OnBadRow = Literal["error", "skip"]
 
@@ -87,12 +87,12 @@ class Skipped:
         if self.policy == "error":
             # Where the first row is bad already, it is rather a setting that is wrong.
             advice = " (to leave such rows out, set data.on_bad_row: skip)" if self.seen else ""
-            raise UserError(f"{self.key}: {bad.told(bad.file)}{advice}")
+            raise UserError(Problem(self.key, f"{bad.told(bad.file)}{advice}"))
         self.count += 1
         if self.count <= SHOWN:
             self.shown.append(bad.told(Path(bad.file).name)[:200])
         if self.count == self.seen + 1 == GIVE_UP:
-            raise UserError(f"{self.key}: the first {GIVE_UP:,} rows are bad: {self.shown[0]}")
+            raise UserError(Problem(self.key, f"the first {GIVE_UP:,} rows are bad: {self.shown[0]}"))
         if self.at_once and self.count == 1:
             note(f"{self.key}: skipped: {self.shown[0]}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmkit.data.formats import READERS, Format, Options, open_text
 from llmkit.data.rows import Bad, Read, Row, Rows, flaw
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError
 
 Files = str | list[str] | dict[str, str] | None
 
@@ -28,7 +28,7 @@ def files_of(key: str, value: str | list[str]) -> list[str]:
         path = os.path.expanduser(path)
         matches = [path] if os.path.isfile(path) else [m for m in glob.glob(path, recursive=True) if os.path.isfile(m)]
         if not matches:
-            raise UserError(f"{key}: no file '{path}'{_data_hint(path)}")
+            raise UserError(Problem(key, f"no file '{path}'{_data_hint(path)}"))
         found.update(matches)
     return sorted(found)
 
@@ -52,7 +52,9 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
         paths = {name: files_of(key, path) for name, path in value.items()}
         for name, files in paths.items():
             if len(files) != 1:
-                raise UserError(f"{key}.{name}: parallel files come one by field, '{value[name]}' gives {len(files)}")
+                raise UserError(
+                    Problem(f"{key}.{name}", f"parallel files come one by field, '{value[name]}' gives {len(files)}")
+                )
         columns = {name: files[0] for name, files in paths.items()}
         names = [Path(path).name for path in columns.values()]
         files = list(columns.values())
@@ -61,7 +63,7 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
     files = files_of(key, value)
     formats = [_format_of(path, options) for path in files]
     if "lines" in formats and options.pattern is None:
-        raise UserError("data.format: 'lines' needs data.pattern, a regular expression with named groups")
+        raise UserError(Problem("data.format", "'lines' needs data.pattern, a regular expression with named groups"))
 
     single = all(format == "text" for format in formats)
     names = [Path(path).name for path in files]
@@ -88,7 +90,7 @@ def _guarded(key: str, path: str, rows: Read) -> Read:
         yield from rows
     except (OSError, ValueError, LookupError, RecursionError) as error:
         text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
-        raise UserError(f"{key}: " + " ".join(text.split())) from error
+        raise UserError(Problem(key, " ".join(text.split()))) from error
 
 
 def _parallel(key: str, columns: dict[str, str], options: Options) -> Read:

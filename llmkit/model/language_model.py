@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.checkpoint.content import Stored, check_section, initial, load, section, take_weights
+from llmkit.check import check_arguments
+from llmkit.checkpoint.content import Stored, check_classes, check_section, read, refusing, restore_tokenizer, section
+from llmkit.checkpoint.weights import check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.data.examples import note_truncated
-from llmkit.errors import UserError, note
+from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import batches_begun, global_seed, logs_this_step
-from llmkit.model.backbone import Backbone, Layer, can_cross, check_roles, parameter_groups, parameter_kinds
-from llmkit.model.optim import AdamW, Muon, WarmupCosine
+from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
+from llmkit.model.optim import Muon
+from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
+from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
-from llmkit.sequence import DecodingOptions, Sequence
-
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
-
-FAMILY_OF = {
-    "head": "head",
-    "attention": "attention",
-    "cross_attention": "attention",
-    "position": "position",
-    "feedforward": "feedforward",
-    "norm": "norm",
-}
-"""Which family of plugin each argument of LanguageModel takes."""
+from llmkit.sequence import DecodingOptions
 
 
 class LanguageModel(pl.LightningModule):
@@ -92,41 +84,13 @@ class LanguageModel(pl.LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        least_of = {"dim": (dim, 1), "num_layers": (num_layers, 1), "context": (context, 2)}
-        least_of["max_bad_steps"] = (max_bad_steps, 1)
-        for key, (value, least) in least_of.items():
-            if value < least:
-                raise UserError(f"model.{key} must be at least {least}, got {value}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout must be at least 0 and below 1, got {dropout}")
-        factories: dict[str, Any] = {
-            "head": registry.resolve("head", head),
-            "attention": registry.resolve("attention", attention),
-            "position": registry.resolve("position", position),
-            "feedforward": registry.resolve("feedforward", feedforward),
-            "norm": registry.resolve("norm", norm),
-        }
-        if cross_attention is None and can_cross(factories["attention"]):
-            cross_attention = factories["attention"]
-        factories["cross_attention"] = registry.resolve("attention", cross_attention)
-        self._factories = factories
-        self.head: Head = factories["head"]()
-        check_roles(self.head.topology, factories["attention"], factories["cross_attention"])
-        if isinstance(decoding, Mapping):  # plain hyperparameters of a checkpoint
+        self.parts = Parts(locals())
+        self.head: Head = self.parts.build("head")
+        if isinstance(decoding, Mapping):  # plain data of a checkpoint
             decoding = DecodingOptions(**decoding)
         if decoding is not None:
             self.head.decoding = decoding
-        self._optimizer: OptimizerFactory = _factory(optimizer, "optimizer") or AdamW
-        self._scheduler: SchedulerFactory = _factory(scheduler, "scheduler") or WarmupCosine
-        self.spec: dict[str, Any] = {
-            **{name: registry.spec_of(factory) for name, factory in factories.items()},
-            **{"dim": dim, "num_layers": num_layers, "context": context, "dropout": dropout},
-            **{"norm_first": norm_first, "tie_embeddings": tie_embeddings, "compile": compile},
-            "optimizer": registry.spec_of(self._optimizer),
-            "scheduler": registry.spec_of(self._scheduler),
-            "decoding": dataclasses.asdict(self.head.decoding),
-            "max_bad_steps": max_bad_steps,
-        }
+        self.spec: dict[str, Any] = {**self.parts.spec, "decoding": dataclasses.asdict(self.head.decoding)}
         self.net: Backbone | None = None
         self.kinds: dict[str, str] = {}
         self.tokenizer: Tokenizer | None = None
@@ -141,60 +105,14 @@ class LanguageModel(pl.LightningModule):
         self._stored_step: dict[str, Any] = {}
         self._initial: Stored | None = None
         if init_from is not None:
-            self._initial, self.tokenizer = initial(init_from)
-        self._try_out()
+            with blame("model.init_from"):
+                self._initial, self.tokenizer = initial(init_from)
+        self.parts.try_out(self.head.topology)
 
     @property
     def context(self) -> int:
         """Most positions of one sequence."""
         return int(self.spec["context"])
-
-    def _backbone(self, vocab_size: int, num_layers: int) -> Backbone:
-        spec, factories = self.spec, self._factories
-        return Backbone(
-            vocab_size=vocab_size,
-            dim=spec["dim"],
-            num_layers=num_layers,
-            topology=self.head.topology,
-            max_length=spec["context"],
-            dropout=spec["dropout"],
-            norm_first=spec["norm_first"],
-            tie_embeddings=spec["tie_embeddings"],
-            **{name: factory for name, factory in factories.items() if name != "head"},
-        )
-
-    def _try_out(self) -> None:
-        """Tell of parts that cannot work together before any data is prepared."""
-        groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": kind} for kind in ("matrix", "embedding")]
-        try:
-            optimizer = self._optimizer(groups)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.optimizer: {error}") from error
-        try:
-            self._make_schedule(optimizer, 1000)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.scheduler: {error}") from error
-        net = self.meta_network()
-        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-        try:
-            memory = net.encode(ids, Sequence.of(ids)) if self.head.topology != "decoder" else None
-            if self.head.topology != "encoder":
-                net.decode(ids, Sequence.of(ids), memory=memory)
-        except NotImplementedError:
-            pass  # an operation that cannot be tried without memory
-
-    def meta_network(self, restored: bool = False) -> Backbone:
-        """Return the network without memory: of one layer and one token, or of a restored model's sizes."""
-        vocab = self.tokenizer.vocab_size if restored and self.tokenizer is not None else 1
-        with torch.device("meta"):
-            return self._backbone(vocab, self.spec["num_layers"] if restored else 1)
-
-    def _make_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the schedule; an argument called ``total_steps`` that was left open is filled in."""
-        parameters = inspect.signature(registry.target_of(self._scheduler)).parameters
-        is_open = "total_steps" in parameters and self.spec["scheduler"]["init_args"].get("total_steps") is None
-        extra: dict[str, Any] = {"total_steps": total_steps} if is_open else {}
-        return self._scheduler(optimizer, **extra)
 
     # Construction
 
@@ -213,21 +131,22 @@ class LanguageModel(pl.LightningModule):
         if self._initial is None or not isinstance(configured, type):  # of another callable the class is not known
             return
         if configured is not type(self.tokenizer):
-            raise UserError(
-                f"data.tokenizer is {configured.__name__}, but model.init_from {self._initial.path} brings a trained "
+            text = (
+                f"is {configured.__name__}, but model.init_from {self._initial.path} brings a trained "
                 f"{type(self.tokenizer).__name__}: remove data.tokenizer or model.init_from"
             )
+            raise UserError(Problem("data.tokenizer", text))
 
     def configure_model(self) -> None:
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
         assert self.tokenizer is not None
-        self.net = self._backbone(self.tokenizer.vocab_size, self.spec["num_layers"])
+        self.net = self.parts.backbone(self.head.topology, self.tokenizer.vocab_size, self.spec["num_layers"])
         self.head.set_tokenizer(self.tokenizer)
         self.head.build(self.spec["dim"], self.tokenizer.vocab_size)
         if self._initial is not None:
-            taken = take_weights(self, self._initial)
+            taken = take_weights(self.state_dict(), self.spec, self._initial)
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
@@ -237,12 +156,13 @@ class LanguageModel(pl.LightningModule):
         if self.spec["compile"]:
             self.net.compile()
         if self.device_mesh is not None:
-            if self.device_mesh["tensor_parallel"].size() > 1:
-                raise UserError(
-                    "trainer.strategy: llmkit shards over data_parallel only; give ModelParallelStrategy "
-                    "data_parallel_size: (number of processes) and tensor_parallel_size: 1"
-                )
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self.net, self.head, self.device_mesh)
+
+    def meta_network(self) -> Backbone:
+        """Return the whole network without memory (on the meta device), however the weights of this one are sharded."""
+        assert self.tokenizer is not None
+        with torch.device("meta"):
+            return self.parts.backbone(self.head.topology, self.tokenizer.vocab_size, self.spec["num_layers"])
 
     @property
     def size(self) -> str:
@@ -295,13 +215,17 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
-        if isinstance(self.trainer.strategy, FSDPStrategy) and registry.target_of(self._optimizer) is Muon:
-            raise UserError("model.optimizer: muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP")
-        optimizer = self._optimizer(parameter_groups(self, self.kinds))
+        if (
+            isinstance(self.trainer.strategy, FSDPStrategy)
+            and registry.target_of(self.parts.factories["optimizer"]) is Muon
+        ):
+            text = "muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP"
+            raise UserError(Problem("model.optimizer", text))
+        optimizer = self.parts.build("optimizer", parameter_groups(self, self.kinds))
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
-            raise UserError("trainer.max_steps must be set: the schedule has to know how long the run is")
-        scheduler = self._make_schedule(optimizer, int(total))
+            raise UserError(Problem("trainer.max_steps", "must be set: the schedule has to know how long the run is"))
+        scheduler = self.parts.schedule(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -378,14 +302,74 @@ class LanguageModel(pl.LightningModule):
     # Checkpoints
 
     @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
+        """Return the model of a checkpoint, ready to predict, in eval mode. It is not compiled.
+
+        Args:
+            path: a ``.ckpt`` file written by ``llmkit fit``.
+            device: where the model is put.
+
+        Raises:
+            UserError: missing or damaged file, a newer format, weights of other sizes than its description says, or
+                a plugin that is not installed.
+        """
+        stored = Stored(Path(path), read(path))
+        where = f"checkpoint {path}"
+        check_classes(stored.part, where)
+        spec = {**stored.part["model"], "compile": False}
+        problems = check_arguments(cls, spec, "model")
+        if problems:
+            raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
+        with refusing(f"{where} describes no model"):
+            if spec.pop("init_from") is not None:
+                raise UserError("a checkpoint begins with its own weights, it has no init_from")
+            model = cls(**spec)
+        model.restore(stored)
+        with refusing(f"{where} describes no model"):
+            model.configure_model()
+        model.load_state_dict(stored.content["state_dict"])
+        return model.to(device).eval()
+
+    @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **kwargs: Any) -> LanguageModel:  # type: ignore[override]
-        """Return the model of a checkpoint, ready to predict: Lightning's name for ``llmkit.load``."""
-        return load(checkpoint_path, map_location)
+        """Return the model of a checkpoint, ready to predict: Lightning's name for ``load``."""
+        return cls.load(checkpoint_path, map_location)
+
+    def restore(self, stored: Stored) -> None:
+        """Take over the tokenizer, label names and config that a checkpoint carries.
+
+        Raises UserError when they are not what the classes wrote, or the weights are of other shapes than the model's.
+        """
+        where, part = f"checkpoint {stored.path}", stored.part
+        self.tokenizer = restore_tokenizer(part, where)
+        with refusing(f"{where}: its head_info does not fit {type(self.head).__name__}"):
+            self.head.set_info(part["head_info"])
+            if json.dumps(self.head.info()) != json.dumps(part["head_info"]):
+                raise UserError("it comes back as something else")
+        self.head_ready = True
+        self.config, self.source = part["config"], where
+        self._check_weights(stored)
+
+    def _check_weights(self, stored: Stored) -> None:
+        """Compare a checkpoint's weights with those of the whole model without memory. Raises UserError."""
+        with refusing(f"checkpoint {stored.path} describes no model"):
+            own = {f"net.{name}": value for name, value in self.meta_network().state_dict().items()}
+            head = copy.deepcopy(self.head)
+            try:
+                assert self.tokenizer is not None
+                with torch.device("meta"):
+                    head.set_tokenizer(self.tokenizer)
+                    head.build(self.spec["dim"], self.tokenizer.vocab_size)
+                own |= {f"head.{name}": value for name, value in head.state_dict().items()}
+            except NotImplementedError:  # an operation that needs memory: loading the head's weights will say
+                pass
+        check_shapes(own, stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that is needed to use the model without its config file, and a step that is not done yet."""
         checkpoint["step"] = self._step.state(self)
-        checkpoint["llmkit"] = section(self)
+        assert self.tokenizer is not None
+        checkpoint["llmkit"] = section(self.spec, self.tokenizer, self.head, self.config)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. Raises UserError, in one line, when they are of another model."""
@@ -404,24 +388,4 @@ class LanguageModel(pl.LightningModule):
         self._stored_step = checkpoint.get("step") or {}
 
 
-def shard(model: LanguageModel, mesh: Any) -> None:
-    """Shard the weights, layer by layer, over the processes of a mesh (FSDP2; ``ModelParallelStrategy``)."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    net, head = model.network, model.head
-    for module in net.modules():
-        if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    # These are called by name; the weights must be gathered then, as they are for forward.
-    for method in ("encode", "decode"):
-        register_fsdp_forward_method(net, method)
-    if any(True for _ in head.parameters()):
-        fully_shard(head, mesh=mesh)
-        for method in ("loss", "evaluate", "predict", "sample"):
-            register_fsdp_forward_method(head, method)
-
-
-def _factory(value: Any, kind: str) -> Any:
-    """Return a factory from a checkpoint's plain ``{class_path, init_args}``; anything else as it is."""
-    return registry.factory_of(value, kind) if isinstance(value, Mapping) else value
+load = LanguageModel.load

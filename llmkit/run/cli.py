@@ -1,8 +1,7 @@
-"""``llmkit fit | validate | test | predict``: LightningCLI over expanded configs."""
+"""LightningCLI as the executor of a checked config, and which keys a config has."""
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any, NoReturn
 
@@ -13,10 +12,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from llmkit.checkpoint import content as checkpoint
-from llmkit.config.messages import gist
+from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError
 from llmkit.lightning import is_debug_run, raised_while_resuming
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
@@ -37,6 +36,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 
+GROUPS: dict[str, type] = {"model": LanguageModel, "data": DataModule, "trainer": pl.Trainer, "checkpoint": Checkpoints}
+"""The groups of a config, and the class whose arguments each has."""
+
+TOP: dict[str, tuple[Any, Any, str]] = {
+    "name": (str, "run", "Name of the experiment; default: the config file's name."),
+    "output": (str, "runs", "Run folders are OUTPUT/NAME/version_N; default: runs."),
+    "imports": (list[str] | str | None, None, "Local modules or .py files with plugins."),
+    "seed_everything": (bool | int, 0, "Seed of weights, dropout and the order of the data; default: 0."),
+    "ckpt_path": (
+        str | None,
+        None,
+        "A checkpoint to resume from: a file, or best or last of the newest run of that name.",
+    ),
+    "weights_only": (bool | None, None, "How Lightning reads the checkpoint; true: plain data only."),
+}
+"""The other keys of a config: type, default and description."""
+
 
 class Parser(LightningArgumentParser):
     """A parser that takes no abbreviations and answers a mistake with one line."""
@@ -45,8 +61,8 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise UserError with the gist of jsonargparse's message."""
-        raise UserError(gist(message)) from ex
+        """Raise UserError: the tree was checked before, so this is an argument that jsonargparse alone knows of."""
+        raise UserError(" ".join(message.split())[:400]) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -61,7 +77,7 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI for one command, with llmkit's logger, callbacks and closing report."""
 
-    def __init__(self, command: str, args: list[str], stored: checkpoint.Stored | None) -> None:
+    def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
         super().__init__(
@@ -83,13 +99,9 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add llmkit's own top-level keys."""
-        parser.add_argument(
-            "--name", type=str, default="run", help="Name of the experiment; default: the config's name."
-        )
-        parser.add_argument("--output", type=str, default="runs", help="Run folders are OUTPUT/NAME/version_N.")
-        parser.add_argument(
-            "--imports", type=list[str] | str | None, default=None, help="Local modules or .py files with plugins."
-        )
+        for name in ("name", "output", "imports"):
+            kind, default, text = TOP[name]
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(Checkpoints, "checkpoint")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -99,13 +111,11 @@ class CLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the expanded words."""
-        # Which init_args survive a change of class is told below, in one line of our own.
-        logging.getLogger("jsonargparse").setLevel(logging.ERROR)
+        """Parse the checked tree."""
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """The checkpoint's config is below the files and the command line already (see ``run``)."""
+        """The checkpoint's config is a layer of the tree already."""
 
     def before_instantiate_classes(self) -> None:
         """Let a model that comes from a checkpoint do without the one that its training began with."""
@@ -130,20 +140,13 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             own = self.model.config
-            checkpoint.check_fits(self.model, self.stored, self.datamodule.tokenizer_class)
-            checkpoint.restore(self.model, self.stored.part, f"checkpoint {self.stored.path}")
-            checkpoint.check_weights(self.model, self.stored)
-            self.model.config, self.model.source = own, f"checkpoint {self.stored.path}"
+            check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            self.model.restore(self.stored)
+            self.model.config = own
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self._get(self.config_init, "trainer")
-        for key, least in {"accumulate_grad_batches": 1, "val_check_interval": 0.0, "log_every_n_steps": 1}.items():
-            value = given.get(key)
-            if isinstance(value, int | float) and (value < least or value == 0):
-                raise UserError(f"trainer.{key} must be {'at least 1' if least else 'above 0'}, got {value}")
-        if given.get("gradient_clip_val") is not None and given["gradient_clip_val"] < 0:
-            raise UserError(f"trainer.gradient_clip_val must be 0 or more, got {given['gradient_clip_val']}")
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
         loggers = given.get("logger")
@@ -167,7 +170,10 @@ class CLI(LightningCLI):
             # A requeued SLURM job looks here for its checkpoint: no other run's must be found.
             job = os.environ.get("SLURM_JOB_ID")
             kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(Problem("trainer", str(error))) from error
         use_whole_files(trainer)
         return trainer
 
@@ -179,11 +185,7 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             step = self.trainer.global_step if self.command == "fit" else -1
-            if (
-                self.stored is not None
-                and not explain(error)
-                and (raised_while_resuming(error) or checkpoint.is_to_blame(self.stored, error, step))
-            ):
+            if self.stored is not None and not explain(error) and is_damaged_state(self.stored, error, step):
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
             if not is_out_of_memory(error):
@@ -237,3 +239,19 @@ def fast_precision(accelerator: str) -> str:
     if accelerator not in ("auto", "gpu", "cuda", "cpu"):
         return "32-true"
     return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
+
+
+def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:
+    """Return whether an error comes from the training state in a checkpoint.
+
+    It does when it came up while Lightning took the state over, or over a value in the first step after that.
+
+    Args:
+        stored: the checkpoint that a command began with.
+        error: what was raised, by no plugin.
+        step: the optimizer step that it was raised in; -1: the command does not train.
+    """
+    begun = stored.content.get("global_step")
+    first = isinstance(begun, int) and 0 <= step <= begun + 1
+    in_first = first and isinstance(error, TypeError | ValueError | LookupError | AttributeError)
+    return in_first or raised_while_resuming(error)

@@ -117,7 +117,7 @@ def _plugin_report(frames: list[Frame], message: str) -> str | None:
 
 def plugin_roots() -> list[Path]:
     """Return the files and package folders of plugins: the installed ones, and the user's own modules."""
-    config = sys.modules.get("llmkit.config.files")
+    config = sys.modules.get("llmkit.imports")
     names = {entry.target.partition(".")[0].partition(":")[0] for entry in _entries()}
     modules = [sys.modules.get(name) for name in {*names, *(config.imported if config else ())}]
     paths = [getattr(module, "__path__", None) or [getattr(module, "__file__", None)] for module in modules]

@@ -18,8 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from llmkit.checkpoint import content as checkpoint
-from llmkit.errors import UserError
+from llmkit.checkpoint.content import read
+from llmkit.errors import Problem, UserError
 from llmkit.lightning import ends_epoch, is_debug_run, validation_follows
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.step import local_shard
@@ -101,9 +101,9 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int | None = None, keep: int = 0) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+            raise UserError(Problem("checkpoint.every_n_steps", f"must be at least 1, got {every_n_steps}"))
         if keep < 0:
-            raise UserError(f"checkpoint.keep must be 0 or more, got {keep}")
+            raise UserError(Problem("checkpoint.keep", f"must be 0 or more, got {keep}"))
         self.every_n_steps, self.keep = every_n_steps, keep
         self.folder = Path()
         self.best_step: int | None = None
@@ -248,7 +248,7 @@ def _link(path: Path, name: Path) -> None:
 def _step_of(path: Path) -> int | None:
     """Return the step of a checkpoint; None where it is missing or cannot be read."""
     try:
-        return int(checkpoint.read(path)["global_step"])
+        return int(read(path)["global_step"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
 

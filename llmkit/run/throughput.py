@@ -65,7 +65,7 @@ class Meter:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._network = model.meta_network(restored=True)  # the whole network, even where its weights are sharded
+        self._network = model.meta_network()  # the whole network, even where its weights are sharded
         self._costs: dict[int, float] = {}
         self._start = time.monotonic()
         self._tokens = self._flops = 0.0

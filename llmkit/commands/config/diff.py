@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint import content as checkpoint
+from llmkit.checkpoint.content import read
 from llmkit.commands import Parser
 from llmkit.commands.config.show import effective
 from llmkit.commands.config.tree import Tree, flat, inline, shortened
-from llmkit.config import files as config
+from llmkit.config.files import read_yaml
 from llmkit.errors import UserError
 
 OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")
@@ -42,7 +42,7 @@ def load(path: Path) -> Tree:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.suffix == ".ckpt":
-        part = checkpoint.read(path)["llmkit"]
+        part = read(path)["llmkit"]
         # A model trained from Python has no config, but every checkpoint describes its model and tokenizer.
         tree = part["config"] or {"model": part["model"], "data": {"tokenizer": part["tokenizer"]}}
         return {**tree, "versions": part.get("versions", {})}
@@ -51,7 +51,7 @@ def load(path: Path) -> Tree:
     saved = path / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{path} is no run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
-    return config.read_yaml(saved)[0]
+    return read_yaml(saved).tree
 
 
 def differences(a: Tree, b: Tree) -> dict[str, dict[str, Any]]:

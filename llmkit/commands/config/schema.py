@@ -23,11 +23,9 @@ import torch
 
 from llmkit import registry
 from llmkit.commands import Parser
-from llmkit.commands.config.tree import FAMILIES, short_names
-from llmkit.config import files as config
-from llmkit.config.keys import GROUPS
 from llmkit.errors import UserError, note
-from llmkit.run.cli import TRAINER_DEFAULTS
+from llmkit.imports import import_modules
+from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 
 Schema = dict[str, Any]
 
@@ -40,16 +38,6 @@ SIMPLE: dict[Any, Schema] = {
     Any: {},
 }
 DOTTED = r"^\w+(\.\w+)+$"
-
-TOP: dict[str, tuple[Any, str]] = {
-    "name": (str, "Name of the experiment; default: the config file's name."),
-    "output": (str, "Run folders are OUTPUT/NAME/version_N; default: runs."),
-    "imports": (list[str] | str | None, "Local modules or .py files with plugins."),
-    "seed_everything": (bool | int, "Seed of weights, dropout and the order of the data; default: 0."),
-    "ckpt_path": (str | None, "A checkpoint to go on from: a file, or best or last of the newest run of that name."),
-    "weights_only": (bool | None, "How Lightning reads the checkpoint; true: plain data only."),
-}
-"""The keys of a config that are no groups: type and description."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -66,7 +54,7 @@ def run(command: str, argv: list[str]) -> int:
     )
     options = parser.parse(argv)
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is not our answer
-        config.import_modules(options.imports)
+        import_modules(options.imports)
         text = json.dumps(schema(), indent=2, ensure_ascii=False)
     if options.output is None:
         print(text)
@@ -83,18 +71,16 @@ def run(command: str, argv: list[str]) -> int:
 
 def schema() -> Schema:
     """Return the schema of a whole config. A plugin that cannot be imported is told and left out."""
-    top = {key: {**of_type(kind), "description": text} for key, (kind, text) in TOP.items()}
-    defaults = config.defaults()
+    top = {key: {**of_type(kind), "description": text} for key, (kind, _, text) in TOP.items()}
     definitions: dict[str, Schema] = {}
     for group, cls in GROUPS.items():
         found = arguments(cls)
         for name, argument in found["properties"].items():
-            family = FAMILIES.get(f"{group}.{name}")
+            family = registry.FAMILY_OF.get(f"{group}.{name}")
             if family:
                 found["properties"][name] = {**argument, "$ref": f"#/$defs/{family}"}
-                if name in defaults[group]:
-                    path = defaults[group][name]["class_path"]
-                    found["properties"][name]["default"] = short_names(family)[path]
+                if name != "cross_attention":
+                    found["properties"][name]["default"] = registry.default(family)
                 definitions.setdefault(family, choice(family))
             elif group == "trainer" and name in TRAINER_DEFAULTS:
                 argument["default"] = TRAINER_DEFAULTS[name]
@@ -130,16 +116,16 @@ def choice(family: str) -> Schema:
 
 def _members(family: str) -> Iterable[tuple[list[str], str, type]]:
     """Yield the spellings of the short name, the class path and the class of each member of a family."""
-    if family in registry.DEFAULTS:
-        for entry in registry.entries(family).values():
-            try:
-                yield [entry.name], entry.class_path, entry.load()
-            except UserError as error:
-                note(f"left out: {error}")
-        return
-    for name, path in sorted(config.torch_names(family).items()):
-        cls = registry.class_of(path, family)
-        yield sorted({name, cls.__name__}), path, cls
+    for entry in registry.entries(family).values():
+        try:
+            cls = entry.load()
+            yield (
+                sorted({entry.name, cls.__name__} if family in registry.TORCH else {entry.name}),
+                entry.class_path,
+                cls,
+            )
+        except UserError as error:
+            note(f"left out: {error}")
 
 
 def arguments(cls: type, leave_out: Iterable[str] = ()) -> Schema:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmkit.commands.config.tree import Tree, flat, inline, plugin_key, shortened
-from llmkit.config import plan as launch
-from llmkit.config.origins import DEFAULT, Origins
-from llmkit.run.cli import CLI, TRAINER_DEFAULTS, filled_in
+from llmkit.config.layers import DEFAULT, Stack
+from llmkit.config.plan import plan
+from llmkit.run.cli import filled_in
 
 USAGE = """\
 usage: llmkit config show --config FILE [options of fit] [--all] [--json]
@@ -34,20 +34,6 @@ OPEN = {
 COMPUTED = {"precision": "computed: what this machine does fast", "max_epochs": "default of llmkit"}
 
 
-class Parse(CLI):
-    """Has the typed parser read a config, and goes no further."""
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def instantiate_classes(self) -> None:
-        """Only write the config out."""
-        self._dump_config()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
-
-
 def run(command: str, argv: list[str]) -> int:
     """Print the effective config of the options in ``argv``; returns the exit code."""
     if {"-h", "--help"} & set(argv):
@@ -67,7 +53,7 @@ def run(command: str, argv: list[str]) -> int:
     return 0
 
 
-def effective(argv: list[str], asked: str) -> tuple[Tree, Origins]:
+def effective(argv: list[str], asked: str) -> tuple[Tree, Stack]:
     """Return the config that ``llmkit fit`` would run with, and where its values come from.
 
     Args:
@@ -77,36 +63,30 @@ def effective(argv: list[str], asked: str) -> tuple[Tree, Origins]:
     Raises:
         UserError: all mistakes that can be seen before anything is built.
     """
-    plan = launch.plan("fit", argv, asked)
-    with plan.told():
-        parsed = Parse(plan.command, plan.words, plan.stored)
-    tree: Tree = {key: value for key, value in parsed.config_dump.items() if key != "config"}
-    return tree, plan.origins
+    config = plan("fit", argv, asked).config
+    return config.tree, config
 
 
-def _trainer(given: Tree, origins: Origins, everything: bool) -> Tree:
+def _trainer(given: Tree, origins: Stack, everything: bool) -> Tree:
     """Return the trainer's settings that the user or llmkit made; their places are added to ``origins``."""
     computed = filled_in(given)
-    for key, value in TRAINER_DEFAULTS.items():
-        if origins.of(f"trainer.{key}") == DEFAULT:
-            origins.put(f"trainer.{key}", value, "default of llmkit")
     for key, value in computed.items():
         origins.put(f"trainer.{key}", value, COMPUTED[key])
     shown = {**given, **computed}
     return {key: value for key, value in shown.items() if everything or _is_set(f"trainer.{key}", value, origins)}
 
 
-def _is_set(key: str, value: Any, origins: Origins) -> bool:
+def _is_set(key: str, value: Any, origins: Stack) -> bool:
     keys = flat(value, f"{key}.") if isinstance(value, dict) else [key]
     return any(origins.of(one) != DEFAULT for one in keys)
 
 
-def _origin(key: str, value: Any, origins: Origins) -> str:
+def _origin(key: str, value: Any, origins: Stack) -> str:
     place = origins.of(key)
     return OPEN[key] if value is None and place == DEFAULT and key in OPEN else place
 
 
-def _lines(tree: Tree, origins: Origins, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+def _lines(tree: Tree, origins: Stack, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yield the lines of a config, each with the origin of its value."""
     for name, value in tree.items():
         key, indent = f"{prefix}{name}", "  " * depth

@@ -9,26 +9,20 @@ from typing import Any
 import yaml
 
 from llmkit import registry
-from llmkit.config import files as config
-from llmkit.config.keys import TOP_KEYS
+from llmkit.config.plan import TOP_KEYS
 
 Tree = dict[str, Any]
-
-FAMILIES = {key: config.PLUGIN_KEYS.get(key, key.rpartition(".")[2]) for key in config.SPEC_KEYS}
-"""Config key -> the family of plugins that it takes; optimizers and schedulers are families here too."""
 
 
 def short_names(family: str) -> dict[str, str]:
     """Return the short name of every class path of a family."""
-    if family in registry.DEFAULTS:
-        return {entry.class_path: name for name, entry in registry.entries(family).items()}
-    return {path: name for name, path in config.torch_names(family).items()}
+    return {entry.class_path: name for name, entry in registry.entries(family).items()}
 
 
 def shortened(tree: Tree) -> Tree:
     """Return a config with its keys in the order of the documentation and every plugin in its short form."""
     tree = {key: tree[key] for key in dict.fromkeys([*TOP_KEYS, *tree]) if key in tree}
-    for key, family in FAMILIES.items():
+    for key, family in registry.FAMILY_OF.items():
         group, _, leaf = key.partition(".")
         if isinstance(tree.get(group), dict) and leaf in tree[group]:
             tree[group] = {**tree[group], leaf: _short(tree[group][leaf], short_names(family))}
@@ -59,7 +53,7 @@ def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
 def plugin_key(key: str) -> str:
     """Return a key without the ``.name`` of a plugin's short form."""
     above, _, last = key.rpartition(".")
-    return above if last == "name" and above in FAMILIES else key
+    return above if last == "name" and above in registry.FAMILY_OF else key
 
 
 def inline(value: Any) -> str:

@@ -32,7 +32,7 @@ def run(command: str, argv: list[str]) -> int:
     add("--json", action="store_true", help="print a JSON object instead of a table")
     options = parser.parse(words)
     if options.imports:
-        from llmkit.config.files import import_modules
+        from llmkit.imports import import_modules
 
         import_modules(options.imports)
     try:
@@ -93,7 +93,7 @@ def _plain(error: NoContract, arguments: dict[str, Any], options: argparse.Names
 
 
 def _function(text: str) -> Any:
-    from llmkit.config.files import import_modules
+    from llmkit.imports import import_modules
 
     where, _, name = text.rpartition(":")
     if not where:

@@ -38,7 +38,7 @@ def run(command: str, argv: list[str]) -> int:
     forget()
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is not our answer
         if options.imports:
-            from llmkit.config.files import import_modules
+            from llmkit.imports import import_modules
 
             import_modules(options.imports, Path.cwd())
         families = DEFAULTS if options.family is None else [options.family]

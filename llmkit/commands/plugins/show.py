@@ -51,7 +51,7 @@ def run(command: str, argv: list[str]) -> int:
             raise UserError(f"{command}: --{name} must be at least 1, got {getattr(options, name)}")
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is not our answer
         if options.imports:
-            from llmkit.config.files import import_modules
+            from llmkit.imports import import_modules
 
             import_modules(options.imports, Path.cwd())
         facts = describe(locate(options.target), arguments, options.dim, options.context)

@@ -41,7 +41,7 @@ def locate(text: str) -> Entry:
         return registry.find(family, name)
     where, _, name = text.rpartition(":")
     if where.endswith(".py"):
-        from llmkit.config.files import import_modules
+        from llmkit.imports import import_modules
 
         import_modules([where], Path.cwd())
         where = Path(where).stem

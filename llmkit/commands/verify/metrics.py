@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmkit.commands import Parser
-from llmkit.config.plan import run as launch
+from llmkit.commands.fit import run as launch
 from llmkit.errors import UserError
 from llmkit.run.cli import CLI
 from llmkit.testing.invariance import Finding, build, compare

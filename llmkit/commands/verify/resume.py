@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint import content as checkpoint
+from llmkit.checkpoint.content import read
 from llmkit.commands import Parser
 from llmkit.errors import UserError
 from llmkit.run.saving import PART
@@ -231,7 +231,7 @@ def files_of(output: Path) -> Iterator[tuple[str, Any]]:
     run = max(output.glob("run/version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     for name in ("last", "best"):
         path = run / "checkpoints" / f"{name}.ckpt"
-        content = checkpoint.read(path) if path.exists() else {}
+        content = read(path) if path.exists() else {}
         content.pop("callbacks", None)
         for told in ("config", "model"):  # a resumed run may spell out what was a default
             content.get("llmkit", {}).pop(told, None)

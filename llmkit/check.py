@@ -1,0 +1,308 @@
+"""One walk over a tree of settings and the signatures that take them: every mistake, each with its key.
+
+The same walk checks config files, the command line and the description in a checkpoint. It fills in defaults, and it
+imports no class that the tree may not name. Types are asked of jsonargparse, one annotation at a time. For example
+
+    check_arguments(LanguageModel, {"dim": "wide", "attention": {"name": "lstm", "heads": 2}}, "model")
+
+returns the problems ``model.dim: expected a whole number, got 'wide'`` and ``model.attention: LSTM has no argument
+'heads'. ...``, and leaves in the tree what each argument is when nothing is given.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from llmkit import registry
+from llmkit.errors import Problem, UserError, nearest
+from llmkit.imports import is_importable, refusal
+
+Tree = dict[str, Any]
+
+NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    collections.abc.Iterable: "a list",
+    dict: "a mapping",
+    collections.abc.Mapping: "a mapping",
+}
+"""Types as people call them."""
+
+PLAIN = {
+    *NAMES,
+    *(complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta),
+}
+"""Types whose values are not classes."""
+
+CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+"""A dotted name, as in ``package.module.Class``."""
+
+
+class Raw(str):
+    """A word of the command line: its YAML value where that fits the argument's type, else the text itself."""
+
+    value: Any = None
+
+
+@functools.cache
+def _parser(kind: Any) -> ArgumentParser | None:
+    """Return a parser for one value of a type; None for a type that jsonargparse does not check."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=kind)
+    except ValueError:
+        return None
+    return parser
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Return whether a value is of a type, as jsonargparse sees it."""
+    if value is None and kind not in (Any, inspect.Parameter.empty):  # which jsonargparse takes for a value left out
+        return type(None) in typing.get_args(kind)
+    parser = None if kind in (Any, inspect.Parameter.empty) else _parser(kind)
+    try:
+        if parser is not None:
+            parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
+
+
+def expected(kind: Any) -> list[str]:
+    """Return what a type allows, in the words of a message; choices one by one."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return list(map(str, inner))
+    if origin in (typing.Union, types.UnionType):
+        # Tensor: torch's optimizers take numbers as tensors too.
+        parts = [item for item in inner if item is not type(None) and getattr(item, "__name__", "") != "Tensor"]
+        return list(dict.fromkeys(name for part in parts for name in expected(part)))
+    return [NAMES.get(origin or kind) or f"a {getattr(kind, '__name__', 'value')}"]
+
+
+def shown(value: Any) -> str:
+    """Return a value as a config would have it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+@functools.cache
+def hints(cls: Any) -> Mapping[str, Any]:
+    """Return the types of a class's arguments, with those of its bases for what it passes on."""
+    found: dict[str, Any] = {}
+    for base in reversed(getattr(cls, "__mro__", [cls])):
+        try:
+            found |= typing.get_type_hints(base.__init__)
+        except (NameError, TypeError, AttributeError):  # names that only type checkers import: no type is known
+            found |= dict.fromkeys(getattr(base.__init__, "__annotations__", {}), Any)
+    return found
+
+
+def check_arguments(cls: type, given: Tree, key: str, owners: Callable[[str], str] = lambda name: "") -> list[Problem]:
+    """Return everything that is wrong with the arguments of a class, at any depth.
+
+    Args:
+        cls: what the arguments are for.
+        given: the arguments; changed in place: values of the command line become typed, defaults are filled in.
+        key: the config key of the class, ``model``, say.
+        owners: returns the whole key where an argument of that name belongs, if it is unknown here.
+    """
+    walk = _Walk(owners)
+    walk.group(cls, given, key)
+    return walk.problems
+
+
+def check_value(kind: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
+    """Return one value typed, and everything that is wrong with it."""
+    walk = _Walk(lambda name: "")
+    return walk.value(kind, value, key), walk.problems
+
+
+class _Walk:
+    """The walk itself: goes down a tree and collects problems."""
+
+    def __init__(self, owners: Callable[[str], str]) -> None:
+        self.owners = owners
+        self.problems: list[Problem] = []
+
+    def report(self, key: str, text: str, place_of: str = "") -> None:
+        self.problems.append(Problem(key, text, place_of))
+
+    def group(self, cls: type, given: Tree, key: str) -> None:
+        """Check the arguments of a class that is not named in the config: a group, or a dataclass in it."""
+        parameters = inspect.signature(cls).parameters
+        for name in [name for name in given if name not in parameters]:
+            whole, elsewhere = f"{key}.{name}", self.owners(str(name))
+            hint = f" Did you mean '{elsewhere}'?" if elsewhere else nearest(str(name), parameters)
+            allowed = ", ".join(sorted(parameters))
+            self.report("", f"unknown key '{whole}'.{hint} Allowed: {allowed}.", whole)
+        self.arguments(cls, given, key)
+
+    def arguments(self, cls: type, given: Tree, key: str) -> None:
+        """Check the types of what is given to a class, and fill in the rest."""
+        types_of = hints(cls)
+        for name, parameter in inspect.signature(cls).parameters.items():
+            inner = f"{key}.{name}"
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            if name in given:
+                given[name] = self.value(types_of.get(name, Any), given[name], inner, parameter.default is None)
+            elif parameter.default is not parameter.empty:
+                with contextlib.suppress(TypeError, ValueError):  # a default that a config cannot hold
+                    given[name] = json.loads(json.dumps(parameter.default))
+        in_order = {name: given[name] for name in [*inspect.signature(cls).parameters, *given] if name in given}
+        given.clear()
+        given |= in_order
+
+    def value(self, kind: Any, value: Any, key: str, nullable: bool = False) -> Any:
+        """Check one value, and return it typed."""
+        if isinstance(value, Raw):
+            value = self.typed(kind, value, key)
+        if key in registry.FAMILY_OF and value is not None:
+            return self.plugin(registry.FAMILY_OF[key], value, key)
+        if value is None and nullable:
+            return None
+        record = next((item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None)
+        if record is not None and isinstance(value, dict):
+            self.group(typing.cast(type, record), value, key)
+            return value
+        before = len(self.problems)
+        value = self.classes(kind, value, key)
+        if len(self.problems) == before and not fits(kind, value):
+            allowed = expected(kind)
+            text = f"expected {' or '.join(allowed)}, got '{shown(value)}'.{nearest(shown(value), allowed)}"
+            self.report(key, text)
+        return value
+
+    def typed(self, kind: Any, text: Raw, key: str) -> Any:
+        """Return a value of the command line as the type wants it."""
+        value = text.value
+        if key in registry.FAMILY_OF or _named_class(kind, value) or fits(kind, value) or not fits(kind, str(text)):
+            return value
+        return str(text)
+
+    def plugin(self, family: str, value: Any, key: str) -> Any:
+        """Check the value of a plugin's key, in any of its forms; returns ``{class_path, init_args}``."""
+        try:
+            spec = registry.expand(family, value)
+            why = refusal(spec["class_path"])
+            if why:
+                raise UserError(why)
+            cls = registry.class_of(spec["class_path"], family)
+        except UserError as error:
+            self.problems += [Problem(key, item.text) for item in error.problems]
+            return value
+        given = dict(spec.get("init_args") or {})
+        self.named(cls, given, key)
+        return {"class_path": spec["class_path"], "init_args": given}
+
+    def named(self, cls: type, given: Tree, key: str) -> None:
+        """Check the arguments of a class that the config names."""
+        wrong = registry.unknown_arguments(cls, given)
+        for name, text in wrong.items():
+            self.report(key, text, f"{key}.{name}")
+        missing = registry.missing_arguments(functools.partial(cls, **{str(name): given[name] for name in given}))
+        if missing and not wrong:
+            self.report(key, f"{cls.__name__} needs {', '.join(missing)}")
+        self.arguments(cls, given, key)
+
+    def classes(self, kind: Any, value: Any, key: str) -> Any:
+        """Check every class that is named in a value, at any depth, and its arguments."""
+        if isinstance(value, list | tuple):
+            return [self.classes(kind, item, key) for item in value]
+        name = _named_class(kind, value)
+        if not name:
+            if isinstance(value, dict):
+                return {str(part): self.classes(kind, item, f"{key}.{part}") for part, item in value.items()}
+            return value
+        known = _known_classes(kind)
+        why = f"'{name[:100]}' would be read as a file: write the class here" if _is_file(name) else ""
+        if not why and "." in name:
+            why = refusal(name)
+        elif not why and name not in known and not (isinstance(value, str) and fits(kind, value)):
+            allowed = f"a class path, or one of {', '.join(sorted(known))}" if known else "a class path"
+            why = f"unknown class '{name}'.{nearest(name, known)} Allowed: {allowed}."
+        if why:
+            self.report(key, why)
+            return value
+        given = value.get("init_args") if isinstance(value, dict) else None
+        cls = known.get(name) or _load(name)
+        if isinstance(given, dict) and isinstance(cls, type):
+            given = dict(given)
+            before, written = len(self.problems), set(given)
+            self.named(cls, given, key)
+            if len(self.problems) == before:  # defaults are left to the class, which may have other ways to set them
+                return {**value, "init_args": {part: given[part] for part in given if part in written}}
+        return value
+
+
+def _named_class(kind: Any, value: Any) -> str:
+    """Return the class, or the file with one, that a value names where a type is expected; empty: it names none."""
+    if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
+        return str(value["class_path"])
+    if not isinstance(value, str):
+        return ""
+    if kind in (Any, inspect.Parameter.empty):  # no type is known: what can be imported is taken for a class
+        return value if CLASS_PATH.fullmatch(value) and is_importable(value.partition(".")[0]) else ""
+    if not _takes_class(kind):
+        return ""
+    named = CLASS_PATH.fullmatch(value) is not None or _is_file(value) or bool(_known_classes(kind))
+    return value if named else ""
+
+
+def _takes_class(kind: Any) -> bool:
+    """Return whether a value of this type may be given as the path of a class or a function."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return False
+    if origin in (collections.abc.Callable, type) or kind in (collections.abc.Callable, type):
+        return True
+    if typing.get_args(kind):
+        return any(_takes_class(item) for item in typing.get_args(kind))
+    return isinstance(kind, type) and kind not in PLAIN
+
+
+@functools.cache
+def _known_classes(kind: Any) -> Mapping[str, type]:
+    """Return the classes by name that a library has for a type: the callbacks next to Lightning's ``Callback``, say."""
+    if typing.get_args(kind):
+        return {name: cls for item in typing.get_args(kind) for name, cls in _known_classes(item).items()}
+    if not _takes_class(kind) or not isinstance(kind, type) or not kind.__module__.startswith("lightning."):
+        return {}
+    package = importlib.import_module(kind.__module__.rpartition(".")[0])
+    classes = {name: cls for name, cls in vars(package).items() if isinstance(cls, type)}
+    return {name: cls for name, cls in classes.items() if issubclass(cls, kind) and cls is not kind}
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None) if module else None
+    except Exception:  # whatever the module raises is reported where the value is checked against its type
+        return None
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False

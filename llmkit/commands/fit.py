@@ -1,0 +1,47 @@
+"""``llmkit fit | validate | test | predict``: plan what a config asks for, and let LightningCLI run it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from llmkit.config.plan import plan
+from llmkit.run.cli import CLI
+
+HUSHED = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+    ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already
+    ".*Total length of `list` across ranks is zero.*",
+    ".*The dirpath has changed from.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*lr_scheduler.step.. before `optimizer.step.*",
+)
+"""Lightning's hints that a user cannot act on."""
+
+
+def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") -> int:
+    """Run one of Lightning's commands; returns the exit code.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        argv: the words after it.
+        cli: what is built and run.
+        asked: the command's name in messages.
+
+    Raises:
+        UserError: every mistake in the config, with its place.
+    """
+    if {"-h", "--help"} & set(argv):
+        cli(command, [command, "--help"])
+        return 0
+    planned = plan(command, argv, asked)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in HUSHED:
+        warnings.filterwarnings("ignore", text)
+    with planned.placed():
+        cli(command, planned.args, planned.stored)
+    return 0

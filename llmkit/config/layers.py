@@ -1,0 +1,148 @@
+"""A config is a stack of layers: default < checkpoint < files < command line, each value with its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from llmkit import registry
+from llmkit.errors import Problem, UserError, note
+
+Tree = dict[str, Any]
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+
+class Layer(NamedTuple):
+    """One source of settings."""
+
+    tree: Tree
+    source: str
+    """The place of a value that has no place of its own: a file, a checkpoint, the command line."""
+    places: Mapping[str, str] = {}
+    """Dotted key -> ``FILE:LINE``."""
+
+
+def plain(key: str) -> str:
+    """Return a key as people write it: ``model.attention.init_args.num_heads`` is ``model.attention.num_heads``."""
+    key = re.sub(r"\.(init_args|class_path)(?=\.|$)", "", key)
+    above, _, last = key.rpartition(".")
+    return above if last == "name" and above in registry.FAMILY_OF else key
+
+
+class Stack:
+    """The layers put on top of each other so far: one tree, and where each of its values came from."""
+
+    def __init__(self) -> None:
+        self.tree: Tree = {}
+        self._places: dict[str, str] = {}
+
+    def add(self, layer: Layer) -> None:
+        """Put a layer on top; a plugin of another class replaces the whole plugin, with a note on what that drops."""
+        tree = expanded(layer.tree)
+        self.tree = self._merge(self.tree, tree, "", layer.source)
+        self._places |= {plain(key): layer.source for key in _keys(tree)}
+        self._places |= {plain(key): place for key, place in layer.places.items()}
+
+    def _merge(self, below: Tree, above: Tree, key: str, source: str) -> Tree:
+        merged = dict(below)
+        for name, value in above.items():
+            if name.endswith("+"):  # --trainer.callbacks+=NAME
+                name, old = name[:-1], below.get(name[:-1])
+                value = getattr(value, "value", value)
+                value = [*_as_list(old), *_as_list(value)]
+            inner, old = f"{key}.{name}" if key else str(name), below.get(name)
+            if isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value):
+                merged[name] = self._merge(old, value, inner, source)
+                continue
+            if (
+                source == COMMAND_LINE
+                and inner in registry.FAMILY_OF
+                and isinstance(old, dict)
+                and old.get("init_args")
+            ):
+                dropped = ", ".join(f"{part}: {item}" for part, item in old["init_args"].items())
+                note(f"{inner} is changed on the command line: {dropped} of {self.at(inner)} no longer applies")
+            if isinstance(old, dict):
+                below_it = f"{plain(inner)}."
+                self._places = {k: place for k, place in self._places.items() if not k.startswith(below_it)}
+            merged[name] = value
+        return merged
+
+    def put(self, key: str, value: Any, place: str) -> None:
+        """Set one value and its place."""
+        *groups, last = key.split(".")
+        node = self.tree
+        for name in groups:
+            node = node.setdefault(name, {})
+        node[last] = value
+        self._places[key] = place
+
+    def of(self, key: str) -> str:
+        """Return the place where this very value was set: an argument that was left out of a plugin is a default."""
+        return self._places.get(plain(key), DEFAULT)
+
+    def at(self, key: str) -> str:
+        """Return where to look for a mistake in a value.
+
+        That is the value's own place or that of the nearest key above it, but the group. Where that is a default and a
+        part of the value was set, it is the place of that part.
+        """
+        key = plain(key)
+        parts = (place for name, place in self._places.items() if name.startswith(f"{key}.") and place != DEFAULT)
+        while key not in self._places and key.count(".") > 1:
+            key = key.rpartition(".")[0]
+        place = self._places.get(key, DEFAULT)
+        return next(parts, place) if place == DEFAULT else place
+
+    def placed(self, problem: Problem) -> str:
+        """Return a problem as it is printed: its place, its key, its text."""
+        key = problem.key
+        if not problem.place_of and (key in registry.FAMILY_OF or (key and "." not in key)):
+            # The part is known to be wrong; its message may name the argument that the user set.
+            named = (f"{key}.{word}" for word in re.findall(r"\w+", problem.text))
+            key = next((name for name in named if self.of(name) != DEFAULT), key)
+        place_of = problem.place_of or key
+        text = str(problem._replace(key=key))
+        return f"{self.at(place_of)}: {text}" if place_of else text
+
+
+def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items() if isinstance(tree, Mapping) else ():
+        name = str(name).removesuffix("+")
+        yield f"{prefix}{name}"
+        yield from _keys(value, f"{prefix}{name}.")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _same_class(below: Tree, above: Tree) -> bool:
+    """Return whether a mapping adds to another one: to a plugin of the same class, or to one whose class it leaves."""
+    return "name" not in above and above.get("class_path", below.get("class_path")) == below.get("class_path")
+
+
+def expanded(tree: Tree) -> Tree:
+    """Return a layer's tree with every plugin as ``{class_path, init_args}``.
+
+    A mapping that names no class sets arguments of the plugin in the layers below. A value that is not right stays as
+    it is: the check of the whole tree reports it.
+    """
+    tree = {str(name): dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for key, family in registry.FAMILY_OF.items():
+        group, _, name = key.partition(".")
+        part = tree.get(group)
+        value = part.get(name) if isinstance(part, dict) else None
+        if value is None:
+            continue
+        if isinstance(value, dict) and not {"name", "class_path", "init_args"} & set(value):
+            part[name] = {"init_args": value}  # type: ignore[index]
+            continue
+        try:
+            part[name] = registry.expand(family, value)  # type: ignore[index]
+        except UserError:
+            continue
+    return tree

@@ -1,0 +1,133 @@
+"""Local modules with plugins, and which classes a config or a checkpoint may name.
+
+Code runs when a class is imported. So a config may name only what is installed or what the user lists in ``imports:``,
+and a checkpoint only plugins. Nothing here imports a module to find out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import pkgutil
+import site
+import sys
+import sysconfig
+import urllib.parse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmkit import registry
+from llmkit.errors import Problem, UserError, nearest
+
+imported: set[str] = set()
+"""Names of the local modules that the user asked for."""
+
+
+def import_modules(names: Any, folder: str | Path = ".") -> list[str]:
+    """Import local plugin modules and return their names, with file paths made absolute.
+
+    Args:
+        names: module names, or paths of ``.py`` files (relative to ``folder``); one, a list of them, or None.
+        folder: where relative paths and top-level modules are looked for.
+
+    Raises:
+        UserError: no such file or module, or an import that fails.
+    """
+    if not isinstance(names, str | list | None):
+        raise UserError(Problem("imports", f"expected a module or a list of modules, got {names!r}"))
+    listed = [names] if isinstance(names, str) else names or []
+    return [_import(str(name), Path(folder).resolve()) for name in listed]
+
+
+def _import(name: str, folder: Path) -> str:
+    """Import one module or file and return its absolute name."""
+    module, absolute = name, name
+    if name.endswith(".py"):
+        file = (folder / name).resolve()
+        if not file.is_file():
+            hint = nearest(file.name, [path.name for path in file.parent.glob("*.py")])
+            raise UserError(Problem("imports", f"{file} does not exist.{hint}"))
+        folder, module, absolute = file.parent, file.stem, str(file)
+    # Imported under a real name, so that worker processes and pickles find the module again.
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module
+        hint = "." + nearest(module, [found.name for found in pkgutil.iter_modules()]) if missing else ""
+        raise UserError(Problem("imports", f"{name} cannot be imported: {cause}{hint}")) from error
+    imported.add(module)
+    found = getattr(loaded, "__file__", None)
+    if absolute.endswith(".py") and (found is None or Path(found).resolve() != Path(absolute)):
+        text = f"{name}: another module is already called '{module}' ({found}); rename the file"
+        raise UserError(Problem("imports", text))
+    return absolute
+
+
+def is_plugin(class_path: str) -> bool:
+    """Return whether a checkpoint may name a class: one of a package with plugins, or of what the user imported."""
+    plugins = {entry.class_path for family in registry.DEFAULTS for entry in registry.entries(family).values()}
+    if class_path in plugins:  # registered by the user's own script, perhaps, which is ``__main__``
+        return True
+    tops = {name.partition(".")[0] for name in (*plugins, *imported)}
+    ours = class_path.startswith(("llmkit.", "torch.optim."))
+    return not _runs(class_path) and (ours or class_path.partition(".")[0] in tops)
+
+
+def refusal(class_path: str) -> str:
+    """Return why a config may not name a class; an empty string if it may."""
+    top = class_path.partition(".")[0]
+    if is_plugin(class_path) or (not _runs(class_path) and _is_installed(top)):
+        return ""
+    if _runs(class_path):
+        return f"{class_path[:200]}: modules whose names begin with '__' cannot be named"
+    return (
+        f"{class_path[:200]}: module '{top}' is neither installed nor listed in imports:. "
+        "A local file must be named: --imports FILE.py, or 'imports:' in the config"
+    )
+
+
+def _runs(class_path: str) -> bool:
+    """Return whether it is in a ``__main__`` module, which does its work when it is imported."""
+    return any(part.startswith("__") for part in class_path.split("."))
+
+
+def is_importable(top: str) -> bool:
+    """Return whether a top-level module can be found."""
+    try:
+        return importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@functools.cache
+def _is_installed(top: str) -> bool:
+    """Return whether a top-level module comes from an installed distribution. The standard library does not."""
+    if not top.isidentifier() or top in sys.stdlib_module_names or not is_importable(top):
+        return False
+    spec = importlib.util.find_spec(top)
+    assert spec is not None
+    places = [Path(place).resolve() for place in (spec.submodule_search_locations or [spec.origin or ""]) if place]
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders += [*site.getsitepackages(), site.getusersitepackages()]
+
+    def below(roots: Iterable[Path]) -> bool:
+        return bool(places) and all(any(place.is_relative_to(root) for root in roots) for place in places)
+
+    return below([Path(folder).resolve() for folder in folders]) or below(_editable_folders(top))
+
+
+def _editable_folders(top: str) -> list[Path]:
+    """Return the folders of editable installs that provide a top-level module."""
+    found = []
+    for name in importlib.metadata.packages_distributions().get(top, []):
+        origin = json.loads(importlib.metadata.distribution(name).read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            found.append(Path(urllib.parse.unquote(urllib.parse.urlparse(origin["url"]).path)).resolve())
+    return found

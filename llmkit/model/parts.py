@@ -1,0 +1,115 @@
+"""The plugins that a model is put together from: factories, their plain description, and a trial without memory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+from llmkit import registry
+from llmkit.contracts import Topology
+from llmkit.errors import Problem, UserError, blame
+from llmkit.model.backbone import Backbone, can_cross, check_roles
+from llmkit.sequence import Sequence
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+SIZES = ("dim", "num_layers", "context", "dropout", "norm_first", "tie_embeddings", "compile", "max_bad_steps")
+"""The plain arguments of a model that its checkpoints describe."""
+
+
+class Parts:
+    """A model's plugins as factories, and its sizes.
+
+    Args:
+        given: the arguments of ``LanguageModel``; a plugin is a factory, a plain spec, or None for the default.
+
+    Attributes:
+        factories: a factory for each plugin, optimizer and scheduler.
+        spec: everything as plain data: what a checkpoint carries.
+
+    Raises:
+        UserError: a size out of range, an unknown plugin, or plugins that cannot work together.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        sizes = {name: given[name] for name in SIZES}
+        for name, least in {"dim": 1, "num_layers": 1, "context": 2, "max_bad_steps": 1}.items():
+            if sizes[name] < least:
+                raise UserError(Problem(f"model.{name}", f"must be at least {least}, got {sizes[name]}"))
+        if not 0 <= sizes["dropout"] < 1:
+            raise UserError(Problem("model.dropout", f"must be at least 0 and below 1, got {sizes['dropout']}"))
+        keys = {key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key.startswith("model.")}
+        self.factories: dict[str, Any] = {
+            name: registry.resolve(family, given[name]) for name, family in keys.items() if name != "cross_attention"
+        }
+        cross = given["cross_attention"]
+        if cross is None and can_cross(self.factories["attention"]):
+            cross = self.factories["attention"]
+        self.factories["cross_attention"] = registry.resolve("attention", cross)
+        self.spec = {**{name: registry.spec_of(factory) for name, factory in self.factories.items()}, **sizes}
+
+    def build(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the factory of a part; a mistake in its arguments is reported with its key."""
+        return _build(type, f"model.{name}", self.factories[name], *args, **kwargs)
+
+    def _blamed(self, name: str) -> functools.partial[Any]:
+        factory = self.factories[name]
+        return functools.partial(_build, registry.target_of(factory), f"model.{name}", factory)
+
+    def backbone(self, topology: Topology, vocab_size: int, num_layers: int) -> Backbone:
+        """Return the network."""
+        names = ("attention", "cross_attention", "position", "feedforward", "norm")
+        return Backbone(
+            vocab_size=vocab_size,
+            dim=self.spec["dim"],
+            num_layers=num_layers,
+            topology=topology,
+            max_length=self.spec["context"],
+            dropout=self.spec["dropout"],
+            norm_first=self.spec["norm_first"],
+            tie_embeddings=self.spec["tie_embeddings"],
+            **{name: self._blamed(name) for name in names},
+        )
+
+    def schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Return the schedule; an argument called ``total_steps`` that was left open is filled in."""
+        parameters = inspect.signature(registry.target_of(self.factories["scheduler"])).parameters
+        is_open = "total_steps" in parameters and self.spec["scheduler"]["init_args"].get("total_steps") is None
+        schedule: LRScheduler = self.build("scheduler", optimizer, **({"total_steps": total_steps} if is_open else {}))
+        return schedule
+
+    def try_out(self, topology: Topology) -> None:
+        """Report parts that cannot work together before any data is prepared. Raises UserError."""
+        check_roles(topology, self.factories["attention"], self.factories["cross_attention"])
+        groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": kind} for kind in ("matrix", "embedding")]
+        name = "optimizer"
+        try:
+            optimizer = self.build(name, groups)
+            name = "scheduler"
+            self.schedule(optimizer, 1000)
+        except TypeError as error:
+            raise UserError(Problem(f"model.{name}", str(error))) from error
+        with torch.device("meta"):
+            net = self.backbone(topology, vocab_size=1, num_layers=1)
+        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        try:
+            with blame("model.attention"):
+                memory = net.encode(ids, Sequence.of(ids)) if topology != "decoder" else None
+                if topology != "encoder":
+                    net.decode(ids, Sequence.of(ids), memory=memory)
+        except NotImplementedError:
+            pass  # an operation that cannot be tried without memory
+
+
+def _build(target: Any, key: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a factory under its key; ``target`` is the class that it builds, for ``registry.target_of`` to find."""
+    with blame(key):
+        return factory(*args, **kwargs)
