@@ -8,6 +8,7 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+OLDEST_LIGHTNING := $(shell sed -n 's/.*"lightning>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
 .PHONY: help install quickstart test bench lint clean
 .NOTPARALLEL:
@@ -21,7 +22,7 @@ quickstart: install
 	$(BIN)/llmkit fit --config configs/quickstart.yaml
 
 # One thread each: two processes that both take every core slow each other down.
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/.installed-bench
@@ -45,6 +46,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A second Lightning, the oldest that pyproject.toml allows, in a folder of its own: see tests/test_lightning.py.
+$(VENV)/oldest-lightning: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --no-deps --upgrade --target $@ lightning==$(OLDEST_LIGHTNING)
 	@touch $@
 
 # litgpt and joeynmt pin other versions of our dependencies, but run with these: they come without their own.

@@ -359,6 +359,6 @@ def test_training_with_accumulated_gradients(
     wanted = trained.plainly(clip)
     for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
         assert difference(trained.fit(batch_size, accumulate, clip), wanted) < 1e-6
-    add = step.Window.add
-    monkeypatch.setattr(step.Window, "add", lambda self, summed, batches: add(self, summed, 1))
+    add = step.GradientAccumulator.add
+    monkeypatch.setattr(step.GradientAccumulator, "add", lambda self, summed, batches: add(self, summed, 1))
     assert difference(trained.fit(2, 4, clip), wanted) > 1e-3

@@ -112,6 +112,20 @@ def test_loaded_modules(code: str, absent: list[str]) -> None:
     assert answer.stdout.splitlines()[-1] == ""
 
 
+PRINTING = ("errors", "main", "run.progress", "run.report", "run.shutdown", "commands")
+"""Notes, answers of commands, progress, reports and the notice of a shutdown: all that prints."""
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
+def test_nothing_but_reports_prints(path: Path) -> None:
+    calls = [
+        f"line {node.lineno}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert not calls or reaches({module_name(path)}, *(f"llmkit.{name}" for name in PRINTING))
+
+
 def test_public_names() -> None:
     assert llmkit.__all__ == sorted(llmkit.__all__)
     for name in llmkit.__all__:

@@ -12,6 +12,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, SequentialSampler
 
 from llmkit.data.tokens import Index
+from llmkit.lightning import batches_done
 
 Plan = Callable[[np.random.Generator], Sequence[Index]]
 
@@ -72,7 +73,7 @@ class Position:
     def _count(self) -> int:
         if self.trainer is None:
             return self._delivered
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return batches_done(self.trainer)
 
 
 class TrainingOrder(SequentialSampler):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -28,6 +27,7 @@ from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
 from llmkit.errors import Problem, UserError, blame, note
+from llmkit.lightning import global_seed
 
 STAGES: dict[str | None, tuple[Stage, ...]] = {
     "fit": ("train", "validation"),
@@ -134,7 +134,7 @@ class DataModule(pl.LightningDataModule):
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
         self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
         # Lightning leaves the seed of seed_everything in the environment.
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.seed = global_seed() if seed is None else seed
         self._head: Head | None = None
         self._context = 0
         self._tokenizer: Tokenizer | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from llmkit.checkpoint.weights import check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import Problem, UserError, blame, note
+from llmkit.lightning import batches_begun, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.sharding import shard
-from llmkit.model.step import Step
+from llmkit.model.step import OptimizerStep
 from llmkit.sequence import DecodingOptions
 
 
@@ -101,7 +101,7 @@ class LanguageModel(pl.LightningModule):
         self.test_metrics = nn.ModuleDict()
         self.results: dict[str, Tensor] = {}
         self.last_loss = torch.tensor(float("nan"))
-        self._step = Step(max_bad_steps)
+        self._step = OptimizerStep(max_bad_steps)
         self._stored_step: dict[str, Any] = {}
         self._initial: Stored | None = None
         if init_from is not None:
@@ -190,15 +190,13 @@ class LanguageModel(pl.LightningModule):
     # Training
 
     def on_train_start(self) -> None:
-        """Go on within the optimizer step that a resumed run was in."""
+        """Resume the optimizer step that the checkpoint was saved in."""
         self._step.restore(self, self._stored_step)
         self._stored_step = {}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
-        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        own = hash((seed, number, self.global_rank)) % 2**63
+        own = hash((global_seed(), batches_begun(self.trainer), self.global_rank)) % 2**63
         # torch.manual_seed tells devices that are not there too, which costs more than a small step.
         torch.default_generator.manual_seed(own)
         if self.device.type != "cpu":
@@ -210,15 +208,10 @@ class LanguageModel(pl.LightningModule):
         summed = self.head.loss(self.network, batch)
         loss, self.last_loss = self._step.loss(self, summed)
         # One self.log costs more than a small training step, so it is called only when its value will be written.
-        if (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % self._log_every == 0:
+        if logs_this_step(self.trainer):
             self.log("train_loss", self.last_loss)
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
-
-    @property
-    def _log_every(self) -> int:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return max(1, every)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""

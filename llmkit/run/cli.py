@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import traceback
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -19,12 +16,14 @@ from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError
+from llmkit.lightning import is_debug_run, raised_while_resuming
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
-from llmkit.run.progress import DEFAULT_VAL_INTERVAL, Progress, RunReport
-from llmkit.run.saving import Checkpoints, run_folder, use_whole_files
-from llmkit.run.shutdown import Stopping
+from llmkit.run.progress import Progress
+from llmkit.run.report import DEFAULT_VAL_INTERVAL, RunReport
+from llmkit.run.saving import Checkpoints, use_whole_files
+from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -160,7 +159,7 @@ class CLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         self.report = RunReport()
         throughput = Throughput()
-        own: list[pl.Callback] = [self.report, Stopping(), throughput]
+        own: list[pl.Callback] = [self.report, GracefulShutdown(), throughput]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
@@ -204,7 +203,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure the best checkpoint and print the closing report."""
         trainer, model = self.trainer, self.model
-        if trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
+        if is_debug_run(trainer) or trainer.interrupted:
             return
         saver = trainer.checkpoint_callback
         best = getattr(saver, "best_model_path", "")
@@ -220,16 +219,8 @@ class CLI(LightningCLI):
         self.report.finish(self.trainer, self.model, "test")
 
     def predict(self, model: LanguageModel, datamodule: DataModule, **kwargs: Any) -> None:
-        """Write one JSON line an example to ``predictions.jsonl`` in the run folder."""
-        batches = self.trainer.predict(model, datamodule, **kwargs) or []
-        if self.trainer.is_global_zero:
-            path = run_folder(self.trainer) / "predictions.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as handle:
-                for answers in batches:
-                    for answer in answers:
-                        handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            print(f"predictions: {path}")
+        """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
+        self.report.write_predictions(self.trainer, self.trainer.predict(model, datamodule, **kwargs) or [])
 
 
 def filled_in(given: Any) -> dict[str, Any]:
@@ -260,10 +251,7 @@ def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:
         error: what was raised, by no plugin.
         step: the optimizer step that it was raised in; -1: the command does not train.
     """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        if code.co_filename.endswith("checkpoint_connector.py") and re.match("_?(restore|resume)", code.co_name):
-            return True
     begun = stored.content.get("global_step")
     first = isinstance(begun, int) and 0 <= step <= begun + 1
-    return first and isinstance(error, TypeError | ValueError | LookupError | AttributeError)
+    in_first = first and isinstance(error, TypeError | ValueError | LookupError | AttributeError)
+    return in_first or raised_while_resuming(error)

@@ -1,4 +1,4 @@
-"""What is told of a run that failed and is not the user's mistake: a plugin that raises, a disk that is full."""
+"""Reports for failed runs that no setting explains: a plugin that raises, a full disk, a failed compilation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from llmkit import registry
 
 CORE = Path(llmkit.__file__).resolve().parent
 HELPERS = (CORE / "contracts.py", CORE / "sequence.py", CORE / "ops")
-"""Modules that plugins call: what fails there belongs to the plugin that called."""
+"""Modules that plugins call: an error raised there is reported as one of the calling plugin."""
 LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
 class Frame(NamedTuple):
-    """One call of a traceback: its file and line, how Python shows it, and the object whose method it is."""
+    """One call of a traceback: its file and line, its text in a traceback, and the object whose method it is."""
 
     file: Path
     line: int
@@ -33,53 +34,46 @@ class Frame(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What is printed on stderr, and the exit code."""
+    """The text for stderr, and the exit code."""
 
     text: str
     code: int
 
 
 def explain(error: BaseException) -> Failure | None:
-    """Return what to tell the user of an error; None when it is llmkit's own, and needs its whole traceback."""
-    chain = list(_chain(error))
-    for found in chain:
-        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _disk_full(found)
-        if type(found).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-            return _not_compiled(found)
-    for found in chain:
-        text = _of_plugin(_raised(found), f"{type(found).__name__}: {found}") or _of_plugin(*_quoted(str(found)))
-        if text:
-            return Failure(text, 1)
+    """Return the report of an error; None for a bug of llmkit, which needs its whole traceback."""
+    causes = list(_chain(error))
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the disk is full" if cause.errno == errno.ENOSPC else "the disk quota is used up"
+            file = f", while writing {cause.filename}" if cause.filename else ""
+            return Failure(f"llmkit: error: {what}{file}. Checkpoints that were written before are intact.", 2)
+        if type(cause).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            text = " ".join(str(cause).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
+            return Failure(f"llmkit: error: model.compile: torch.compile failed: {text}. It can be left out.", 2)
+    for cause in causes:
+        report = _plugin_report(_frames(cause), f"{type(cause).__name__}: {cause}")
+        report = report or _plugin_report(*_quoted_frames(str(cause)))
+        if report:
+            return Failure(report, 1)
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory did not suffice, of a GPU or of the machine."""
-    told = ("can't allocate memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
+    """Return whether an error means that a GPU or the machine is out of memory."""
+    texts = ("can't allocate memory", "out of memory")  # RuntimeErrors of torch
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it."""
+    """Yield an error, its cause, the cause of that, ..."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _disk_full(error: OSError) -> Failure:
-    what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-    file = f", while writing {error.filename}" if error.filename else ""
-    return Failure(f"llmkit: error: {what}{file}. Checkpoints that were written before are intact.", 2)
-
-
-def _not_compiled(error: BaseException) -> Failure:
-    told = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
-    return Failure(f"llmkit: error: model.compile: torch.compile failed: {told}. It can be left out.", 2)
-
-
-def _raised(error: BaseException) -> list[Frame]:
-    """Return the frames of an error, the call that raised it last."""
+def _frames(error: BaseException) -> list[Frame]:
+    """Return the frames of an error; the last one raised it."""
     shown = traceback.extract_tb(error.__traceback__)
     live = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return [
@@ -88,11 +82,8 @@ def _raised(error: BaseException) -> list[Frame]:
     ]
 
 
-def _quoted(message: str) -> tuple[list[Frame], str]:
-    """Return the frames, and the error itself, of a traceback that a message quotes.
-
-    That is how torch passes on what a worker process raised.
-    """
+def _quoted_frames(message: str) -> tuple[list[Frame], str]:
+    """Return the frames and the error of a traceback within a message: torch's way to pass on an error of a worker."""
     lines = message.rpartition("Traceback (most recent call last):\n")[2].splitlines(keepends=True)
     end = next((i for i, line in enumerate(lines) if not line.startswith(" ")), len(lines))
     frames: list[Frame] = []
@@ -105,11 +96,11 @@ def _quoted(message: str) -> tuple[list[Frame], str]:
     return frames, "".join(lines[end:])
 
 
-def _of_plugin(frames: list[Frame], message: str) -> str | None:
-    """Return the message and the frames of a plugin, or None when it was not a plugin that raised.
+def _plugin_report(frames: list[Frame], message: str) -> str | None:
+    """Return the message and the frames of a plugin; None when it was not a plugin that raised.
 
-    It was one if the last frame is its own, but for those of libraries and of ``HELPERS``. What is shown begins with
-    the first frame in the plugin's file; the framework and the libraries around it are left out.
+    It was a plugin if the last frame that is neither of a library nor of ``HELPERS`` is in one. Example, with what is
+    shown marked by *: ``cli.py, trainer.py, mine.py *, torch/linear.py, mine.py *, ops/losses.py *, torch/nn.py``.
     """
     roots = plugin_roots()
     kinds = [_kind(frame.file, roots) for frame in frames]
@@ -125,12 +116,12 @@ def _of_plugin(frames: list[Frame], message: str) -> str | None:
 
 
 def plugin_roots() -> list[Path]:
-    """Return the files and package folders that hold plugins: installed ones, and the user's own modules."""
+    """Return the files and package folders of plugins: the installed ones, and the user's own modules."""
     config = sys.modules.get("llmkit.imports")
     names = {entry.target.partition(".")[0].partition(":")[0] for entry in _entries()}
     modules = [sys.modules.get(name) for name in {*names, *(config.imported if config else ())}]
-    found = [(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]) for module in modules]
-    return [Path(path).resolve() for paths in found for path in paths if path]
+    paths = [getattr(module, "__path__", None) or [getattr(module, "__file__", None)] for module in modules]
+    return [Path(path).resolve() for path in chain.from_iterable(paths) if path]
 
 
 def _entries() -> list[registry.Entry]:
@@ -138,6 +129,7 @@ def _entries() -> list[registry.Entry]:
 
 
 def _kind(file: Path, roots: list[Path]) -> str:
+    """Return ``plugin``, ``core``, ``library``, or ``own`` for other code that is shown with a plugin's frames."""
     file = file.resolve()
     if any(map(file.is_relative_to, roots)):
         return "plugin"
@@ -147,7 +139,7 @@ def _kind(file: Path, roots: list[Path]) -> str:
 
 
 def _name(frames: list[Frame]) -> str:
-    """Return family and name of the plugin whose frames these are, as well as they are known."""
+    """Return family and name of the plugin that the frames belong to: by its object, else by the lines of its class."""
     entries = {entry.target: entry for entry in _entries()}
     owners = [type(frame.owner) for frame in reversed(frames) if frame.owner is not None]
     found = [entries[target] for cls in owners if (target := f"{cls.__module__}:{cls.__qualname__}") in entries]
@@ -158,7 +150,7 @@ def _name(frames: list[Frame]) -> str:
 
 
 def _holds(entry: registry.Entry, frame: Frame) -> bool:
-    """Return whether a line is inside the class of a plugin."""
+    """Return whether a frame is inside the class of a plugin."""
     module, _, name = entry.target.partition(":")
     cls = getattr(sys.modules.get(module), name, None)
     try:

@@ -52,7 +52,7 @@ def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str =
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, however many
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside, so that it covers no curve
     figure.savefig(png_file, dpi=150, bbox_inches="tight")
 
 

@@ -1,8 +1,9 @@
-"""When checkpoints are written, and how: a file is there whole or not at all, and the last good one is never lost."""
+"""When and how checkpoints are written: each file whole or not at all, and the last good one is never lost."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -19,25 +20,29 @@ from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import read
 from llmkit.errors import Problem, UserError
+from llmkit.lightning import ends_epoch, is_debug_run, validation_follows
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.step import local
+from llmkit.model.step import local_shard
 
 PART = ".part"
-"""Suffix of a file that is being written; one that a killed run left behind is never taken for a checkpoint."""
+"""Suffix of a file that is being written; what a killed run leaves behind is never taken for a checkpoint."""
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, and put it in its place once it is on the disk.
+    """Write ``path`` atomically: ``write`` fills a temporary file next to it, which then replaces it.
 
     Whenever the process or the machine stops, ``path`` is the old file or the new one. Raises what ``write`` raises,
     with the old file untouched.
+
+    Args:
+        write: fills the file that it is given, and flushes it to the disk (``os.fsync``).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
     try:
         write(part)
         os.replace(part, path)
-        if os.name == "posix":  # the new name is on the disk too
+        if os.name == "posix":  # flush the new name as well
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -48,7 +53,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes checkpoints of local folders whole; other places are left to Lightning."""
+    """Writes checkpoints in local folders atomically; other storage is left to Lightning."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint. Raises OSError, with the file's name, when the disk is full."""
@@ -73,7 +78,7 @@ class WholeFileIO(TorchCheckpointIO):
 
 
 def use_whole_files(trainer: pl.Trainer) -> None:
-    """Let a trainer write checkpoints whole, unless it was given another way."""
+    """Have a trainer write checkpoints atomically, unless it was given a plugin for that."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFileIO()
 
@@ -81,16 +86,16 @@ def use_whole_files(trainer: pl.Trainer) -> None:
 class Checkpoints(Checkpoint):
     """Writes the checkpoints of a run: ``last.ckpt``, the best one by the head's metric, and the newest by step.
 
-    All are written at each validation, at the end of training and, where that is asked for, between validations.
-    ``best.ckpt`` and ``step_N.ckpt`` are further names of the file that was ``last.ckpt`` then, so they cost no
-    writing. A resumed run takes the best one so far into its own folder.
+    They are written at each validation, at the end of training and, with ``every_n_steps``, between validations.
+    ``best.ckpt`` and ``step_N.ckpt`` are hard links to what was ``last.ckpt`` then, so they cost no writing. A resumed
+    run takes the best checkpoint so far into its own folder.
 
     Args:
-        every_n_steps: optimizer steps between two checkpoints, beside those at validations; None: only those.
-        keep: how many of the newest checkpoints stay as ``step_N.ckpt``, beside ``last.ckpt`` and ``best.ckpt``.
+        every_n_steps: optimizer steps between two checkpoints, in addition to those at validations; None: only those.
+        keep: how many of the newest checkpoints to keep as ``step_N.ckpt``, next to ``last.ckpt`` and ``best.ckpt``.
 
     Raises:
-        UserError: a number out of range; or weights that are not finite, which never replace a checkpoint.
+        UserError: a number is out of range; or weights are not finite, which never replace a checkpoint.
     """
 
     def __init__(self, every_n_steps: int | None = None, keep: int = 0) -> None:
@@ -113,136 +118,118 @@ class Checkpoints(Checkpoint):
         return str(self.folder / "best.ckpt") if self.best_step is not None else ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the run's folder, and let its checkpoints be written whole."""
+        """Find the run's folder, and have its checkpoints written atomically."""
         use_whole_files(trainer)
         self.folder = trainer.strategy.broadcast(run_folder(trainer) / "checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the best checkpoint so far into the folder of a resumed run."""
+        """Remove what killed runs left, and take over the best checkpoint of a resumed run."""
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             sweep(self.folder.parent.parent)
-        self._take_best_along(trainer)
+        self._take_over_best(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take along what a run was resumed from that had no step left: it never came to its start."""
-        resumed, last = trainer.ckpt_path, self.folder / "last.ckpt"
-        if self._saved_step < 0 and resumed is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Take over the checkpoint of a resumed run that had no step left: ``on_train_start`` was never called."""
+        resumed = trainer.ckpt_path
+        if self._saved_step < 0 and resumed is not None and not is_debug_run(trainer):
             if trainer.is_global_zero and Path(resumed).is_file():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _also(Path(resumed), last)
-            self._take_best_along(trainer)
+                _link(Path(resumed), self.folder / "last.ckpt")
+            self._take_over_best(trainer)
 
-    def _take_best_along(self, trainer: pl.Trainer) -> None:
-        """Give the best checkpoint so far a name in the folder of a resumed run."""
-        if self.best_step is None or (self.folder / "best.ckpt").exists():
+    def _take_over_best(self, trainer: pl.Trainer) -> None:
+        """Link the best checkpoint so far into the folder of a resumed run; forget it where its file is gone."""
+        best = self.folder / "best.ckpt"
+        if self.best_step is None or best.exists():
             return
         found = False
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             resumed = Path(trainer.ckpt_path)
-            beside = [folder / "best.ckpt" for folder in (resumed.parent, Path(self._stored_folder))]
-            for source in [resumed] if self.best_step == trainer.global_step else beside:
-                if _step_of(source) == self.best_step:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    _also(source, self.folder / "best.ckpt")
-                    found = True
-                    break
+            sources = [folder / "best.ckpt" for folder in (resumed.parent, Path(self._stored_folder))]
+            if self.best_step == trainer.global_step:
+                sources = [resumed]
+            source = next((path for path in sources if _step_of(path) == self.best_step), None)
+            if source is not None:
+                _link(source, best)
+                found = True
         if not trainer.strategy.broadcast(found):
             self.best_step = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save between validations; where one is due now, that is waited for, and so is the batch after an epoch's end.
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        """Save between validations. A validation that is due now saves anyway, and the end of an epoch waits a batch.
 
-        Lightning does not count epochs right when it resumes a run saved between the last batch and the end of one.
+        Lightning miscounts epochs when it resumes a run that was saved between the last batch of an epoch and its end.
         """
         step, every = trainer.global_step, self.every_n_steps
         due = every is not None and step != self._saved_step and (step % every == 0 or self._waiting)
-        if not due or validation_is_due(trainer):
+        if not due or validation_follows(trainer):
             return
         self._waiting = ends_epoch(trainer)
         if not self._waiting:
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, and note whether this is the best one."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Save, and record whether this is the best checkpoint so far."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or is_debug_run(trainer):
             return
         assert isinstance(pl_module, LanguageModel)
         name, mode = pl_module.head.monitor
         score = trainer.callback_metrics.get(f"val_{name}")
-        improved = False
-        if score is not None and score == score:
-            value = float(score)
-            improved = self.best_step is None or (value < self.best_score if mode == "min" else value > self.best_score)
-            if improved:
-                self.best_score, self.best_step = value, trainer.global_step
+        value = float("nan") if score is None else float(score)
+        better = value < self.best_score if mode == "min" else value > self.best_score
+        improved = better or (self.best_step is None and not math.isnan(value))
+        if improved:
+            self.best_score, self.best_step = value, trainer.global_step
         self.save(trainer, improved)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what the last steps brought."""
-        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Save the last steps."""
+        if trainer.global_step != self._saved_step and not is_debug_run(trainer):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer, best: bool = False) -> Path:
-        """Write ``last.ckpt`` and give it its further names; returns its path."""
-        last = self.folder / "last.ckpt"
-        step = trainer.global_step
-        weights = [local(p) for p in trainer.lightning_module.parameters()]
-        finite = all(bool(torch.isfinite(weight).all()) for weight in weights)
+        """Write ``last.ckpt`` and its links; returns its path."""
+        last, step = self.folder / "last.ckpt", trainer.global_step
+        finite = all(bool(torch.isfinite(local_shard(p)).all()) for p in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
-            raise UserError(f"step {step}: the weights are not finite any more; {last} stays as it was")
+            raise UserError(f"step {step}: the weights are not finite any more; {last} was left as it was")
         trainer.save_checkpoint(last)
         self._saved_step, self._waiting = step, False
         if trainer.is_global_zero:
             if best:
-                _also(last, self.folder / "best.ckpt")
+                _link(last, self.folder / "best.ckpt")
             if self.keep:
-                _also(last, self.folder / f"step_{step}.ckpt")
+                _link(last, self.folder / f"step_{step}.ckpt")
                 self._prune(step)
         return last
 
     def _prune(self, newest: int) -> None:
-        found = {
-            int(m[1]): path for path in self.folder.iterdir() if (m := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
-        }
-        for step in sorted(found)[: -self.keep]:
-            if step != newest:
-                found[step].unlink()
+        names = (re.fullmatch(r"step_(\d+)\.ckpt", path.name) for path in self.folder.iterdir())
+        steps = sorted(int(name[1]) for name in names if name)
+        for step in steps[: -self.keep]:
+            if step != newest:  # a rerun in this folder may have saved later steps before
+                (self.folder / f"step_{step}.ckpt").unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which checkpoint is the best, and where."""
+        """Return which checkpoint is the best, and its folder."""
         return {"best_step": self.best_step, "best_score": self.best_score, "folder": str(self.folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a resumed run knew."""
+        """Take over the best checkpoint of the run that is resumed."""
         self.best_step, self.best_score = state_dict["best_step"], state_dict["best_score"]
         self._stored_folder = state_dict["folder"]
-
-
-def validation_is_due(trainer: pl.Trainer) -> bool:
-    """Return whether a validation follows the training batch that has just ended."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not loop.epoch_loop.val_loop.skip
-
-
-def ends_epoch(trainer: pl.Trainer) -> bool:
-    """Return whether the training batch that has just ended is the last one of several of an epoch."""
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
 
 
 def sweep(folder: Path) -> None:
     """Remove the unfinished files that killed runs left in ``folder/version_*/checkpoints``."""
     for path in folder.glob(f"version_*/checkpoints/*{PART}"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 60:  # one that still grows belongs to a run that goes on
+            if time.time() - path.stat().st_mtime > 60:  # a younger file may belong to a run that is writing it
                 path.unlink()
 
 
-def _also(path: Path, name: Path) -> None:
-    """Give a file a further name, replacing what had it before; a copy where the file system has no hard links."""
+def _link(path: Path, name: Path) -> None:
+    """Make ``name`` a hard link to a file, replacing any old one; a copy where the file system has no hard links."""
     if name.exists() and name.samefile(path):
         return
 
@@ -251,16 +238,15 @@ def _also(path: Path, name: Path) -> None:
         try:
             os.link(path, part)
         except OSError:
-            with open(path, "rb") as source, open(part, "wb") as target:
-                shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
+            shutil.copyfile(path, part)
+            with open(part, "r+b") as copy:
+                os.fsync(copy.fileno())
 
     write_whole(name, write)
 
 
 def _step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint, None where there is none that can be read."""
+    """Return the step of a checkpoint; None where it is missing or cannot be read."""
     try:
         return int(read(path)["global_step"])
     except (UserError, KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a cluster's signals: the running step ends, the run is saved and says how to go on."""
+"""Ctrl-C, SIGTERM and a cluster's signals: finish the step, save, and print how to resume."""
 
 from __future__ import annotations
 
@@ -11,71 +11,57 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.run.saving import Checkpoints, ends_epoch, run_folder, validation_is_due
+from llmkit.lightning import ends_epoch, log_interval, requeue_signal, restart_validation, validation_follows
+from llmkit.run.saving import Checkpoints, run_folder
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
-class Stopping(Callback):
-    """Waits with every signal until the step is done, because weights that are half updated cannot be resumed.
+class GracefulShutdown(Callback):
+    """Defers every signal to the end of the step, because weights that are half updated cannot be resumed.
 
-    A second Ctrl-C stops at once, without saving. The signal with which SLURM asks to requeue is handled as Lightning
-    does, only later.
+    A second Ctrl-C stops at once, without saving. SLURM's signal to requeue gets Lightning's own handler, only later.
     """
 
     def __init__(self) -> None:
-        self._asked: int | None = None
+        self._received: int | None = None
         self._requeue: Handler | None = None
-        self._old: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
         self._validating = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals."""
-        self._asked = None
-        self._take(signal.SIGINT)
-        self._take(signal.SIGTERM)
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            number = environment.requeue_signal or signal.SIGUSR1
-            self._take(number)
-            self._requeue = self._old.get(number)
+        """Install the handlers."""
+        self._received = None
+        requeue = requeue_signal(trainer)
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, requeue)):
+            with contextlib.suppress(ValueError):  # not in the main thread: whoever runs the trainer handles signals
+                self._previous[number] = signal.signal(number, self._receive)
+        self._requeue = self._previous.get(requeue or 0)
 
-    def _take(self, number: int) -> None:
-        with contextlib.suppress(ValueError):  # not in the main thread: who runs the trainer there handles signals
-            self._old[number] = signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._asked == signal.SIGINT:
+            if self._received == signal.SIGINT:
                 raise KeyboardInterrupt
             print("\nllmkit: stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        self._asked = number
+        self._received = number
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop after the step; where a validation is due, at its beginning; at the end of an epoch, one batch later."""
-        every = max(1, trainer.log_every_n_steps) if trainer.world_size > 1 else 1  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every == 0 and not ends_epoch(trainer) and not validation_is_due(trainer):
+        # Several processes have to agree on a signal that one of them received: that costs time, so now and then only.
+        every = log_interval(trainer) if trainer.world_size > 1 else 1
+        if (batch_idx + 1) % every == 0 and not ends_epoch(trainer) and not validation_follows(trainer):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that a validation is not done yet."""
         self._validating = trainer.state.fn == "fit"
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
         """Stop between two batches."""
         if self._validating and trainer.world_size == 1:
             self._stop_if_asked(trainer)
@@ -85,45 +71,35 @@ class Stopping(Callback):
         self._validating = False
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        asked = self._asked
+        received = self._received
         if trainer.world_size > 1:
-            number = torch.tensor(asked or 0, device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(number, reduce_op="max")) or None
-        if asked is None:
+            number = torch.tensor(received or 0, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+        if received is None:
             return
-        self._asked = None
-        if asked not in (signal.SIGINT, signal.SIGTERM):
+        self._received = None
+        if received not in (signal.SIGINT, signal.SIGTERM):
             if callable(self._requeue):
-                self._requeue(asked, None)
+                self._requeue(received, None)
             return
-        saver = trainer.checkpoint_callback
+        path, saver = run_folder(trainer) / "checkpoints" / "last.ckpt", trainer.checkpoint_callback
         if isinstance(saver, Checkpoints):
-            path = saver.save(trainer)
+            saver.save(trainer)
         else:
-            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            name = signal.Signals(asked).name
+            name = signal.Signals(received).name
             print(f"\nllmkit: stopped by {name} at step {trainer.global_step}; saved {path}", file=sys.stderr)
-            print("Go on with the same command and --ckpt_path last", file=sys.stderr, flush=True)
-        raise Stopped(asked)
+            print("To resume, run the same command with --ckpt_path last", file=sys.stderr, flush=True)
+        raise Stopped(received)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Let a validation that is not done yet be run from its first batch on by the run that resumes this one.
-
-        Lightning goes on in the middle, but what the metrics have seen until then is in no checkpoint.
-        """
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Have an unfinished validation repeated from its first batch by the run that resumes this one."""
         if self._validating:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            done = progress["total"]["completed"] - progress["current"]["completed"]
-            for counts, before in ((progress["total"], done), (progress["current"], 0)):
-                counts |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
-            progress["is_last_batch"] = False
+            restart_validation(checkpoint)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._old.items():
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._old = {}
+        self._previous = {}

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llmkit.checkpoint.content import read
 from llmkit.errors import UserError
+from llmkit.lightning import batches_begun
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.saving import PART
 
@@ -148,20 +149,19 @@ class Trace(Callback):
     ) -> None:
         """Write the loss of a batch (of the step so far, if batches are accumulated)."""
         assert isinstance(pl_module, LanguageModel)
-        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self._write(event="batch", at=number, step=trainer.global_step, loss=float(pl_module.last_loss).hex())
+        loss = float(pl_module.last_loss).hex()
+        self._write(event="batch", at=batches_begun(trainer), step=trainer.global_step, loss=loss)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write that a validation begins; ``Process.kill_at`` waits for it."""
         if trainer.state.fn == "fit":
-            self._write(event="validation begins", at=trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+            self._write(event="validation begins", at=batches_begun(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics of a validation."""
         if trainer.state.fn == "fit":
-            number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
             metrics = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-            self._write(event="validation", at=number, step=trainer.global_step, **metrics)
+            self._write(event="validation", at=batches_begun(trainer), step=trainer.global_step, **metrics)
 
     def _write(self, **line: Any) -> None:
         self._file.write(json.dumps({**line, "time": time.time()}) + "\n")

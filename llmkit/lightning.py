@@ -1,0 +1,115 @@
+"""Lightning's private corners, each behind a function that says what it means: what to look at when Lightning changes.
+
+Lightning's loops keep the counters that exact resume needs, but have no public interface. Nothing else in llmkit reads
+them; tests/test_lightning.py runs each function under the oldest and the newest Lightning that pyproject.toml allows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+
+def global_seed() -> int:
+    """Return the seed that ``seed_everything`` set; 0 where it was never called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def is_debug_run(trainer: pl.Trainer) -> bool:
+    """Return whether this is a ``fast_dev_run``: a few batches to try the code, with nothing to keep."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Return the number of optimizer steps between two logged ones."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return max(1, every)
+
+
+# Training batches. Each is ready, started, processed (by the optimizer too) and completed (on_train_batch_end was
+# called), and Lightning counts all four: in the middle of the third batch of a run they are 3, 3, 2, 2.
+
+
+def batches_begun(trainer: pl.Trainer) -> int:
+    """Return how many training batches the run has begun, before it was resumed too; the present one counts."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Return how many training batches the run has trained on, before it was resumed too."""
+    count: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+    return count
+
+
+def ends_step(trainer: pl.Trainer) -> bool:
+    """Return whether the present batch is the last one of an optimizer step, accumulated or cut short by an epoch."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def ends_epoch(trainer: pl.Trainer) -> bool:
+    """Return whether the present batch is the last one of an epoch of several."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
+
+
+def logs_this_step(trainer: pl.Trainer) -> bool:
+    """Return whether what is logged now is written.
+
+    Lightning counts the steps it logs by itself: ``global_step`` is one more as soon as the optimizer has stepped.
+    """
+    return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % log_interval(trainer) == 0
+
+
+# Validation
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether a validation follows the training batch that ends now (for ``on_train_batch_end``)."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not loop.epoch_loop.val_loop.skip
+
+
+def set_validation_interval(trainer: pl.Trainer, batches: int) -> None:
+    """Validate after every so many training batches; for ``on_train_start``, when Lightning has set its own number."""
+    trainer.val_check_batch = batches
+
+
+def restart_validation(checkpoint: dict[str, Any]) -> None:
+    """Change a checkpoint saved in the middle of a validation: the run that resumes it begins the validation again.
+
+    Lightning would resume in the middle, but no checkpoint holds what the metrics have seen until then. With batches
+    counted over all validations (total) and in this one (current), two batches into the second validation of three:
+
+    - total: ready 5, completed 5 becomes ready 4, completed 3
+    - current: ready 2, completed 2 becomes ready 1, completed 0: stopped before its first batch was done
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    earlier = progress["total"]["completed"] - progress["current"]["completed"]
+    for counts, before in ((progress["total"], earlier), (progress["current"], 0)):
+        counts |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+    progress["is_last_batch"] = False
+
+
+# Signals and errors
+
+
+def requeue_signal(trainer: pl.Trainer) -> int | None:
+    """Return the signal with which SLURM asks to save and requeue the job; None where it will not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+def raised_while_resuming(error: BaseException) -> bool:
+    """Return whether an error was raised while Lightning took over the training state of a checkpoint."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        code.co_filename.endswith("checkpoint_connector.py") and re.match("_?(restore|resume)", code.co_name)
+        for code in codes
+    )

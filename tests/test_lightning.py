@@ -1,0 +1,111 @@
+"""Lightning's private corners: one module knows them, and it is right about the oldest and the newest version."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import pytest
+from lightning.pytorch.callbacks import Callback
+from lightning_corners import CLI_HOOKS
+
+from llmkit.data import DataModule
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.cli import CLI, Parser, SaveConfig
+from llmkit.run.progress import Progress
+from llmkit.run.report import RunReport
+from llmkit.run.saving import Checkpoints, WholeFileIO
+from llmkit.run.shutdown import GracefulShutdown
+from llmkit.run.throughput import Throughput
+from llmkit.testing.resume import Trace
+
+ROOT = Path(__file__).resolve().parent.parent
+LIGHTNING = Path(lightning.__file__).parent
+OLDEST = Path(sys.prefix) / "oldest-lightning"
+
+INTERNALS = {"fit_loop", "epoch_loop", "batch_progress", "val_check_batch", "cluster_environment"}
+"""Attributes without an underscore that belong to Lightning's loops and connectors."""
+IN_TEXTS = re.compile("PL_GLOBAL_SEED|epoch_loop|fit_loop|_connector")
+"""How a private corner looks in a string: a key of a checkpoint's loops, a file name, an environment variable."""
+
+
+def private_names(folder: Path) -> set[str]:
+    """Return the attributes with an underscore that the classes of a package define or set."""
+    source = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    return set(re.findall(r"\b(?:def|self\.)\s*(_[a-z]\w*)", source))
+
+
+def touched(path: Path, private: set[str]) -> Iterator[str]:
+    """Yield Lightning's private names in a file: attributes of anything but ``self`` and ``super()``, and strings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
+                if node.attr in INTERNALS:
+                    yield node.attr
+            case ast.Attribute(attr=name) if name in INTERNALS or name in private:
+                yield name
+            case ast.Constant(value=str(text)) if id(node) not in docs and IN_TEXTS.search(text):
+                yield text
+
+
+def test_one_module_knows_the_private_corners() -> None:
+    private = private_names(LIGHTNING / "pytorch" / "loops") | private_names(LIGHTNING / "pytorch" / "trainer")
+    files = sorted((ROOT / "llmkit").rglob("*.py"))
+    found = {path.relative_to(ROOT).as_posix(): set(touched(path, private)) for path in files}
+    own = found.pop("llmkit/lightning.py")
+    assert {"_should_accumulate", "_accelerator_connector", "batch_progress", "checkpoint_connector.py"} <= own
+    assert {f"{name}: {text}" for name, texts in found.items() for text in texts} == set()
+
+
+CLASSES = (
+    *(CLI, Parser, SaveConfig, LanguageModel, DataModule, WholeFileIO),
+    *(Checkpoints, GracefulShutdown, Progress, RunReport, Throughput, Trace),
+)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_no_private_name_of_a_base_class_is_taken(cls: type) -> None:
+    """Not even by accident: an attribute ``_results`` of ours would overwrite Lightning's."""
+    used = re.compile(r"(?:\bself\.|\bsuper\(\)\.|\bdef )(_[a-z]\w*)")
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("lightning")]
+    theirs = {name for base in bases for name in used.findall(inspect.getsource(base))}
+    assert bases
+    assert set(used.findall(inspect.getsource(cls))) & theirs <= (CLI_HOOKS if cls is CLI else set())
+
+
+def test_all_classes_are_looked_at() -> None:
+    """Every callback of the package is in ``CLASSES``."""
+    names = {
+        node.name
+        for path in (ROOT / "llmkit").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        and {ast.unparse(base).split(".")[-1] for base in node.bases} & {"Callback", "Checkpoint", "ProgressBar"}
+    }
+    assert names == {cls.__name__ for cls in CLASSES if issubclass(cls, Callback)} - {"SaveConfig"}
+
+
+@pytest.mark.parametrize("version", ["oldest", "newest"])
+def test_the_corners_are_what_they_are_taken_for(version: str, tmp_path: Path) -> None:
+    """With the Lightning installed, and with the oldest that pyproject.toml allows."""
+    expected, path = lightning.__version__, [str(ROOT), str(ROOT / "plugins")]
+    if version == "oldest":
+        match = re.search(r'"lightning>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+        assert match
+        expected, path = match[1], [str(OLDEST), *path]
+        if not (OLDEST / f"lightning-{expected}.dist-info").is_dir():
+            pytest.fail(f"needs lightning {expected} in {OLDEST}: `make test` installs it")
+    command = [sys.executable, str(Path(__file__).with_name("lightning_corners.py")), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == expected
