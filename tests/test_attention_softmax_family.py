@@ -17,12 +17,13 @@ from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.differential import Differential
 from llmkit_plugins.attention.latent import Latent
-from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Softmax
+from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead
 from llmkit_plugins.attention.window import SlidingWindow
 from llmkit_plugins.position import Alibi, Rotary
 
 DIM = 16
-VARIANTS: dict[str, tuple[type[Softmax], dict[str, Any]]] = {
+Variant = GroupedQuery | Latent
+VARIANTS: dict[str, tuple[type[Variant], dict[str, Any]]] = {
     "window_1": (SlidingWindow, {"window": 1}),
     "window_2": (SlidingWindow, {"window": 2, "num_kv_heads": 2}),
     "window_3": (SlidingWindow, {"window": 3, "num_heads": 2}),
@@ -62,7 +63,7 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def build(name: str, role: Role = "causal", **kwargs: Any) -> Softmax:
+def build(name: str, role: Role = "causal", **kwargs: Any) -> Variant:
     """Build a variant whose scales are not all ones."""
     variant, args = VARIANTS[name]
     module = variant(DIM, role, **{**args, **kwargs})
@@ -135,7 +136,7 @@ def rows_of(weight: Tensor, vector: Tensor, number: int, width: int) -> list[flo
 class ByHand:
     """One head's output at one position from what that position sees."""
 
-    def __init__(self, module: Softmax, position: str) -> None:
+    def __init__(self, module: Variant, position: str) -> None:
         self.module = module
         self.cross = module.role == "cross"
         self.position = "none" if self.cross else position
@@ -149,7 +150,7 @@ class ByHand:
     def output(self, x: Tensor, place: int, seen: list[tuple[Tensor, int]]) -> Tensor:
         m = self.module
         if isinstance(m, Differential):
-            mixed = [v for h in range(m.bias_heads) for v in self.differential(m, h, x, place, seen)]
+            mixed = [v for h in range(m.num_heads // 2) for v in self.differential(m, h, x, place, seen)]
         elif isinstance(m, Latent):
             mixed = [v for h in range(m.num_heads) for v in self.latent(m, h, x, place, seen)]
         else:
@@ -184,7 +185,7 @@ class ByHand:
         self, m: Differential, h: int, x: Tensor, place: int, seen: list[tuple[Tensor, int]]
     ) -> list[float]:
         wq, wk, wv = self.weights(m)
-        heads, E = m.bias_heads, DIM // m.bias_heads // 2
+        heads, E = m.num_heads // 2, DIM // m.num_heads
         sums = []
         for number in (h, heads + h):
             q = self.turned_head(m, wq, x, number, place)
@@ -215,7 +216,7 @@ class ByHand:
         return weighted(scores, values)
 
 
-def written_out(module: Softmax, x: Tensor, seq: Sequence, mem: Tensor, mem_seq: Sequence, position: str) -> Tensor:
+def written_out(module: Variant, x: Tensor, seq: Sequence, mem: Tensor, mem_seq: Sequence, position: str) -> Tensor:
     """The output at every real position, from what it may see."""
     by_hand, out = ByHand(module, position), torch.zeros_like(x)
     window = module.window if isinstance(module, SlidingWindow) else 10**9
@@ -328,7 +329,7 @@ def test_ragged_prompt_then_tokens(name: str, prompt: list[list[int]] | None) ->
         assert_ragged_decoding(module, x, position, prompt)
 
 
-def assert_ragged_decoding(module: Softmax, x: Tensor, position: str, prompt: list[list[int]] | None) -> None:
+def assert_ragged_decoding(module: Variant, x: Tensor, position: str, prompt: list[list[int]] | None) -> None:
     later = [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
     first = torch.ones(2, 4, dtype=torch.long) if prompt is None else torch.tensor(prompt)
     full = Sequence.from_segments(torch.cat([first, torch.tensor(later)], 1))
@@ -464,7 +465,7 @@ def test_dropout_only_in_training(name: str) -> None:
         (Latent, 16, {"dropout": 1.0}, "attention dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_impossible_arguments(variant: type[Softmax], dim: int, args: dict[str, Any], message: str) -> None:
+def test_impossible_arguments(variant: type[Variant], dim: int, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         variant(dim, "causal", **args)
     assert str(error.value) == message

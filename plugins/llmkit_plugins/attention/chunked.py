@@ -7,7 +7,6 @@ lower-case letter is a dimension that may be 1 where all rows or all heads are a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.contracts import Role
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Sequence, State
 
 CHUNK = 128
 """Most columns of a chunk."""
@@ -114,23 +113,6 @@ def reverse(segments_BT: Tensor) -> Tensor:
     """Return the segments of the rows read backwards, again rising from document to document."""
     turned_BT = segments_BT.amax(-1, keepdim=True) + 1 - segments_BT
     return turned_BT.masked_fill(segments_BT == 0, 0).flip(-1)
-
-
-def from_memory(memory: Memory | None, state: State | None, summary: Callable[[Memory], Tensor]) -> Tensor:
-    """Return the summary of a memory; when decoding, the one that the state keeps from the first call on.
-
-    Raises:
-        ValueError: when there is neither.
-    """
-    if state is not None and "summary" in state:
-        # The state's rows follow the beams; the memory that is passed along need not.
-        return state["summary"]
-    if memory is None:
-        raise ValueError("cross-attention needs the memory of an encoder")
-    found = summary(memory)
-    if state is not None:
-        state["summary"], state.of_memory = found, True
-    return found
 
 
 def document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
-from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, from_memory, read_documents
+from llmkit_plugins.attention.cache import from_memory
+from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, read_documents
 
 
 class LowRank(Attention):
@@ -55,10 +56,8 @@ class LowRank(Attention):
         """
         read_B1TK = self.read(x_BTD).softmax(-1)[:, None]
         if self.role == "cross":
-            slots_BM1KD = from_memory(memory, state, self._slots)
+            slots_BM1KD = from_memory(memory, state, seq, self._slots)["slots"]
             y_B1TD = read_documents(read_B1TK.to(slots_BM1KD.dtype), slots_BM1KD, seq)
-            if state is not None:
-                state.length += x_BTD.shape[1]
         else:
             write_B1TK, value_B1TD = self._written(x_BTD)
             chunks = Chunks(seq, causal=self.role == "causal", state=state)
@@ -88,8 +87,8 @@ class LowRank(Attention):
         write_BTK = self.write(x_BTD).sigmoid() + 1e-4
         return write_BTK[:, None], self.value(x_BTD)[:, None]
 
-    def _slots(self, memory: Memory) -> Tensor:
+    def _slots(self, memory: Memory) -> dict[str, Tensor]:
         """Return the slots of each document of a memory, (B, M, 1, K, D)."""
         write_B1SK, value_B1SD = self._written(memory.x_BSD)
         sums_BM1KF = document_sums(write_B1SK, F.pad(value_B1SD, (0, 1), value=1.0), memory.seq)
-        return sums_BM1KF[..., :-1] / sums_BM1KF[..., -1:].clamp(min=1e-4)  # nothing written: zero, not NaN
+        return {"slots": sums_BM1KF[..., :-1] / sums_BM1KF[..., -1:].clamp(min=1e-4)}  # nothing written: zero, not NaN
