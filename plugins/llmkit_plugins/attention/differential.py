@@ -15,16 +15,18 @@ from llmkit_plugins.attention.softmax import GroupedQuery
 
 
 class Differential(GroupedQuery):
-    """Each head subtracts a second softmax map from the first, which cancels what both give to the irrelevant.
+    """Each head subtracts a second softmax map from the first, which cancels what both give to irrelevant positions.
 
-    Ye et al. 2024, arXiv:2410.05258. A head has two queries and two keys of E channels and values of 2 E, so that the
-    weights are as many as those of ``multi_head``. The paper takes half as many heads as it would otherwise.
+    Ye et al. 2024, arXiv:2410.05258. A head has two queries and two keys of E channels and values of 2 E channels, so
+    it has as many weights as ``multi_head``; the paper takes half as many heads as it would otherwise. Unlike the
+    paper, ``lambda_init`` is the same in every layer (there it grows with depth from 0.2 towards 0.8), and queries and
+    keys are normalised unless ``qk_norm`` is off. Maps 0 to H - 1 are the first of each head, H to 2 H - 1 the second.
 
     Args:
         dim: model width; must be divisible by twice ``num_heads``.
         role: ``causal``, ``bidirectional`` or ``cross``.
         num_heads: number of heads, each with two maps.
-        lambda_init: the share of the second map that is subtracted at first, and what the outputs are scaled down by:
+        lambda_init: about the share of the second map that is subtracted at the start; the outputs are scaled by
             ``1 - lambda_init``. At least 0 and below 1.
         qk_norm: whether each map's queries and keys are normalised (arXiv:2010.04245).
         bias: whether the projections have biases.
@@ -62,19 +64,15 @@ class Differential(GroupedQuery):
     def forward(
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
-        """Return the mixed sequence, (B, T, D); see ``Attention.forward``.
-
-        Raises:
-            ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
-        """
+        """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
         M, H = self.num_heads, self.num_heads // 2  # maps, heads
         if self.role == "cross":
             q_BMTE = self.norm(split(self.q(x_BTD), M))  # project
-            (k, v), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: as below
+            (k, v), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: see ``read``
         else:
             qk, v = self.qkv(x_BTD).split_with_sizes([2 * self.dim, self.dim], -1)  # project: (B, T, 2 D), (B, T, D)
             q_BMTE, k = seq.rotate(self.norm(split(qk, 2 * M))).chunk(2, 1)  # rotate: (B, M, T, E) each
-            (k, v), mask, is_causal = self.lookup(q_BMTE, seq, state, k=k, v=split(v, H))  # (B, M, S, E), (B, H, S, 2 E)
+            (k, v), mask, is_causal = self.lookup(q_BMTE, seq, state, k=k, v=split(v, H))  # cache: see ``read``
         first, second = (  # attend: (B, H, T, 2 E) each
             self._map(q, k, v, mask, is_causal) for q, k in zip(q_BMTE.chunk(2, 1), k.chunk(2, 1), strict=True)
         )
@@ -102,7 +100,7 @@ class Differential(GroupedQuery):
         return 1.5 * super().mixing_flops(length)
 
     def _map(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Return what one of the two maps makes of the values."""
+        """Return the values weighted by one of the two maps, (B, H, T, 2 E)."""
         if q.shape[2] > 1:
             # Keys as wide as values take the kernels that never hold all scores; a single query has few.
             q, k = (F.pad(x, (0, self.head_dim)) for x in (q, k))

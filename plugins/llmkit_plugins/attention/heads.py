@@ -1,9 +1,10 @@
-"""Heads: channels cut into heads and joined again, and the widths that heads fit."""
+"""Channels split into heads and joined again, and the widths that fit."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from llmkit.contracts import Role
 from llmkit.errors import UserError
 
 
@@ -35,6 +36,12 @@ def check_dropout(dropout: float) -> None:
     """Raise UserError when ``dropout`` is not a probability below one."""
     if not 0 <= dropout < 1:
         raise UserError(f"attention dropout must be at least 0 and below 1, got {dropout}")
+
+
+def check_directions(dim: int, role: Role) -> None:
+    """Raise UserError when a bidirectional network cannot give half the width to each direction."""
+    if role == "bidirectional" and dim % 2:
+        raise UserError(f"dim {dim} must be even for two directions; nearest widths: {dim - 1}, {dim + 1}")
 
 
 def nearest(dim: int, step: int) -> str:

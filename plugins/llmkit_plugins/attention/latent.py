@@ -20,12 +20,15 @@ from llmkit_plugins.attention.heads import check_dropout, check_heads, join, spl
 
 
 class Latent(Attention):
-    """Keys and values of all heads come from one narrow vector a position, all that decoding has to keep.
+    """Keys and values of all heads come from one narrow vector per position, which is all that decoding stores.
 
-    Multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434. Position enters by a second, rotary key that all
-    heads share, since a key made from the latent could not be turned and still be made from it. Queries are not
-    compressed. Where few queries look at many keys, as in decoding, queries are moved into the space of the latents
-    instead of making keys and values from each; both give the same numbers.
+    Multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434. Position enters through a second, rotary key that
+    all heads share: a key that is rotated after it was made from the latent cannot be absorbed as below. Unlike the
+    paper's, queries are not compressed.
+
+    With k = U c for a latent c, a score is q . (U c) = (U^T q) . c. So there are two ways to the same numbers: make
+    keys and values from every latent, or move the queries into the space of the latents. The second is cheaper where
+    few queries look at many columns, as in decoding.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -73,11 +76,7 @@ class Latent(Attention):
     def forward(
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
-        """Return the mixed sequence, (B, T, D); see ``Attention.forward``.
-
-        Raises:
-            ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
-        """
+        """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
         E, R, P = self.head_dim, self.kv_rank, self.rope_dim
         q = split(self.q(x_BTD), self.num_heads)  # project: (B, H, T, E + P)
         if self.role == "cross":
@@ -90,10 +89,10 @@ class Latent(Attention):
             latent = torch.cat([self._norm(latent), k_BTP], -1)  # (B, T, R + P)
             (latent,), mask, is_causal = self.lookup(q, seq, state, latent=latent)  # cache: (B, S, R + P)
 
-        # Products a head needs, rotary channels aside: 2 R for each score and its sum rather than 2 E, but then only
-        # queries and outputs go through ``up``, not all that is looked at.
+        # Products per head, rotary channels aside, over two. Absorbed: T queries and T outputs through ``up``, then R
+        # instead of E channels for each pair; expanded: S keys and S values through ``up``.
         T, S = q.shape[2], latent.shape[1]
-        absorbed = T * R * (E + S) < S * E * (R + T)
+        absorbed = T * E * R + T * S * R < S * E * R + T * S * E
         y_BHTE = (self._absorbed if absorbed else self._expanded)(q, latent, mask, is_causal)  # attend
         y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
         return y

@@ -1,4 +1,4 @@
-"""Attention without a softmax, whose past fits into one matrix a head: linear attention and retention."""
+"""Attention without a softmax, whose past fits into one matrix per head: linear attention and retention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Linear(Attention):
 
     Katharopoulos et al. 2020, arXiv:2006.16236, with elu(x) + 1 as the features. Rotary positions turn the features in
     the weighted sum of the values only; the sum of the weights, which it is divided by, has to stay positive (Su et al.
-    2021, arXiv:2104.09864). ALiBi changes nothing here. The decoding state is one matrix a head.
+    2021, arXiv:2104.09864). ALiBi changes nothing here. The decoding state is one matrix per head.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -49,7 +49,7 @@ class Linear(Attention):
         """
         q_BHTE = features(split(self.q(x_BTD), self.num_heads))
         if self.role == "cross":
-            sums_BMHEF = from_memory(memory, state, seq, self._read)["sums"]
+            sums_BMHEF = from_memory(seq, memory, state, self._read)["sums"]
             y_BHTF = read_documents(q_BHTE, sums_BMHEF.to(q_BHTE.dtype), seq)
             values_BHTE, weights_BHT1 = y_BHTF[..., :-1], y_BHTF[..., -1:]
         else:
@@ -62,7 +62,7 @@ class Linear(Attention):
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return sums of nothing, (B, H, E, E) and (B, H, E, 1); a ``cross`` one is filled from the memory at once."""
+        """Return empty sums, (B, H, E, E) and (B, H, E, 1); a ``cross`` state is filled at the first call."""
         if self.role == "bidirectional":
             return None
         if self.role == "cross":
@@ -71,7 +71,7 @@ class Linear(Attention):
         return empty_state(like, batch_size, values=(H, E, E), weights=(H, E, 1))
 
     def mixing_flops(self, length: int) -> float:
-        """Pairs of columns within a chunk, and the matrix of each head written and read; the weights likewise."""
+        """Pairs of columns within a chunk, and the matrix of each head written and read; the same for the weights."""
         values = flops(self.role, length, self.dim, self.dim, self.num_heads)
         return values + flops(self.role, length, self.dim, self.num_heads, self.num_heads)
 
@@ -85,12 +85,13 @@ class Linear(Attention):
 
 
 class Retention(Attention):
-    """Retention: products of queries and keys that fade with the distance, at another rate for each head.
+    """Retention: products of queries and keys that decay with distance, at a different rate for each head.
 
-    The multi-scale retention of Sun et al. 2023, arXiv:2307.08621, with values as wide as the model: head h forgets
-    the share 2 ** (-5 - h) a position; a norm of each head and a gate follow. Positions come from the fading, and from
-    rotary encodings as in the paper; ALiBi changes nothing here. The decoding state is one matrix a head. A
-    bidirectional one, which the paper does not have, fades to both sides.
+    The multi-scale retention of Sun et al. 2023, arXiv:2307.08621: head h forgets the share 2 ** (-5 - h) per position;
+    a group norm with one group per head and a gate follow. Unlike the paper, the norm has a scale and a shift per
+    channel, values are as wide as the model, scores are not divided by their sums, and queries and keys are rotated
+    only if the network's position encoding is rotary. A bidirectional one, which the paper does not have, decays to
+    both sides. ALiBi changes nothing here. The decoding state is one matrix per head.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -126,7 +127,7 @@ class Retention(Attention):
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return sums of nothing, (B, H, E, E)."""
+        """Return empty sums, (B, H, E, E)."""
         if self.role == "bidirectional":
             return None
         H, E = self.num_heads, self.dim // self.num_heads
@@ -138,5 +139,5 @@ class Retention(Attention):
 
 
 def features(x: Tensor) -> Tensor:
-    """Return elu(x) + 1, written so that what is left of a large negative number is not rounded to zero."""
+    """Return elu(x) + 1, written so that large negative numbers are not rounded to zero."""
     return x.clamp(max=0).exp() + x.relu()

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmkit.contracts import Role
 from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
-from llmkit_plugins.attention.cache import Cache, Lookup, zeros
+from llmkit_plugins.attention.cache import Cache, Lookup, segments_or_ones
 from llmkit_plugins.attention.heads import join, split
 from llmkit_plugins.attention.softmax import GroupedQuery
 
@@ -73,7 +73,7 @@ class SlidingWindow(GroupedQuery):
         if long and first and seq.segments_BT is None and len(seq.positions_BT) == 1:
             if state is not None:
                 assert isinstance(state, WindowCache)
-                state.extend(seq, {"k": k, "v": v})
+                state.extend(seq, {"k": k, "v": v}, biased=False)
             y_BHTE = self._blocks(q_BHTE, k, v, seq)
         else:
             (k, v), mask, is_causal = self.lookup(q_BHTE, seq, state, k=k, v=v)  # cache: (B, K, S, E) each
@@ -136,9 +136,9 @@ class SlidingWindow(GroupedQuery):
 
 
 class WindowCache(Cache):
-    """The last real columns of each row. Its size never changes: places without a column yet count as padding.
+    """The last real columns of each row. It never grows: places without a column yet count as padding.
 
-    With a window of 3, a row "a b . c d" (the dot is padding) leaves "b c d" in it.
+    With a window of 3, the row "a b . c d" (the dot is padding) leaves "b c d" in it.
 
     Args:
         window: how many columns are looked at.
@@ -148,34 +148,29 @@ class WindowCache(Cache):
         widths: as in ``Cache``.
     """
 
-    def __init__(
-        self, window: int, batch_size: int, max_length: int, like: Tensor, **widths: tuple[int, ...]
-    ) -> None:
-        self.size = min(window, max_length)
-        super().__init__(batch_size, self.size, like, **widths)
-        self.limited = max_length < window
-        self.update(zeros(batch_size, self.size, like, widths))
-        for name in ("segments", "positions"):
-            self[name] = torch.zeros(batch_size, self.size, dtype=torch.long, device=like.device)
+    grows: ClassVar[bool] = False
 
-    def extend(
-        self, seq: Sequence, new: dict[str, Tensor], biased: bool = True
-    ) -> tuple[tuple[Tensor, ...], Sequence | None]:
-        """Append the columns of ``seq``; return those that the window can reach, with positions and segments."""
+    def __init__(self, window: int, batch_size: int, max_length: int, like: Tensor, **widths: tuple[int, ...]) -> None:
+        super().__init__(batch_size, min(window, max_length), like, **widths)
+        self.limited = max_length < window
+        for name in ("segments", "positions"):
+            self[name] = torch.zeros(batch_size, self.capacity, dtype=torch.long, device=like.device)
+
+    def extend(self, seq: Sequence, new: dict[str, Tensor], biased: bool) -> tuple[tuple[Tensor, ...], Sequence | None]:
+        """Append the columns of ``seq``; return those that may be near, and their positions and segments."""
         end = self.length + seq.positions_BT.shape[1]
-        if self.limited and end > self.size:
-            raise ValueError(f"the decoding state has room for {self.size} columns, got {end}")
-        columns = {name: torch.cat([self[name], value.to(self[name].dtype)], 2) for name, value in new.items()}
-        shape = (len(self["positions"]), seq.positions_BT.shape[1])
-        segments = torch.ones_like(seq.positions_BT) if seq.segments_BT is None else seq.segments_BT
-        positions_BS = torch.cat([self["positions"], seq.positions_BT.expand(shape)], 1)
-        segments_BS = torch.cat([self["segments"], segments.expand(shape)], 1)
+        if self.limited and end > self.capacity:
+            raise ValueError(f"the decoding state has room for {self.capacity} columns, got {end}")
+        columns = {name: torch.cat([self[name], value.to(self[name].dtype)], -2) for name, value in new.items()}
+        self._append("positions", seq.positions_BT)
+        self._append("segments", segments_or_ones(seq))
+        key = Sequence(self["positions"], self["segments"])
 
         # The sort moves padding to the front and leaves the order of the rest.
-        last_BW = (segments_BS > 0).long().argsort(dim=1, stable=True)[:, -self.size :]
+        last_BW = (self["segments"] > 0).long().argsort(dim=1, stable=True)[:, -self.capacity :]
         rows_B1 = torch.arange(len(last_BW), device=last_BW.device)[:, None]
         for name, value_BKSE in columns.items():
             self[name] = value_BKSE.transpose(1, 2)[rows_B1, last_BW].transpose(1, 2)  # copies whole columns
-        self["positions"], self["segments"] = positions_BS[rows_B1, last_BW], segments_BS[rows_B1, last_BW]
+        self["positions"], self["segments"] = self["positions"][rows_B1, last_BW], self["segments"][rows_B1, last_BW]
         self.length = end
-        return tuple(columns.values()), Sequence(positions_BS, segments_BS)
+        return tuple(columns.values()), key
