@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_pieces import columns, decode, turned
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Position, Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Sequence
 from llmkit_plugins.attention import recurrent
 from llmkit_plugins.attention.recurrent import GRU, LSTM, Recurrent
 from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Standard
@@ -75,22 +75,9 @@ def documents(seq: Sequence, batch: int = 2) -> list[tuple[int, list[int]]]:
     return found
 
 
-def chunk(seq: Sequence, start: int, end: int) -> Sequence:
-    segments = None if seq.segments_BT is None else seq.segments_BT[:, start:end]
-    return Sequence(seq.positions_BT[:, start:end], segments, seq.position)
-
-
 def assert_real_equal(actual: Tensor, expected: Tensor, seq: Sequence) -> None:
-    for row, columns in documents(seq, len(actual)):
-        torch.testing.assert_close(actual[row, columns], expected[row, columns], rtol=1e-6, atol=1e-7)
-
-
-def turned(vector: list[float], position: int) -> list[float]:
-    """Rotary encoding of one head with complex numbers."""
-    half = len(vector) // 2
-    pairs = [complex(vector[i], vector[i + half]) for i in range(half)]
-    spun = [z * cmath.exp(1j * position * 10000 ** (-i / half)) for i, z in enumerate(pairs)]
-    return [z.real for z in spun] + [z.imag for z in spun]
+    for row, own in documents(seq, len(actual)):
+        torch.testing.assert_close(actual[row, own], expected[row, own], rtol=1e-6, atol=1e-7)
 
 
 def written_out(m: GroupedQuery, x: Tensor, seq: Sequence, mem: Tensor, mem_seq: Sequence, position: str) -> Tensor:
@@ -212,8 +199,8 @@ def per_document(module: Recurrent, x: Tensor, seq: Sequence) -> Tensor:
     reference = kind(DIM, DIM // 2 if both else DIM, bidirectional=both)
     reference.load_state_dict(module.rnn.state_dict())
     out = torch.zeros_like(x)
-    for row, columns in documents(seq):
-        out[row, columns] = reference(x[row, columns, None])[0][:, 0]
+    for row, own in documents(seq):
+        out[row, own] = reference(x[row, own, None])[0][:, 0]
     return out
 
 
@@ -236,8 +223,8 @@ def test_recurrent_many_documents() -> None:
     x, seq = torch.randn(5, 60, DIM), Sequence.from_segments(segments)
     module = LSTM(DIM, "causal")
     reference = torch.zeros_like(x)
-    for row, columns in documents(seq, 5):
-        reference[row, columns] = module.rnn(x[row : row + 1, columns])[0][0]
+    for row, own in documents(seq, 5):
+        reference[row, own] = module.rnn(x[row : row + 1, own])[0][0]
     torch.testing.assert_close(module(x, seq), reference)
 
 
@@ -276,18 +263,6 @@ def test_recurrent_batch_of_padding() -> None:
     assert not module(x, seq, state=state).any() and not state["h"].any() and state.length == 3
 
 
-def decode(module: Attention, x: Tensor, seq: Sequence, cuts: list[int], **kwargs: Any) -> tuple[Tensor, State]:
-    state = module.init_state(len(x), x.shape[1], x)
-    assert state is not None
-    parts, start = [], 0
-    for size in cuts:
-        part = chunk(seq, start, start + size)
-        parts.append(module(x[:, start : start + size], part, state=state, **kwargs))
-        start += size
-        assert state.length == start
-    return torch.cat(parts, 1), state
-
-
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("kind", SEGMENTS)
@@ -312,11 +287,11 @@ def test_cross_decoding_keeps_the_memory(name: str, kind: str) -> None:
 
     state, rows = module.init_state(2, 7, x), torch.tensor([1, 0, 1])
     assert state is not None
-    module(x[:, :2], chunk(seq, 0, 2), memory=memory, state=state)
+    module(x[:, :2], columns(seq, 0, 2), memory=memory, state=state)
     state.reorder(rows)
     other = Memory(torch.randn(2, 7, DIM), sequence("dense"))
-    torch.testing.assert_close(module(x[rows, 2:], chunk(seq, 2, 7), memory=other, state=state), expected[rows, 2:])
-    masked = Sequence(chunk(seq, 2, 7).positions_BT, torch.ones(3, 5, dtype=torch.long))
+    torch.testing.assert_close(module(x[rows, 2:], columns(seq, 2, 7), memory=other, state=state), expected[rows, 2:])
+    masked = Sequence(columns(seq, 2, 7).positions_BT, torch.ones(3, 5, dtype=torch.long))
     torch.testing.assert_close(module(x[rows, 2:], masked, state=state), expected[rows, 2:])
 
 

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from typing import Any
 
 import pytest
 import torch
+from attention_pieces import (
+    CUTS,
+    SEGMENTS,
+    assert_cross_state_keeps_the_memory,
+    assert_ragged_prompts_then_tokens_and_beams,
+    assert_real_equal,
+    columns,
+    decode,
+    dot,
+    sequence,
+    shapes,
+    turned,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Sequence
 from llmkit_plugins.attention import chunked
 from llmkit_plugins.attention.linear import Linear, Retention
 from llmkit_plugins.position import Rotary
 
 DIM, HEADS = 8, 2
-SEGMENTS: dict[str, list[list[int]]] = {
-    "dense": [[1] * 7, [1] * 7],
-    "padded": [[1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1]],
-    "packed": [[1, 1, 1, 2, 2, 3, 0], [0, 1, 0, 2, 0, 2, 3]],
-    "empty_row": [[0, 0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 0, 5, 5]],
-}
-CUTS = [[1] * 7, [2, 5], [4, 1, 1, 1]]
 VARIANTS = [(Linear, role) for role in ("causal", "bidirectional")]
 VARIANTS += [(Retention, role) for role in ("causal", "bidirectional")]  # type: ignore[misc]
 
@@ -43,28 +48,6 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """Chunks that end within the rows, and one chunk for all."""
     monkeypatch.setattr(chunked, "CHUNK", request.param)
     return int(request.param)
-
-
-def sequence(kind: str, *, rotary: bool = False) -> Sequence:
-    seq = Sequence.dense(7) if kind == "dense" else Sequence.from_segments(torch.tensor(SEGMENTS[kind]))
-    seq.position = Rotary(DIM, 16) if rotary else None
-    return seq
-
-
-def columns(seq: Sequence, start: int, end: int) -> Sequence:
-    segments = None if seq.segments_BT is None else seq.segments_BT[:, start:end]
-    return Sequence(seq.positions_BT[:, start:end], segments, seq.position)
-
-
-def turned(vector: list[float], place: int) -> list[float]:
-    """Rotary encoding of one head with complex numbers."""
-    half = len(vector) // 2
-    spun = [complex(vector[i], vector[i + half]) * cmath.exp(1j * place * 10000 ** (-i / half)) for i in range(half)]
-    return [z.real for z in spun] + [z.imag for z in spun]
-
-
-def dot(left: list[float], right: list[float]) -> float:
-    return sum(a * b for a, b in zip(left, right, strict=True))
 
 
 def by_hand(
@@ -130,12 +113,6 @@ def build(variant: type[Linear] | type[Retention], role: Role) -> Linear | Reten
     return module
 
 
-def assert_real_equal(actual: Tensor, expected: Tensor, segments: list[list[int]]) -> None:
-    assert torch.isfinite(actual).all()
-    real = torch.tensor(segments) > 0
-    torch.testing.assert_close(actual[real], expected[real])
-
-
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("kind", SEGMENTS)
 @pytest.mark.parametrize(("variant", "role"), VARIANTS)
@@ -143,7 +120,9 @@ def assert_real_equal(actual: Tensor, expected: Tensor, segments: list[list[int]
 def test_written_out(variant: Any, role: Role, kind: str, rotary: bool, chunk: int) -> None:
     module, x = build(variant, role), torch.randn(2, 7, DIM)
     expected = [by_hand(module, x[row], SEGMENTS[kind][row], rotary=rotary) for row in range(2)]
-    assert_real_equal(module(x, sequence(kind, rotary=rotary)), torch.stack(expected), SEGMENTS[kind])
+    assert_real_equal(
+        module(x, sequence(kind, Rotary(DIM, 16) if rotary else None)), torch.stack(expected), SEGMENTS[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", SEGMENTS)
@@ -161,68 +140,34 @@ def test_cross_written_out(kind: str) -> None:
         torch.testing.assert_close(actual[row, real], expected[real])
 
 
-@torch.no_grad()
-def test_cross_state_keeps_the_memory() -> None:
-    module, x = build(Linear, "cross"), torch.randn(2, 5, DIM)
-    memory = Memory(torch.randn(2, 7, DIM), sequence("padded"))
-    whole = module(x, Sequence.dense(5), memory=memory)
-    state = module.init_state(2, 5, x)
-    assert state is not None
-    torch.testing.assert_close(module(x[:, :2], Sequence.dense(2), memory=memory, state=state), whole[:, :2])
-    rows = torch.tensor([1, 0, 1])
-    state.reorder(rows)
-    torch.testing.assert_close(module(x[rows, 2:], Sequence.dense(3), memory=memory, state=state), whole[rows, 2:])
-    assert state.length == 5
-    with pytest.raises(ValueError, match="memory"):
-        module(x, Sequence.dense(5))
-
-
-def decode(module: Linear | Retention, x: Tensor, seq: Sequence, cuts: list[int]) -> tuple[Tensor, State]:
-    state = module.init_state(len(x), x.shape[1], x)
-    assert state is not None
-    size, parts, start = sum(value.numel() for value in state.values()), [], 0
-    for cut in cuts:
-        parts.append(module(x[:, start : start + cut], columns(seq, start, start + cut), state=state))
-        start += cut
-        assert state.length == start
-    assert sum(value.numel() for value in state.values()) == size
-    return torch.cat(parts, 1), state
-
-
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("kind", SEGMENTS)
 @pytest.mark.parametrize("variant", [Linear, Retention])
 @torch.no_grad()
 def test_pieces_equal_the_whole(variant: Any, kind: str, cuts: list[int], chunk: int) -> None:
-    module, x, seq = build(variant, "causal"), torch.randn(2, 7, DIM), sequence(kind, rotary=True)
-    pieces, _ = decode(module, x, seq, cuts)
+    module, x, seq = build(variant, "causal"), torch.randn(2, 7, DIM), sequence(kind, Rotary(DIM, 16))
+    pieces, state = decode(module, x, seq, cuts)
     assert_real_equal(pieces, module(x, seq), SEGMENTS[kind])
+    assert shapes(state) == shapes(module.init_state(2, 7, x))
 
 
 @pytest.mark.parametrize("variant", [Linear, Retention])
 @torch.no_grad()
 def test_ragged_prompts_then_tokens_and_beams(variant: Any, chunk: int) -> None:
-    """Prompts of unequal length, padded right; then tokens without segments, then rows change places."""
-    module, x = build(variant, "causal"), torch.randn(2, 9, DIM)
-    segments = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
-    seq = Sequence.from_segments(segments)
-    seq.position = Rotary(DIM, 16)
-    whole, state = module(x, seq), module.init_state(2, 9, x)
-    assert state is not None
-    module(x[:, :4], columns(seq, 0, 4), state=state)
-    for start, end in ((4, 5), (5, 7)):
-        part = columns(seq, start, end)
-        part.segments_BT = None
-        torch.testing.assert_close(module(x[:, start:end], part, state=state), whole[:, start:end])
-    rows = torch.tensor([1, 0, 1])
-    state.reorder(rows)
-    after = Sequence(seq.positions_BT[rows, 7:], None, seq.position)
-    torch.testing.assert_close(module(x[rows, 7:], after, state=state), whole[rows, 7:])
+    assert_ragged_prompts_then_tokens_and_beams(build(variant, "causal"), Rotary(DIM, 16))
+
+
+@torch.no_grad()
+def test_cross_state_keeps_the_memory() -> None:
+    module = build(Linear, "cross")
+    assert_cross_state_keeps_the_memory(module)
+    with pytest.raises(ValueError, match="memory"):
+        module(torch.randn(2, 5, DIM), Sequence.dense(5))
 
 
 @pytest.mark.parametrize(("variant", "role"), [*VARIANTS, (Linear, "cross")])
 def test_gradcheck(variant: Any, role: Role, chunk: int) -> None:
-    module, seq = build(variant, role), sequence("packed", rotary=True)
+    module, seq = build(variant, role), sequence("packed", Rotary(DIM, 16))
     x, memory = torch.randn(2, 7, DIM, requires_grad=True), torch.randn(2, 7, DIM, requires_grad=True)
 
     def run(x: Tensor, memory: Tensor, *_: Tensor) -> Tensor:
@@ -235,7 +180,7 @@ def test_gradcheck(variant: Any, role: Role, chunk: int) -> None:
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize(("variant", "role"), [*VARIANTS, (Linear, "cross")])
 def test_bfloat16(variant: Any, role: Role, kind: str, chunk: int) -> None:
-    module, seq, x = build(variant, role), sequence(kind, rotary=True), torch.randn(2, 7, DIM)
+    module, seq, x = build(variant, role), sequence(kind, Rotary(DIM, 16)), torch.randn(2, 7, DIM)
 
     def run(x: Tensor) -> Tensor:
         y: Tensor = module(x, columns(seq, 0, 7), memory=Memory(x, columns(seq, 0, 7)) if role == "cross" else None)

@@ -7,23 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from attention_pieces import (
+    CUTS,
+    SEGMENTS,
+    assert_cross_state_keeps_the_memory,
+    assert_ragged_prompts_then_tokens_and_beams,
+    assert_real_equal,
+    decode,
+    sequence,
+    shapes,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Sequence
 from llmkit_plugins.attention import chunked
 from llmkit_plugins.attention.low_rank import LowRank
 
 DIM, RANK = 6, 3
-SEGMENTS: dict[str, list[list[int]]] = {
-    "dense": [[1] * 7, [1] * 7],
-    "padded": [[1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1]],
-    "packed": [[1, 1, 1, 2, 2, 3, 0], [0, 1, 0, 2, 0, 2, 3]],
-    "empty_row": [[0, 0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 0, 5, 5]],
-}
-CUTS = [[1] * 7, [2, 5], [4, 1, 1, 1]]
 ROLES: list[Role] = ["causal", "bidirectional", "cross"]
 
 
@@ -40,14 +43,6 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """Chunks that end within the rows, and one chunk for all."""
     monkeypatch.setattr(chunked, "CHUNK", request.param)
     return int(request.param)
-
-
-def sequence(kind: str) -> Sequence:
-    return Sequence.dense(7) if kind == "dense" else Sequence.from_segments(torch.tensor(SEGMENTS[kind]))
-
-
-def columns(seq: Sequence, start: int, end: int) -> Sequence:
-    return Sequence(seq.positions_BT[:, start:end], None if seq.segments_BT is None else seq.segments_BT[:, start:end])
 
 
 def by_hand(
@@ -84,12 +79,6 @@ def build(role: Role, dim: int = DIM) -> LowRank:
     return module
 
 
-def assert_real_equal(actual: Tensor, expected: Tensor, segments: list[list[int]]) -> None:
-    assert torch.isfinite(actual).all()
-    real = torch.tensor(segments) > 0
-    torch.testing.assert_close(actual[real], expected[real])
-
-
 @pytest.mark.parametrize("kind", SEGMENTS)
 @pytest.mark.parametrize("role", ["causal", "bidirectional"])
 @torch.no_grad()
@@ -111,22 +100,6 @@ def test_cross_written_out(kind: str) -> None:
         expected = by_hand(module, x[row], there, memory[row], SEGMENTS[kind][row])
         real = torch.tensor(there) > 0
         torch.testing.assert_close(actual[row, real], expected[real])
-
-
-@torch.no_grad()
-def test_cross_state_keeps_the_memory() -> None:
-    module, x = build("cross"), torch.randn(2, 5, DIM)
-    memory = Memory(torch.randn(2, 7, DIM), sequence("padded"))
-    whole = module(x, Sequence.dense(5), memory=memory)
-    state = module.init_state(2, 5, x)
-    assert state is not None
-    torch.testing.assert_close(module(x[:, :2], Sequence.dense(2), memory=memory, state=state), whole[:, :2])
-    rows = torch.tensor([1, 0, 1])
-    state.reorder(rows)
-    torch.testing.assert_close(module(x[rows, 2:], Sequence.dense(3), memory=memory, state=state), whole[rows, 2:])
-    assert state.length == 5
-    with pytest.raises(ValueError, match="memory"):
-        module(x, Sequence.dense(5))
 
 
 class Identity(nn.Module):
@@ -152,42 +125,27 @@ def test_the_mixing_matrix(role: Role) -> None:
         assert (matrix.tril() > 0).sum() == 12 * 13 / 2
 
 
-def decode(module: LowRank, x: Tensor, seq: Sequence, cuts: list[int]) -> tuple[Tensor, State]:
-    state = module.init_state(len(x), x.shape[1], x)
-    assert state is not None
-    size, parts, start = sum(value.numel() for value in state.values()), [], 0
-    for cut in cuts:
-        parts.append(module(x[:, start : start + cut], columns(seq, start, start + cut), state=state))
-        start += cut
-        assert state.length == start
-    assert sum(value.numel() for value in state.values()) == size
-    return torch.cat(parts, 1), state
-
-
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("kind", SEGMENTS)
 @torch.no_grad()
 def test_pieces_equal_the_whole(kind: str, cuts: list[int], chunk: int) -> None:
     module, x, seq = build("causal"), torch.randn(2, 7, DIM), sequence(kind)
-    pieces, _ = decode(module, x, seq, cuts)
+    pieces, state = decode(module, x, seq, cuts)
     assert_real_equal(pieces, module(x, seq), SEGMENTS[kind])
+    assert shapes(state) == shapes(module.init_state(2, 7, x))
 
 
 @torch.no_grad()
 def test_ragged_prompts_then_tokens_and_beams(chunk: int) -> None:
-    """Prompts of unequal length, padded right; then tokens without segments, then rows change places."""
-    module, x = build("causal"), torch.randn(2, 9, DIM)
-    seq = Sequence.from_segments(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]]))
-    whole, state = module(x, seq), module.init_state(2, 9, x)
-    assert state is not None
-    module(x[:, :4], columns(seq, 0, 4), state=state)
-    for start, end in ((4, 5), (5, 7)):
-        part = Sequence(seq.positions_BT[:, start:end])
-        torch.testing.assert_close(module(x[:, start:end], part, state=state), whole[:, start:end])
-    rows = torch.tensor([1, 0, 1])
-    state.reorder(rows)
-    after = Sequence(seq.positions_BT[rows, 7:])
-    torch.testing.assert_close(module(x[rows, 7:], after, state=state), whole[rows, 7:])
+    assert_ragged_prompts_then_tokens_and_beams(build("causal"))
+
+
+@torch.no_grad()
+def test_cross_state_keeps_the_memory() -> None:
+    module = build("cross")
+    assert_cross_state_keeps_the_memory(module)
+    with pytest.raises(ValueError, match="memory"):
+        module(torch.randn(2, 5, DIM), Sequence.dense(5))
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -7,21 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from attention_pieces import (
+    CUTS,
+    SEGMENTS,
+    assert_ragged_prompts_then_tokens_and_beams,
+    assert_real_equal,
+    decode,
+    sequence,
+    shapes,
+)
 from torch import Tensor
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Sequence, State
+from llmkit.sequence import Sequence
 from llmkit_plugins.attention.min_gru import MinGRU, Scan
 
 DIM = 6
-SEGMENTS: dict[str, list[list[int]]] = {
-    "dense": [[1] * 7, [1] * 7],
-    "padded": [[1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1]],
-    "packed": [[1, 1, 1, 2, 2, 3, 0], [0, 1, 0, 2, 0, 2, 3]],
-    "empty_row": [[0, 0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 0, 5, 5]],
-}
-CUTS = [[1] * 7, [2, 5], [4, 1, 1, 1]]
 ROLES: list[Role] = ["causal", "bidirectional"]
 
 
@@ -31,14 +33,6 @@ def _double() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def sequence(kind: str) -> Sequence:
-    return Sequence.dense(7) if kind == "dense" else Sequence.from_segments(torch.tensor(SEGMENTS[kind]))
-
-
-def columns(seq: Sequence, start: int, end: int) -> Sequence:
-    return Sequence(seq.positions_BT[:, start:end], None if seq.segments_BT is None else seq.segments_BT[:, start:end])
 
 
 def by_hand(module: MinGRU, x_TD: Tensor, segments: list[int]) -> Tensor:
@@ -85,21 +79,8 @@ def test_scan(length: int) -> None:
 @torch.no_grad()
 def test_written_out(role: Role, kind: str) -> None:
     module, x = MinGRU(DIM, role), torch.randn(2, 7, DIM)
-    actual, real = module(x, sequence(kind)), torch.tensor(SEGMENTS[kind]) > 0
-    assert torch.isfinite(actual).all()
-    for row, segments in enumerate(SEGMENTS[kind]):
-        torch.testing.assert_close(actual[row, real[row]], by_hand(module, x[row], segments)[real[row]])
-
-
-def decode(module: MinGRU, x: Tensor, seq: Sequence, cuts: list[int]) -> tuple[Tensor, State]:
-    state = module.init_state(len(x), x.shape[1], x)
-    assert state is not None
-    parts, start = [], 0
-    for cut in cuts:
-        parts.append(module(x[:, start : start + cut], columns(seq, start, start + cut), state=state))
-        start += cut
-        assert state.length == start
-    return torch.cat(parts, 1), state
+    expected = [by_hand(module, x[row], segments) for row, segments in enumerate(SEGMENTS[kind])]
+    assert_real_equal(module(x, sequence(kind)), torch.stack(expected), SEGMENTS[kind])
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
@@ -107,27 +88,14 @@ def decode(module: MinGRU, x: Tensor, seq: Sequence, cuts: list[int]) -> tuple[T
 @torch.no_grad()
 def test_pieces_equal_the_whole(kind: str, cuts: list[int]) -> None:
     module, x, seq = MinGRU(DIM, "causal"), torch.randn(2, 7, DIM), sequence(kind)
-    real, (pieces, state) = torch.tensor(SEGMENTS[kind]) > 0, decode(module, x, seq, cuts)
-    assert torch.isfinite(pieces).all()
-    torch.testing.assert_close(pieces[real], module(x, seq)[real])
-    assert {name: tuple(value.shape) for name, value in state.items()} == {"h": (2, DIM), "segment": (2,)}
+    pieces, state = decode(module, x, seq, cuts)
+    assert_real_equal(pieces, module(x, seq), SEGMENTS[kind])
+    assert shapes(state) == {"h": (2, DIM), "segment": (2,)}
 
 
 @torch.no_grad()
 def test_ragged_prompts_then_tokens_and_beams() -> None:
-    """Prompts of unequal length, padded right; then tokens without segments, then rows change places."""
-    module, x = MinGRU(DIM, "causal"), torch.randn(2, 9, DIM)
-    seq = Sequence.from_segments(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]]))
-    whole, state = module(x, seq), module.init_state(2, 9, x)
-    assert state is not None
-    module(x[:, :4], columns(seq, 0, 4), state=state)
-    for start, end in ((4, 5), (5, 7)):
-        part = Sequence(seq.positions_BT[:, start:end])
-        torch.testing.assert_close(module(x[:, start:end], part, state=state), whole[:, start:end])
-    rows = torch.tensor([1, 0, 1])
-    state.reorder(rows)
-    after = Sequence(seq.positions_BT[rows, 7:])
-    torch.testing.assert_close(module(x[rows, 7:], after, state=state), whole[rows, 7:])
+    assert_ragged_prompts_then_tokens_and_beams(MinGRU(DIM, "causal"))
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_pieces import columns, decode, dot, turned
 from torch import Tensor, nn
 
-from llmkit.contracts import Attention, Position, Role
+from llmkit.contracts import Position, Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Sequence
 from llmkit_plugins.attention.differential import Differential
 from llmkit_plugins.attention.latent import Latent
-from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Softmax
+from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead
 from llmkit_plugins.attention.window import SlidingWindow
 from llmkit_plugins.position import Alibi, Rotary
 
 DIM = 16
-VARIANTS: dict[str, tuple[type[Softmax], dict[str, Any]]] = {
+Variant = GroupedQuery | Latent
+VARIANTS: dict[str, tuple[type[Variant], dict[str, Any]]] = {
     "window_1": (SlidingWindow, {"window": 1}),
     "window_2": (SlidingWindow, {"window": 2, "num_kv_heads": 2}),
     "window_3": (SlidingWindow, {"window": 3, "num_heads": 2}),
@@ -62,7 +63,7 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def build(name: str, role: Role = "causal", **kwargs: Any) -> Softmax:
+def build(name: str, role: Role = "causal", **kwargs: Any) -> Variant:
     """Build a variant whose scales are not all ones."""
     variant, args = VARIANTS[name]
     module = variant(DIM, role, **{**args, **kwargs})
@@ -78,11 +79,6 @@ def sequence(kind: str, position: str = "none", length: int = 7) -> Sequence:
     encoding = POSITIONS[position]
     seq.position = encoding(DIM, 64) if encoding else None
     return seq
-
-
-def chunk(seq: Sequence, start: int, end: int) -> Sequence:
-    segments = None if seq.segments_BT is None else seq.segments_BT[:, start:end]
-    return Sequence(seq.positions_BT[:, start:end], segments, seq.position)
 
 
 def take(seq: Sequence, rows: Tensor) -> Sequence:
@@ -105,20 +101,9 @@ def assert_real_equal(actual: Tensor, expected: Tensor, seq: Sequence) -> None:
 # --- What the papers say, number by number. -------------------------------------------------------------------------
 
 
-def turned(vector: list[float], place: int) -> list[float]:
-    """Rotary encoding with complex numbers."""
-    half = len(vector) // 2
-    spun = [complex(vector[i], vector[i + half]) * cmath.exp(1j * place * 10000 ** (-i / half)) for i in range(half)]
-    return [z.real for z in spun] + [z.imag for z in spun]
-
-
 def normed(vector: list[float], scale: list[float]) -> list[float]:
     size = math.sqrt(sum(value * value for value in vector) / len(vector) + 1e-6)
     return [value / size * factor for value, factor in zip(vector, scale, strict=True)]
-
-
-def dot(left: list[float], right: list[float]) -> float:
-    return sum(a * b for a, b in zip(left, right, strict=True))
 
 
 def weighted(scores: list[float], values: list[list[float]]) -> list[float]:
@@ -135,7 +120,7 @@ def rows_of(weight: Tensor, vector: Tensor, number: int, width: int) -> list[flo
 class ByHand:
     """One head's output at one position from what that position sees."""
 
-    def __init__(self, module: Softmax, position: str) -> None:
+    def __init__(self, module: Variant, position: str) -> None:
         self.module = module
         self.cross = module.role == "cross"
         self.position = "none" if self.cross else position
@@ -149,7 +134,7 @@ class ByHand:
     def output(self, x: Tensor, place: int, seen: list[tuple[Tensor, int]]) -> Tensor:
         m = self.module
         if isinstance(m, Differential):
-            mixed = [v for h in range(m.bias_heads) for v in self.differential(m, h, x, place, seen)]
+            mixed = [v for h in range(m.num_heads // 2) for v in self.differential(m, h, x, place, seen)]
         elif isinstance(m, Latent):
             mixed = [v for h in range(m.num_heads) for v in self.latent(m, h, x, place, seen)]
         else:
@@ -184,7 +169,7 @@ class ByHand:
         self, m: Differential, h: int, x: Tensor, place: int, seen: list[tuple[Tensor, int]]
     ) -> list[float]:
         wq, wk, wv = self.weights(m)
-        heads, E = m.bias_heads, DIM // m.bias_heads // 2
+        heads, E = m.num_heads // 2, DIM // m.num_heads
         sums = []
         for number in (h, heads + h):
             q = self.turned_head(m, wq, x, number, place)
@@ -215,7 +200,7 @@ class ByHand:
         return weighted(scores, values)
 
 
-def written_out(module: Softmax, x: Tensor, seq: Sequence, mem: Tensor, mem_seq: Sequence, position: str) -> Tensor:
+def written_out(module: Variant, x: Tensor, seq: Sequence, mem: Tensor, mem_seq: Sequence, position: str) -> Tensor:
     """The output at every real position, from what it may see."""
     by_hand, out = ByHand(module, position), torch.zeros_like(x)
     window = module.window if isinstance(module, SlidingWindow) else 10**9
@@ -295,18 +280,6 @@ def test_sees_what_it_may(name: str, role: Role, kind: str) -> None:
             assert grad[b].any(-1).nonzero().flatten().tolist() == seen and not grad[1 - b].any()
 
 
-def decode(module: Attention, x: Tensor, seq: Sequence, cuts: list[int], **kwargs: Any) -> tuple[Tensor, State]:
-    state = module.init_state(len(x), x.shape[1], x)
-    assert state is not None
-    parts, start = [], 0
-    for size in cuts:
-        part = chunk(seq, start, start + size)
-        parts.append(module(x[:, start : start + size], part, state=state, **kwargs))
-        start += size
-        assert state.length == start
-    return torch.cat(parts, 1), state
-
-
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("kind", SEGMENTS)
 @pytest.mark.parametrize("name", VARIANTS)
@@ -328,7 +301,7 @@ def test_ragged_prompt_then_tokens(name: str, prompt: list[list[int]] | None) ->
         assert_ragged_decoding(module, x, position, prompt)
 
 
-def assert_ragged_decoding(module: Softmax, x: Tensor, position: str, prompt: list[list[int]] | None) -> None:
+def assert_ragged_decoding(module: Variant, x: Tensor, position: str, prompt: list[list[int]] | None) -> None:
     later = [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
     first = torch.ones(2, 4, dtype=torch.long) if prompt is None else torch.tensor(prompt)
     full = Sequence.from_segments(torch.cat([first, torch.tensor(later)], 1))
@@ -336,7 +309,7 @@ def assert_ragged_decoding(module: Softmax, x: Tensor, position: str, prompt: li
     state, parts = module.init_state(2, 9, x), []
     assert state is not None
     for start, end in [(0, 4), (4, 5), (5, 7), (7, 8), (8, 9)]:
-        part = chunk(full, start, end)
+        part = columns(full, start, end)
         if (start == 0 and prompt is None) or start in (4, 5, 8):
             part.segments_BT = None
         parts.append(module(x[:, start:end], part, state=state))
@@ -351,11 +324,11 @@ def test_reorder(name: str, kind: str) -> None:
     rows = torch.tensor([1, 1, 0])
     state = module.init_state(2, 7, x)
     assert state is not None
-    module(x[:, :5], chunk(seq, 0, 5), state=state)
+    module(x[:, :5], columns(seq, 0, 5), state=state)
     state.reorder(rows)
     full = take(seq, rows)
     expected = module(x[rows], full)
-    actual = module(x[rows, 5:], chunk(full, 5, 7), state=state)
+    actual = module(x[rows, 5:], columns(full, 5, 7), state=state)
     assert_real_equal(torch.cat([expected[:, :5], actual], 1), expected, full)
 
 
@@ -370,11 +343,11 @@ def test_cross_decoding_keeps_the_memory(name: str, kind: str) -> None:
 
     state, rows = module.init_state(2, 7, x), torch.tensor([1, 0, 1])
     assert state is not None
-    module(x[:, :2], chunk(seq, 0, 2), memory=memory, state=state)
+    module(x[:, :2], columns(seq, 0, 2), memory=memory, state=state)
     state.reorder(rows)
     other = Memory(torch.randn(2, 7, DIM), sequence("dense"))
-    torch.testing.assert_close(module(x[rows, 2:], chunk(seq, 2, 7), memory=other, state=state), expected[rows, 2:])
-    masked = Sequence(chunk(seq, 2, 7).positions_BT, torch.ones(3, 5, dtype=torch.long))
+    torch.testing.assert_close(module(x[rows, 2:], columns(seq, 2, 7), memory=other, state=state), expected[rows, 2:])
+    masked = Sequence(columns(seq, 2, 7).positions_BT, torch.ones(3, 5, dtype=torch.long))
     torch.testing.assert_close(module(x[rows, 2:], masked, state=state), expected[rows, 2:])
 
 
@@ -404,9 +377,9 @@ def test_bfloat16(name: str, position: str, kind: str) -> None:
     expected, rows = module(x, seq), real(seq)
     module, x = module.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
-        results = [module(x, chunk(seq, 0, 7)), decode(module, x, seq, [4, 1, 2])[0]]
+        results = [module(x, columns(seq, 0, 7)), decode(module, x, seq, [4, 1, 2])[0]]
     module, x = module.bfloat16(), x.bfloat16()
-    half = [module(x, chunk(seq, 0, 7)), decode(module, x, seq, [4, 1, 2])[0]]
+    half = [module(x, columns(seq, 0, 7)), decode(module, x, seq, [4, 1, 2])[0]]
     assert all(y.dtype is torch.bfloat16 for y in half)
     # Where the two maps nearly cancel, what is left is normalised with its rounding errors.
     allowed = 0.2 if "differential" in name else 0.05
@@ -464,7 +437,7 @@ def test_dropout_only_in_training(name: str) -> None:
         (Latent, 16, {"dropout": 1.0}, "attention dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_impossible_arguments(variant: type[Softmax], dim: int, args: dict[str, Any], message: str) -> None:
+def test_impossible_arguments(variant: type[Variant], dim: int, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         variant(dim, "causal", **args)
     assert str(error.value) == message
@@ -539,12 +512,12 @@ def test_window_cache_with_much_padding(position: str) -> None:
     state, short = module.init_state(5, 6, x), module.init_state(5, 3, x)
     assert state is not None and short is not None
     with pytest.raises(ValueError, match="room for 3 columns, got 9"):
-        module(x[:, :9], chunk(seq, 0, 9), state=short)
+        module(x[:, :9], columns(seq, 0, 9), state=short)
     sizes = {name: value.shape for name, value in state.items()}
     assert sizes["k"] == sizes["v"] == (5, 4, 4, 4)
     parts, start = [], 0
     for size in [9, *[1] * 20, 3, 17, 11]:
-        parts.append(module(x[:, start : start + size], chunk(seq, start, start + size), state=state))
+        parts.append(module(x[:, start : start + size], columns(seq, start, start + size), state=state))
         start += size
         assert sizes == {name: value.shape for name, value in state.items()} and state.length == start
     assert_real_equal(torch.cat(parts, 1), expected, seq)

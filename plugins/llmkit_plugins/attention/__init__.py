@@ -1,1 +1,1 @@
-"""Ways to mix information along the sequence: softmax attention and recurrent networks."""
+"""Ways to mix information along the sequence: softmax attention, linear forms and recurrent networks."""

@@ -1,13 +1,23 @@
 """Weighted sums along a sequence in time linear in its length: pairs within a chunk, running sums between chunks.
 
-In chunks after Hua et al. 2022, arXiv:2202.10447, and Sun et al. 2023, arXiv:2307.08621. Here N is the number of
-chunks, C the columns of a chunk, E the width of queries and keys, F that of values and M the number of documents. A
-lower-case letter is a dimension that may be 1 where all rows or all heads are alike.
+In chunks after Hua et al. 2022, arXiv:2202.10447, and Sun et al. 2023, arXiv:2307.08621. An example with chunks of two
+columns, every q . k = 1 and a decay of g per step, so that y3 has to be v3 + g v2 + g^2 v1 + g^3 v0:
+
+    chunk      v0, v1               v2, v3
+    pairs      v0, v1 + g v0        v2, v3 + g v2      scores of a chunk, a small matrix
+    read       0, 0                 g s, g^2 s         s = what the chunk before wrote
+    write      s = g v0 + v1        g v2 + v3          seen from the chunk's last column; an E x F matrix per head
+    y          v0, v1 + g v0        v2 + g s, v3 + g v2 + g^2 s
+
+The third chunk reads g^2 s + (g v2 + v3): the g^2 is what the second one keeps. If its segments were 1 2 rather than
+1 1, it would read (g, 0), write (0, 1) and keep 0, so that no sum crosses documents. A decoding state holds such sums.
+
+Here N is the number of chunks, C the columns of a chunk, E the width of queries and keys, F that of values and M the
+number of documents. A lower-case letter is a dimension that may be 1 where all rows or all heads are alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.contracts import Role
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Sequence, State
+from llmkit_plugins.attention.cache import segments_or_ones
 
 CHUNK = 128
 """Most columns of a chunk."""
 
 
 class Chunks:
-    """A sequence cut into chunks: who sees whom in a chunk, and what goes on to the next one.
+    """A sequence cut into chunks: who sees whom in a chunk, and what is carried to the next one.
 
     A pair of columns of one document, not ahead if causal, counts ``exp(-rate * distance)``. Distances count real
     columns only. Padding sees padding of its own chunk; nothing else sees padding.
@@ -30,12 +41,12 @@ class Chunks:
     Args:
         seq: the sequence; padding may stand anywhere.
         causal: whether no column sees a later one.
-        state: when decoding, what ``empty_state`` returned; it is taken on to the end of the sequence.
+        state: when decoding, what ``empty_state`` returned; it is updated to the end of the sequence.
         rate_H: how fast each head forgets; None: not at all.
     """
 
     def __init__(self, seq: Sequence, *, causal: bool, state: State | None, rate_H: Tensor | None = None) -> None:
-        segments_bT = torch.ones_like(seq.positions_BT) if seq.segments_BT is None else seq.segments_BT
+        segments_bT = segments_or_ones(seq)
         before_b = torch.zeros_like(segments_bT[:, 0])
         self.length = segments_bT.shape[1]
         if state is not None:
@@ -66,7 +77,7 @@ class Chunks:
             q_BHTE: queries; all three in one dtype.
             k_BHTE: keys.
             v_BHTF: values.
-            name: the entry of the state with keys times values of the columns before.
+            name: the entry of the state with the sum of keys times values of earlier columns.
         """
         exact = torch.promote_types(v_BHTF.dtype, torch.float32)
         q_BHNCE, k_BHNCE, v_BHNCF = (self._cut(x) for x in (q_BHTE, k_BHTE, v_BHTF))
@@ -93,14 +104,14 @@ class Chunks:
 
 
 def empty_state(like: Tensor, batch_size: int, **shapes: tuple[int, int, int]) -> State:
-    """Return sums of nothing, (B, H, E, F) by name and at least in float32, and the document they are about, (B,)."""
+    """Return empty sums, (B, H, E, F) by name and at least in float32, and the number of their document, (B,)."""
     exact = torch.promote_types(like.dtype, torch.float32)
     sums = {name: like.new_zeros(batch_size, *shape, dtype=exact) for name, shape in shapes.items()}
     return State(**sums, segment=like.new_ones(batch_size, dtype=torch.long))
 
 
 def flops(role: Role, length: int, keys: int, values: int, num_heads: int) -> float:
-    """Return the FLOPs a position of mixing keys and values of these widths, all heads together.
+    """Return the FLOPs per position of mixing keys and values of these widths, all heads together.
 
     Pairs within a chunk, half of them when causal, and a matrix of each head that is written and read; both ways when
     bidirectional, and the matrix alone for ``cross``.
@@ -112,25 +123,8 @@ def flops(role: Role, length: int, keys: int, values: int, num_heads: int) -> fl
 
 def reverse(segments_BT: Tensor) -> Tensor:
     """Return the segments of the rows read backwards, again rising from document to document."""
-    turned_BT = segments_BT.amax(-1, keepdim=True) + 1 - segments_BT
-    return turned_BT.masked_fill(segments_BT == 0, 0).flip(-1)
-
-
-def from_memory(memory: Memory | None, state: State | None, summary: Callable[[Memory], Tensor]) -> Tensor:
-    """Return the summary of a memory; when decoding, the one that the state keeps from the first call on.
-
-    Raises:
-        ValueError: when there is neither.
-    """
-    if state is not None and "summary" in state:
-        # The state's rows follow the beams; the memory that is passed along need not.
-        return state["summary"]
-    if memory is None:
-        raise ValueError("cross-attention needs the memory of an encoder")
-    found = summary(memory)
-    if state is not None:
-        state["summary"], state.of_memory = found, True
-    return found
+    renumbered_BT = segments_BT.amax(-1, keepdim=True) + 1 - segments_BT  # 1 1 2 0 becomes 2 2 1 0, then 0 1 2 2
+    return renumbered_BT.masked_fill(segments_BT == 0, 0).flip(-1)
 
 
 def document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
@@ -144,13 +138,12 @@ def document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
 
 def read_documents(q_BHTE: Tensor, sums_BMHEF: Tensor, seq: Sequence) -> Tensor:
     """Return each query times the sums of its own document, (B, H, T, F); padding reads the first document."""
-    segments_bT = torch.ones_like(seq.positions_BT) if seq.segments_BT is None else seq.segments_BT.clamp(min=1)
-    own_bM1T1 = _membership(segments_bT, sums_BMHEF.shape[1]).to(q_BHTE.dtype)
+    own_bM1T1 = _membership(segments_or_ones(seq).clamp(min=1), sums_BMHEF.shape[1]).to(q_BHTE.dtype)
     return ((q_BHTE[:, None] * own_bM1T1) @ sums_BMHEF).sum(1)
 
 
 class Carry(NamedTuple):
-    """How the sums over a document go from chunk to chunk."""
+    """How the sums over a document pass from chunk to chunk; see the example at the top."""
 
     read_bhNC: Tensor
     """How much a query counts the sums that come into its chunk."""
@@ -161,7 +154,7 @@ class Carry(NamedTuple):
 
 
 def _carry(segments_bNC: Tensor, before_b: Tensor, rate_H: Tensor | None) -> Carry:
-    """Find how sums go on: they are about the document of the last real column so far, and seen from that column."""
+    """Return how sums are carried: those of the document of the last real column so far, seen from that column."""
     rank_bNC = (segments_bNC > 0).cumsum(-1)
     running_bN = torch.cat([before_b[:, None], segments_bNC.amax(-1)], 1).cummax(1).values
     before_bN, after_bN = running_bN[:, :-1], running_bN[:, 1:]

@@ -8,21 +8,25 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Sequence
-from llmkit_plugins.attention.softmax import GroupedQuery, Kept, nearest
+from llmkit.sequence import Memory, Sequence, State
+from llmkit_plugins.attention.cache import Cache, Lookup
+from llmkit_plugins.attention.heads import join, nearest, split
+from llmkit_plugins.attention.softmax import GroupedQuery
 
 
 class Differential(GroupedQuery):
-    """Each head subtracts a second softmax map from the first, which cancels what both give to the irrelevant.
+    """Each head subtracts a second softmax map from the first, which cancels what both give to irrelevant positions.
 
-    Ye et al. 2024, arXiv:2410.05258. A head has two queries and two keys of E channels and values of 2 E, so that the
-    weights are as many as those of ``multi_head``. The paper takes half as many heads as it would otherwise.
+    Ye et al. 2024, arXiv:2410.05258. A head has two queries and two keys of E channels and values of 2 E channels, so
+    it has as many weights as ``multi_head``; the paper takes half as many heads as it would otherwise. Unlike the
+    paper, ``lambda_init`` is the same in every layer (there it grows with depth from 0.2 towards 0.8), and queries and
+    keys are normalised unless ``qk_norm`` is off. Maps 0 to H - 1 are the first of each head, H to 2 H - 1 the second.
 
     Args:
         dim: model width; must be divisible by twice ``num_heads``.
         role: ``causal``, ``bidirectional`` or ``cross``.
         num_heads: number of heads, each with two maps.
-        lambda_init: the share of the second map that is subtracted at first, and what the outputs are scaled down by:
+        lambda_init: about the share of the second map that is subtracted at the start; the outputs are scaled by
             ``1 - lambda_init``. At least 0 and below 1.
         qk_norm: whether each map's queries and keys are normalised (arXiv:2010.04245).
         bias: whether the projections have biases.
@@ -50,43 +54,53 @@ class Differential(GroupedQuery):
         if not 0 <= lambda_init < 1:
             raise UserError(f"lambda_init must be at least 0 and below 1, got {lambda_init}")
         super().__init__(dim, role, 2 * num_heads, 2 * num_heads, qk_norm, bias, dropout)
-        self.bias_heads = num_heads  # one bias for both maps of a head
+        self.lookup = Lookup(role, num_heads)  # one position bias for both maps of a head
         self.lambda_init = lambda_init
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.empty(self.head_dim).normal_(std=0.1)) for _ in range(4)
         )
         self.head_scale = nn.Parameter(torch.ones(2 * self.head_dim))
 
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
+        M, H = self.num_heads, self.num_heads // 2  # maps, heads
+        if self.role == "cross":
+            q_BMTE = self.norm(split(self.q(x_BTD), M))  # project
+            (k, v), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: see ``read``
+        else:
+            qk, v = self.qkv(x_BTD).split_with_sizes([2 * self.dim, self.dim], -1)  # project: (B, T, 2 D), (B, T, D)
+            q_BMTE, k = seq.rotate(self.norm(split(qk, 2 * M))).chunk(2, 1)  # rotate: (B, M, T, E) each
+            (k, v), mask, is_causal = self.lookup(q_BMTE, seq, state, k=k, v=split(v, H))  # cache: see ``read``
+        first, second = (  # attend: (B, H, T, 2 E) each
+            self._map(q, k, v, mask, is_causal) for q, k in zip(q_BMTE.chunk(2, 1), k.chunk(2, 1), strict=True)
+        )
+        share = torch.dot(self.lambda_q1, self.lambda_k1).exp() - torch.dot(self.lambda_q2, self.lambda_k2).exp()
+        y_BHTF = first - (share + self.lambda_init).to(first.dtype) * second  # subtract: (B, H, T, 2 E)
+        scale = (1 - self.lambda_init) * self.head_scale
+        y_BHTF = F.rms_norm(y_BHTF, (2 * self.head_dim,), scale.to(y_BHTF.dtype), eps=1e-6)
+        y: Tensor = self.out(join(y_BHTF))  # out: (B, T, D)
+        return y
+
+    def read(self, memory: Memory) -> dict[str, Tensor]:
+        """Return keys of each map, (B, M, S, E), and values of each head, (B, H, S, 2 E), of an encoder's memory."""
+        k, v = self.kv(memory.x_BSD).chunk(2, -1)
+        return {"k": self.norm(split(k, self.num_heads)), "v": split(v, self.num_heads // 2)}
+
+    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
+        """Return an empty cache of keys and values; a ``cross`` one is filled from the memory at the first call."""
+        if self.role != "causal":
+            return State() if self.role == "cross" else None
+        maps, width = self.num_heads, self.head_dim
+        return Cache(batch_size, max_length, like, k=(maps, width), v=(maps // 2, 2 * width))
+
     def mixing_flops(self, length: int) -> float:
         """Two maps of E channels with sums of 2 E values: 6 * length * dim; half of it when causal."""
         return 1.5 * super().mixing_flops(length)
 
-    def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
-        q_BHTE, kept = super()._project(x_BTD, seq)
-        return q_BHTE, self._paired(kept)
-
-    def _keep(self, x_BSD: Tensor) -> Kept:
-        return self._paired(super()._keep(x_BSD))
-
-    def _paired(self, kept: Kept) -> Kept:
-        """Join the values of neighbours: half as many heads, twice as wide."""
-        return {"k": kept["k"], "v": kept["v"].unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)}
-
-    def _room(self, columns: int) -> dict[str, tuple[int, ...]]:
-        return {**super()._room(columns), "v": (self.bias_heads, columns, 2 * self.head_dim)}
-
-    def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        first, second = (
-            self._map(q, k, kept["v"], mask, is_causal)
-            for q, k in zip(q_BHTE.chunk(2, 1), kept["k"].chunk(2, 1), strict=True)
-        )
-        share = torch.dot(self.lambda_q1, self.lambda_k1).exp() - torch.dot(self.lambda_q2, self.lambda_k2).exp()
-        y_BHTE = first - (share + self.lambda_init).to(first.dtype) * second
-        scale = (1 - self.lambda_init) * self.head_scale
-        return F.rms_norm(y_BHTE, (2 * self.head_dim,), scale.to(y_BHTE.dtype), eps=1e-6)
-
     def _map(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Return what one of the two maps makes of the values."""
+        """Return the values weighted by one of the two maps, (B, H, T, 2 E)."""
         if q.shape[2] > 1:
             # Keys as wide as values take the kernels that never hold all scores; a single query has few.
             q, k = (F.pad(x, (0, self.head_dim)) for x in (q, k))

@@ -6,23 +6,29 @@ room for.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.contracts import Role
+from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
-from llmkit.sequence import Sequence
-from llmkit_plugins.attention.softmax import Kept, Softmax, check_heads
+from llmkit.sequence import Memory, Sequence, State
+from llmkit_plugins.attention.cache import Cache, Lookup
+from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
 
 
-class Latent(Softmax):
-    """Keys and values of all heads come from one narrow vector a position, all that decoding has to keep.
+class Latent(Attention):
+    """Keys and values of all heads come from one narrow vector per position, which is all that decoding stores.
 
-    Multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434. Position enters by a second, rotary key that all
-    heads share, since a key made from the latent could not be turned and still be made from it. Queries are not
-    compressed. Where few queries look at many keys, as in decoding, queries are moved into the space of the latents
-    instead of making keys and values from each; both give the same numbers.
+    Multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434. Position enters through a second, rotary key that
+    all heads share: a key that is rotated after it was made from the latent cannot be absorbed as below. Unlike the
+    paper's, queries are not compressed.
+
+    With k = U c for a latent c, a score is q . (U c) = (U^T q) . c. So there are two ways to the same numbers: make
+    keys and values from every latent, or move the queries into the space of the latents. The second is cheaper where
+    few queries look at many columns, as in decoding.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -37,6 +43,8 @@ class Latent(Softmax):
         UserError: when the heads do not divide the width, the rank is below one, or ``rope_dim`` is not even.
     """
 
+    roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
+
     def __init__(
         self,
         dim: int,
@@ -46,9 +54,10 @@ class Latent(Softmax):
         rope_dim: int | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, role, num_heads, dropout)
+        super().__init__(dim, role)
+        check_dropout(dropout)
         check_heads(dim, num_heads, num_heads)
-        self.head_dim = dim // num_heads
+        self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
         self.kv_rank = max(1, dim // 2) if kv_rank is None else kv_rank
         self.rope_dim = max(2, self.head_dim // 4 * 2) if rope_dim is None else rope_dim
         if self.kv_rank < 1:
@@ -62,40 +71,49 @@ class Latent(Softmax):
         self.up = nn.Linear(self.kv_rank, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.latent_scale = nn.Parameter(torch.ones(self.kv_rank))
+        self.lookup = Lookup(role, num_heads)
+
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
+        E, R, P = self.head_dim, self.kv_rank, self.rope_dim
+        q = split(self.q(x_BTD), self.num_heads)  # project: (B, H, T, E + P)
+        if self.role == "cross":
+            (latent,), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: (B, S, R)
+        else:
+            latent, k_BTP = self.down(x_BTD).split([R, P], -1)  # project: (B, T, R), (B, T, P)
+            q_BHTE, q_BHTP = q.split([E, P], -1)
+            q = torch.cat([q_BHTE, seq.rotate(q_BHTP)], -1)  # rotate: (B, H, T, E + P)
+            k_BTP = seq.rotate(k_BTP[:, None])[:, 0]  # rotate: (B, T, P)
+            latent = torch.cat([self._norm(latent), k_BTP], -1)  # (B, T, R + P)
+            (latent,), mask, is_causal = self.lookup(q, seq, state, latent=latent)  # cache: (B, S, R + P)
+
+        # Products per head, rotary channels aside, over two. Absorbed: T queries and T outputs through ``up``, then R
+        # instead of E channels for each pair; expanded: S keys and S values through ``up``.
+        T, S = q.shape[2], latent.shape[1]
+        absorbed = T * E * R + T * S * R < S * E * R + T * S * E
+        y_BHTE = (self._absorbed if absorbed else self._expanded)(q, latent, mask, is_causal)  # attend
+        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
+        return y
+
+    def read(self, memory: Memory) -> dict[str, Tensor]:
+        """Return the latents of an encoder's memory, (B, S, R)."""
+        return {"latent": self._norm(self.down(memory.x_BSD))}
+
+    def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
+        """Return an empty cache of latents with the rotary key next to them, (B, S, R + P); (B, S, R) if ``cross``."""
+        if self.role != "causal":
+            return State() if self.role == "cross" else None
+        return Cache(batch_size, max_length, like, latent=(self.kv_rank + self.rope_dim,))
 
     def mixing_flops(self, length: int) -> float:
         """Scores of head and rotary channels and weighted sum of the head's; half of it when causal."""
         flops = 2.0 * length * self.num_heads * (2 * self.head_dim + self.rope_dim)
         return flops * (0.5 if self.role == "causal" else 1.0)
 
-    def _project(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Kept]:
-        q_BHTE, q_BHTP = self._query(x_BTD).split([self.head_dim, self.rope_dim], -1)
-        latent_BTR, k_BTP = self.down(x_BTD).split([self.kv_rank, self.rope_dim], -1)
-        k_BTP = seq.rotate(k_BTP[:, None])[:, 0]
-        return torch.cat([q_BHTE, seq.rotate(q_BHTP)], -1), {"latent": torch.cat([self._norm(latent_BTR), k_BTP], -1)}
-
-    def _query(self, x_BTD: Tensor) -> Tensor:
-        q: Tensor = self.q(x_BTD)
-        q_BHTE: Tensor = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return q_BHTE
-
-    def _keep(self, x_BSD: Tensor) -> Kept:
-        return {"latent": self._norm(self.down(x_BSD))}
-
-    def _room(self, columns: int) -> dict[str, tuple[int, ...]]:
-        """Return the room of latents and rotary keys, side by side: (C, R + P)."""
-        return {"latent": (columns, self.kv_rank + self.rope_dim)}
-
     def _norm(self, latent_BTR: Tensor) -> Tensor:
         return F.rms_norm(latent_BTR, (self.kv_rank,), self.latent_scale.to(latent_BTR.dtype), eps=1e-6)
-
-    def _attend(self, q_BHTE: Tensor, kept: Kept, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        latent = kept["latent"]
-        T, S, R, E = q_BHTE.shape[2], latent.shape[1], self.kv_rank, self.head_dim
-        # Products a head needs, rotary channels aside: 2 R for each score and its sum rather than 2 E, but then only
-        # queries and outputs go through ``up``, not all that is looked at.
-        absorbed = T * R * (E + S) < S * E * (R + T)
-        return (self._absorbed if absorbed else self._expanded)(q_BHTE, latent, mask, is_causal)
 
     def _expanded(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Make keys and values from the latents and look at them."""

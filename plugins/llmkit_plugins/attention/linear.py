@@ -1,4 +1,4 @@
-"""Attention without a softmax, whose past fits into one matrix a head: linear attention and retention."""
+"""Attention without a softmax, whose past fits into one matrix per head: linear attention and retention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
 from llmkit.sequence import Memory, Sequence, State
-from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, from_memory, read_documents
-from llmkit_plugins.attention.softmax import check_heads
+from llmkit_plugins.attention.cache import from_memory
+from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, read_documents
+from llmkit_plugins.attention.heads import check_heads, join, split
 
 
 class Linear(Attention):
@@ -19,7 +20,7 @@ class Linear(Attention):
 
     Katharopoulos et al. 2020, arXiv:2006.16236, with elu(x) + 1 as the features. Rotary positions turn the features in
     the weighted sum of the values only; the sum of the weights, which it is divided by, has to stay positive (Su et al.
-    2021, arXiv:2104.09864). ALiBi changes nothing here. The decoding state is one matrix a head.
+    2021, arXiv:2104.09864). ALiBi changes nothing here. The decoding state is one matrix per head.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -46,24 +47,22 @@ class Linear(Attention):
         Raises:
             ValueError: when a cross-attention gets no memory.
         """
-        q_BHTE = features(heads(self.q(x_BTD), self.num_heads))
+        q_BHTE = features(split(self.q(x_BTD), self.num_heads))
         if self.role == "cross":
-            summary_BMHEF = from_memory(memory, state, self._summary)
-            y_BHTF = read_documents(q_BHTE, summary_BMHEF.to(q_BHTE.dtype), seq)
+            sums_BMHEF = from_memory(seq, memory, state, self._read)["sums"]
+            y_BHTF = read_documents(q_BHTE, sums_BMHEF.to(q_BHTE.dtype), seq)
             values_BHTE, weights_BHT1 = y_BHTF[..., :-1], y_BHTF[..., -1:]
-            if state is not None:
-                state.length += x_BTD.shape[1]
         else:
             k_BHTE, v_BHTE = self._keys_and_values(x_BTD)
             chunks = Chunks(seq, causal=self.role == "causal", state=state)
             values_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "values")
             weights_BHT1 = chunks.mix(q_BHTE, k_BHTE, torch.ones_like(v_BHTE[..., :1]), "weights")
         y_BHTE = values_BHTE / weights_BHT1.clamp(min=1e-12)  # nothing to read: zero, not NaN
-        y: Tensor = self.out(y_BHTE.to(q_BHTE.dtype).transpose(1, 2).flatten(2))
+        y: Tensor = self.out(join(y_BHTE.to(q_BHTE.dtype)))
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return sums of nothing, (B, H, E, E) and (B, H, E, 1); a ``cross`` one is filled from the memory at once."""
+        """Return empty sums, (B, H, E, E) and (B, H, E, 1); a ``cross`` state is filled at the first call."""
         if self.role == "bidirectional":
             return None
         if self.role == "cross":
@@ -72,26 +71,27 @@ class Linear(Attention):
         return empty_state(like, batch_size, values=(H, E, E), weights=(H, E, 1))
 
     def mixing_flops(self, length: int) -> float:
-        """Pairs of columns within a chunk, and the matrix of each head written and read; the weights likewise."""
+        """Pairs of columns within a chunk, and the matrix of each head written and read; the same for the weights."""
         values = flops(self.role, length, self.dim, self.dim, self.num_heads)
         return values + flops(self.role, length, self.dim, self.num_heads, self.num_heads)
 
     def _keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        return features(heads(self.k(x_BTD), self.num_heads)), heads(self.v(x_BTD), self.num_heads)
+        return features(split(self.k(x_BTD), self.num_heads)), split(self.v(x_BTD), self.num_heads)
 
-    def _summary(self, memory: Memory) -> Tensor:
+    def _read(self, memory: Memory) -> dict[str, Tensor]:
         k_BHSE, v_BHSE = self._keys_and_values(memory.x_BSD)
-        # A one beside the values: the last channel is the sum of the weights.
-        return document_sums(k_BHSE, F.pad(v_BHSE, (0, 1), value=1.0), memory.seq)
+        # A one after the values: the last channel is the sum of the weights.
+        return {"sums": document_sums(k_BHSE, F.pad(v_BHSE, (0, 1), value=1.0), memory.seq)}
 
 
 class Retention(Attention):
-    """Retention: products of queries and keys that fade with the distance, at another rate for each head.
+    """Retention: products of queries and keys that decay with distance, at a different rate for each head.
 
-    The multi-scale retention of Sun et al. 2023, arXiv:2307.08621, with values as wide as the model: head h forgets
-    the share 2 ** (-5 - h) a position; a norm of each head and a gate follow. Positions come from the fading, and from
-    rotary encodings as in the paper; ALiBi changes nothing here. The decoding state is one matrix a head. A
-    bidirectional one, which the paper does not have, fades to both sides.
+    The multi-scale retention of Sun et al. 2023, arXiv:2307.08621: head h forgets the share 2 ** (-5 - h) per position;
+    a group norm with one group per head and a gate follow. Unlike the paper, the norm has a scale and a shift per
+    channel, values are as wide as the model, scores are not divided by their sums, and queries and keys are rotated
+    only if the network's position encoding is rotary. A bidirectional one, which the paper does not have, decays to
+    both sides. ALiBi changes nothing here. The decoding state is one matrix per head.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.
@@ -115,19 +115,19 @@ class Retention(Attention):
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
         """Return the mixed sequence, (B, T, D); see ``Attention.forward``."""
-        q_BHTE, k_BHTE, v_BHTE = (heads(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
+        q_BHTE, k_BHTE, v_BHTE = (split(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
         k_BHTE = k_BHTE * k_BHTE.shape[-1] ** -0.5
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
         rate_H = -torch.log1p(-(2.0 ** -torch.arange(5, 5 + self.num_heads, dtype=exact, device=x_BTD.device)))
         chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=rate_H)
         y_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "sums")
-        y_BTD = y_BHTE.transpose(1, 2).flatten(2)
+        y_BTD = join(y_BHTE)
         y_BTD = self.norm(y_BTD.flatten(0, 1).to(v_BHTE.dtype)).view_as(x_BTD)
         y: Tensor = self.out(F.silu(self.gate(x_BTD)) * y_BTD)
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return sums of nothing, (B, H, E, E)."""
+        """Return empty sums, (B, H, E, E)."""
         if self.role == "bidirectional":
             return None
         H, E = self.num_heads, self.dim // self.num_heads
@@ -139,11 +139,5 @@ class Retention(Attention):
 
 
 def features(x: Tensor) -> Tensor:
-    """Return elu(x) + 1, written so that what is left of a large negative number is not rounded to zero."""
+    """Return elu(x) + 1, written so that large negative numbers are not rounded to zero."""
     return x.clamp(max=0).exp() + x.relu()
-
-
-def heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """Return the channels of each head, (B, H, T, E)."""
-    x_BHTE: Tensor = x_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return x_BHTE

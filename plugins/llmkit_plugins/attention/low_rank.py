@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
-from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, from_memory, read_documents
+from llmkit_plugins.attention.cache import from_memory
+from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, read_documents
 
 
 class LowRank(Attention):
@@ -23,8 +24,8 @@ class LowRank(Attention):
     The mixing matrix is L R: a softmax over the slots at each position (L, T x K), and over the positions the share
     that each has in what was written to a slot (R, K x S). Its rows are weights that sum to one, its rank is at most
     ``rank``. A causal one takes the shares of what was written so far. Peng et al. 2021, arXiv:2110.02488, write to
-    slots; Wang et al. 2020, arXiv:2006.04768, find attention to be of low rank. The decoding state is the slots.
-    Rotary positions and ALiBi change nothing here.
+    slots, but read them by softmax attention; Wang et al. 2020, arXiv:2006.04768, find attention to be of low rank.
+    The decoding state is the slots. Rotary positions and ALiBi change nothing here.
 
     Args:
         dim: model width.
@@ -55,10 +56,8 @@ class LowRank(Attention):
         """
         read_B1TK = self.read(x_BTD).softmax(-1)[:, None]
         if self.role == "cross":
-            slots_BM1KD = from_memory(memory, state, self._slots)
+            slots_BM1KD = from_memory(seq, memory, state, self._read)["slots"]
             y_B1TD = read_documents(read_B1TK.to(slots_BM1KD.dtype), slots_BM1KD, seq)
-            if state is not None:
-                state.length += x_BTD.shape[1]
         else:
             write_B1TK, value_B1TD = self._written(x_BTD)
             chunks = Chunks(seq, causal=self.role == "causal", state=state)
@@ -70,7 +69,7 @@ class LowRank(Attention):
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return empty slots, (B, 1, K, D), and their totals; a ``cross`` one is filled from the memory at once."""
+        """Return empty slots, (B, 1, K, D), and their totals; a ``cross`` state is filled at the first call."""
         if self.role == "bidirectional":
             return None
         if self.role == "cross":
@@ -78,18 +77,18 @@ class LowRank(Attention):
         return empty_state(like, batch_size, totals=(1, 1, self.rank), slots=(1, self.rank, self.dim))
 
     def mixing_flops(self, length: int) -> float:
-        """Pairs of columns within a chunk, and the slots written and read; their totals likewise."""
+        """Pairs of columns within a chunk, and the slots written and read; the same for their totals."""
         slots = flops(self.role, length, self.rank, self.dim, 1)
         return slots + flops(self.role, length, 1, self.rank, 1)
 
     def _written(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much each position writes to each slot, (B, 1, T, K), and what, (B, 1, T, D)."""
-        # Never so little that a slot's total would be zero, in half precision neither.
+        # Never so little that a slot's total would be zero, not even in half precision.
         write_BTK = self.write(x_BTD).sigmoid() + 1e-4
         return write_BTK[:, None], self.value(x_BTD)[:, None]
 
-    def _slots(self, memory: Memory) -> Tensor:
+    def _read(self, memory: Memory) -> dict[str, Tensor]:
         """Return the slots of each document of a memory, (B, M, 1, K, D)."""
         write_B1SK, value_B1SD = self._written(memory.x_BSD)
         sums_BM1KF = document_sums(write_B1SK, F.pad(value_B1SD, (0, 1), value=1.0), memory.seq)
-        return sums_BM1KF[..., :-1] / sums_BM1KF[..., -1:].clamp(min=1e-4)  # nothing written: zero, not NaN
+        return {"slots": sums_BM1KF[..., :-1] / sums_BM1KF[..., -1:].clamp(min=1e-4)}  # nothing written: zero, not NaN

@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
-from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.chunked import reverse
+from llmkit_plugins.attention.heads import check_directions
 
 
 class MinGRU(Attention):
     """A GRU whose gate sees the input only, so that training runs over all positions at once.
 
-    Feng et al. 2024, arXiv:2410.01201: h = (1 - z) h + z c, with the gate z and the candidate c linear in the input
-    (z through a sigmoid). The decoding state is h. A bidirectional one has two directions of half the width each.
+    Feng et al. 2024, arXiv:2410.01201: h = (1 - z) h + z c, with the gate z = sigmoid(W x) and the candidate c = V x,
+    both with biases. It is the paper's plain form; the log-space form makes candidates positive. h is as wide as the
+    model and no convolution comes before. The decoding state is h. A bidirectional one has two directions of half the
+    width each.
 
     Args:
         dim: model width; must be even for the role ``bidirectional``.
@@ -32,8 +34,7 @@ class MinGRU(Attention):
 
     def __init__(self, dim: int, role: Role) -> None:
         super().__init__(dim, role)
-        if role == "bidirectional" and dim % 2:
-            raise UserError(f"dim {dim} must be even for two directions; nearest widths: {dim - 1}, {dim + 1}")
+        check_directions(dim, role)
         self.gate, self.candidate = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(
@@ -52,7 +53,7 @@ class MinGRU(Attention):
         return y_BTD.to(candidate_BTD.dtype)
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return zeros for h, (B, D) and at least in float32, and the document that it is about, (B,)."""
+        """Return zeros for h, (B, D) and at least in float32, and the number of its document, (B,)."""
         if self.role != "causal":
             return None
         h_BD = like.new_zeros(batch_size, self.dim, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -64,7 +65,7 @@ class MinGRU(Attention):
 
 
 def recur(gate_BTD: Tensor, candidate_BTD: Tensor, segments_BT: Tensor | None, state: State | None = None) -> Tensor:
-    """Return h at each position, (B, T, D) and at least in float32; at padding the last one goes on.
+    """Return h at each position, (B, T, D) and at least in float32; padding repeats the last one.
 
     Args:
         gate_BTD: gates before the sigmoid.
@@ -82,7 +83,7 @@ def recur(gate_BTD: Tensor, candidate_BTD: Tensor, segments_BT: Tensor | None, s
         padding_BT1 = (segments_BT == 0)[..., None]
         keep_BTD, new_BTD = keep_BTD.masked_fill(padding_BT1, 1.0), new_BTD.masked_fill(padding_BT1, 0.0)
     if state is not None:
-        # What comes from before enters with the first column.
+        # The state enters through the first column.
         first_B1D = new_BTD[:, :1] + keep_BTD[:, :1] * state["h"][:, None]
         new_BTD = torch.cat([first_B1D, new_BTD[:, 1:]], 1)
     h_BTD: Tensor = Scan.apply(keep_BTD, new_BTD)  # type: ignore[no-untyped-call]
@@ -95,7 +96,7 @@ def recur(gate_BTD: Tensor, candidate_BTD: Tensor, segments_BT: Tensor | None, s
 
 
 class Scan(torch.autograd.Function):
-    """h[t] = keep[t] * h[t - 1] + new[t] for all t at once; only ``keep`` and h are kept for the gradient."""
+    """h[t] = keep[t] * h[t - 1] + new[t] for all t at once; only ``keep`` and h are saved for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, keep_BTD: Tensor, new_BTD: Tensor) -> Tensor:
@@ -106,17 +107,18 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients: the same recurrence from the end, since h[t] counts by itself and through h[t + 1]."""
+        """Return the gradients. That of h[t] is a recurrence from the end: G[t] = grad[t] + keep[t + 1] G[t + 1]."""
         keep_BTD, h_BTD = ctx.saved_tensors
         next_BTD, previous_BTD = F.pad(keep_BTD[:, 1:], (0, 0, 0, 1)), F.pad(h_BTD[:, :-1], (0, 0, 1, 0))
         new_BTD = doubling(next_BTD.flip(1), grad_BTD.flip(1)).flip(1)
-        return new_BTD * previous_BTD, new_BTD
+        return new_BTD * previous_BTD, new_BTD  # d keep[t] = G[t] h[t - 1], d new[t] = G[t]
 
 
 def doubling(keep_BTD: Tensor, new_BTD: Tensor) -> Tensor:
     """Return h of the recurrence in log2(T) steps (Hillis and Steele 1986, doi:10.1145/7902.7903).
 
-    After each step a position knows what twice as many positions up to itself make of the h before them.
+    Before each step h counts the last ``step`` positions, and keep[t] is the factor from the h before them to h[t].
+    With keep = 1 everywhere these are sums:  a b c d  ->  a, ab, bc, cd  ->  a, ab, abc, abcd.
     """
     step = 1
     while step < keep_BTD.shape[1]:

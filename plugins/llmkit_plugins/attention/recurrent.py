@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llmkit.contracts import Attention, Role
-from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State, positions_in_segments
+from llmkit_plugins.attention.heads import check_directions
 
 PADDED = 1.33
-"""On a CPU documents run as rows of equal length where that makes at most so many times as many elements: its kernels
-for such rows take half the time of those for packed ones."""
+"""On a CPU documents are padded to rows of equal length where that makes at most this many times as many elements:
+kernels for rows take half the time of those for packed sequences."""
 
 
 class Documents(NamedTuple):
-    """The documents of a batch as one packed sequence: longest document first, then time by time.
+    """The documents of a batch as one packed sequence: step by step, longest document first.
 
-    M is the number of documents, L the length of the longest.
+    The segments [[1, 1, 1, 2], [1, 0, 1, 0]] hold the documents a0 a1 a2, c0 and b0 b1. Packed they are a0 b0 c0,
+    a1 b1, a2: ``batch_sizes`` is 3, 2, 1 and ``columns_N`` 0 4 3, 1 6, 2. M is the number of documents, L the length
+    of the longest.
     """
 
     columns_N: Tensor
@@ -29,9 +31,9 @@ class Documents(NamedTuple):
     slots_N: Tensor
     """Where it stands in the flattened (M, L), one document a row."""
     backward_N: Tensor
-    """Where it stands there when each document is turned round."""
+    """Where it stands there when each document is reversed."""
     batch_sizes: Tensor
-    """How many documents still run at each time, on the CPU."""
+    """How many documents reach each step; on the CPU."""
     row_M: Tensor
     number_M: Tensor
     """Row and segment number of each document."""
@@ -69,17 +71,16 @@ def documents(segments_BT: Tensor) -> Documents:
 
 
 class Recurrent(Attention):
-    """A recurrent network along the sequence that starts afresh with every document."""
+    """A recurrent network along the sequence that starts from zero with every document."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional"})
     names: ClassVar[tuple[str, ...]]
-    """What the recurrence carries on from one position to the next."""
+    """What the recurrence carries from one position to the next."""
 
     def __init__(self, dim: int, role: Role, network: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__(dim, role)
+        check_directions(dim, role)
         both = role == "bidirectional"
-        if both and dim % 2:
-            raise UserError(f"dim {dim} must be even for two directions; nearest widths: {dim - 1}, {dim + 1}")
         self.rnn = network(dim, dim // 2 if both else dim, batch_first=True, bidirectional=both)
 
     def forward(
@@ -96,7 +97,7 @@ class Recurrent(Attention):
         return y_BTD
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return zeros for what is carried on, (B, D) each; there is no limit on the length."""
+        """Return zeros for what is carried, (B, D) each; the length has no limit."""
         if self.role != "causal":
             return None
         return State({name: like.new_zeros(batch_size, self.dim) for name in self.names})
@@ -120,41 +121,41 @@ class Recurrent(Attention):
         return y_ZD.index_copy(0, docs.columns_N, y_ND).view(x_BTD.shape)
 
     def _packed(self, x_ND: Tensor, docs: Documents, segments_BT: Tensor, state: State | None) -> Tensor:
-        """Return the outputs of packed documents, x_ND, and take the state on."""
+        """Return the outputs of packed documents, x_ND, and update the state."""
         start = None
         if state is not None:
             if "segment" not in state:
                 state["segment"] = torch.ones_like(segments_BT[:, 0])
-            # Of a row's documents only the first can be the one that the columns before ended with.
-            goes_on = (docs.number_M == state["segment"][docs.row_M])[:, None]
-            start = [state[name][docs.row_M] * goes_on for name in self.names]
+            # Only the first document of a row can continue the one that the earlier columns ended with.
+            continued_M1 = (docs.number_M == state["segment"][docs.row_M])[:, None]
+            start = [state[name][docs.row_M] * continued_M1 for name in self.names]
 
         y_ND, end = self._run(PackedSequence(x_ND, docs.batch_sizes), start)
 
         if state is not None:
-            rows = docs.row_M[docs.last_M]  # rows of padding alone keep what they had
+            rows = docs.row_M[docs.last_M]  # rows of padding alone keep their state
             for name, value_MD in zip(self.names, end, strict=True):
                 state[name] = state[name].index_copy(0, rows, value_MD[docs.last_M].to(state[name].dtype))
             state["segment"] = state["segment"].index_copy(0, rows, docs.number_M[docs.last_M])
         return y_ND
 
     def _padded(self, x_ZD: Tensor, docs: Documents) -> Tensor:
-        """Return the outputs of documents that run as rows; what pads a row comes last, the other way too."""
+        """Return the outputs of documents that run as rows; padding comes last, in both directions."""
         kernel: Any = torch.lstm if isinstance(self.rnn, nn.LSTM) else torch.gru
         rows, length = len(docs.row_M), len(docs.batch_sizes)
         start = tuple(x_ZD.new_zeros(1, rows, self.rnn.hidden_size) for _ in self.names)
-        found = []
+        outputs = []
         for weights, slots_N in zip(self.rnn.all_weights, (docs.slots_N, docs.backward_N), strict=False):
             columns = docs.columns_N[:1].repeat(rows * length).index_copy(0, slots_N, docs.columns_N)
             x_MLD = x_ZD.index_select(0, columns).view(rows, length, -1)
             y_MLD: Tensor = kernel(
                 x_MLD, start if len(start) > 1 else start[0], weights, True, 1, 0.0, self.training, False, True
             )[0]
-            found.append(y_MLD.flatten(0, 1).index_select(0, slots_N))
-        return torch.cat(found, -1)
+            outputs.append(y_MLD.flatten(0, 1).index_select(0, slots_N))
+        return torch.cat(outputs, -1)
 
     def _run(self, x: Tensor | PackedSequence, start: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried on."""
+        """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried."""
         hidden: Tensor | tuple[Tensor, ...] | None = None
         if start is not None:
             dtype = x.data.dtype
@@ -169,9 +170,10 @@ class Recurrent(Attention):
 class LSTM(Recurrent):
     """A long short-term memory network instead of attention; the state does not grow with the length.
 
-    Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735. The forget gate starts out open (Jozefowicz et
-    al. 2015, proceedings.mlr.press/v37/jozefowicz15). A bidirectional one has two directions of half the width each,
-    so that it has 6 dim^2 weights beside the 8 dim^2 of a causal one and needs no projection.
+    Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, in the form of ``torch.nn.LSTM``: with the forget
+    gate of Gers et al. 2000, doi:10.1162/089976600300015015, without peepholes. The forget gate starts out open: one of
+    its two biases is 1 (Jozefowicz et al. 2015, proceedings.mlr.press/v37/jozefowicz15). A bidirectional one has two
+    directions of half the width each, 6 dim^2 weights instead of the 8 dim^2 of a causal one, and needs no projection.
 
     Args:
         dim: model width; must be even for the role ``bidirectional``.
@@ -194,8 +196,9 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """A gated recurrent unit instead of attention: an LSTM with one gate and one state less.
 
-    Cho et al. 2014, arXiv:1406.1078. A bidirectional one has two directions of half the width each, so that it has
-    4.5 dim^2 weights beside the 6 dim^2 of a causal one and needs no projection.
+    Cho et al. 2014, arXiv:1406.1078, in the form of ``torch.nn.GRU``: the reset gate multiplies U h, where the paper
+    has U (r h). A bidirectional one has two directions of half the width each, 4.5 dim^2 weights instead of the
+    6 dim^2 of a causal one, and needs no projection.
 
     Args:
         dim: model width; must be even for the role ``bidirectional``.

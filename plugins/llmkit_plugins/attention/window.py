@@ -13,8 +13,10 @@ from torch import Tensor
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Sequence, State
-from llmkit_plugins.attention.softmax import GroupedQuery, Kept
+from llmkit.sequence import Memory, Sequence, State
+from llmkit_plugins.attention.cache import Cache, Lookup, segments_or_ones
+from llmkit_plugins.attention.heads import join, split
+from llmkit_plugins.attention.softmax import GroupedQuery
 
 
 class SlidingWindow(GroupedQuery):
@@ -40,7 +42,6 @@ class SlidingWindow(GroupedQuery):
     """
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional"})
-    grows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -58,18 +59,37 @@ class SlidingWindow(GroupedQuery):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         super().__init__(dim, role, num_heads, num_kv_heads, qk_norm, bias, dropout)
         self.window = window
+        self.lookup = Lookup(role, num_heads, window)
+
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
+    ) -> Tensor:
+        """Return the mixed sequence, (B, T, D); see ``Attention.forward``."""
+        H, K = self.num_heads, self.num_kv_heads
+        qk, v = split(self.qkv(x_BTD), H + 2 * K).split_with_sizes([H + K, K], 1)  # project: (B, H + K or K, T, E)
+        q_BHTE, k = seq.rotate(self.norm(qk)).split_with_sizes([H, K], 1)  # rotate: (B, H or K, T, E)
+        long = x_BTD.shape[1] > 3 * self.window  # shorter rows are as cheap under a mask
+        first = state is None or state.length == 0
+        if long and first and seq.segments_BT is None and len(seq.positions_BT) == 1:
+            if state is not None:
+                assert isinstance(state, WindowCache)
+                state.extend(seq, {"k": k, "v": v}, biased=False)
+            y_BHTE = self._blocks(q_BHTE, k, v, seq)
+        else:
+            (k, v), mask, is_causal = self.lookup(q_BHTE, seq, state, k=k, v=v)  # cache: (B, K, S, E) each
+            y_BHTE = self.attend(q_BHTE, k, v, mask, is_causal)
+        y: Tensor = self.out(join(y_BHTE))
+        return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return an empty cache of the last real positions, (B, K, W, E).
 
         With room for a whole window there is no limit on the length; a shorter ``max_length`` is one.
         """
-        columns = min(self.window, max_length)
-        state = super().init_state(batch_size, columns, like)
-        if state is not None:
-            for name in ("segments", "positions"):
-                state[name] = torch.zeros(batch_size, columns, dtype=torch.long, device=like.device)
-        return state
+        if self.role != "causal":
+            return None
+        column = (self.num_kv_heads, self.head_dim)
+        return WindowCache(self.window, batch_size, max_length, like, k=column, v=column)
 
     def mixing_flops(self, length: int) -> float:
         """Scores and weighted sum: 4 * seen * dim, with the average number of positions that are seen."""
@@ -77,63 +97,7 @@ class SlidingWindow(GroupedQuery):
         side = near - near * near / (2 * length)  # shorter at the beginning of the row
         return 4.0 * self.dim * side * (1 if self.role == "causal" else 2)
 
-    def _self(self, x_BTD: Tensor, seq: Sequence, state: State | None) -> Tensor:
-        q_BHTE, new = self._project(x_BTD, seq)
-        if state is None:
-            return self._own(q_BHTE, new, seq)
-        room, end = state["positions"].shape[1], state.length + x_BTD.shape[1]
-        if room < self.window and end > room:
-            raise ValueError(f"the decoding state has room for {room} columns, got {end}")
-        kept = {name: torch.cat([state[name], value.to(state[name].dtype)], 2) for name, value in new.items()}
-        key = self._columns(state, seq)
-        if state.length == 0:
-            y_BHTE = self._own(q_BHTE, new, seq)
-        else:
-            y_BHTE = self._attend(q_BHTE, kept, self._mask(seq, key, q_BHTE.dtype))
-        self._trim(state, kept, key)
-        state.length = end
-        return y_BHTE
-
-    def _columns(self, state: State, seq: Sequence) -> Sequence:
-        """Return the cached columns followed by the new ones; free places count as padding."""
-        shape = (len(state["positions"]), seq.positions_BT.shape[1])
-        segments = torch.ones_like(seq.positions_BT) if seq.segments_BT is None else seq.segments_BT
-        return Sequence(
-            torch.cat([state["positions"], seq.positions_BT.expand(shape)], 1),
-            torch.cat([state["segments"], segments.expand(shape)], 1),
-        )
-
-    def _trim(self, state: State, kept: Kept, key: Sequence) -> None:
-        """Leave the last real columns of each row in the cache, as many as it has room for."""
-        assert key.segments_BT is not None
-        # The sort moves padding to the front and leaves the order of the rest.
-        real_BS = (key.segments_BT > 0).long()
-        last_BW = real_BS.argsort(dim=1, stable=True)[:, -state["positions"].shape[1] :]
-        rows_B1 = torch.arange(len(last_BW), device=last_BW.device)[:, None]
-        for name, value_BKSE in kept.items():
-            state[name] = value_BKSE.transpose(1, 2)[rows_B1, last_BW].transpose(1, 2)  # copies whole columns
-        state["positions"], state["segments"] = key.positions_BT[rows_B1, last_BW], key.segments_BT[rows_B1, last_BW]
-
-    def _own(self, q_BHTE: Tensor, kept: Kept, seq: Sequence) -> Tensor:
-        dense = seq.segments_BT is None and len(seq.positions_BT) == 1
-        if dense and q_BHTE.shape[2] > 3 * self.window:  # shorter rows are as cheap under a mask
-            return self._blocks(q_BHTE, kept, seq)
-        return super()._own(q_BHTE, kept, seq)
-
-    def _own_mask(self, seq: Sequence, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
-        if seq.positions_BT.shape[1] <= self.window:
-            return super()._own_mask(seq, dtype)  # all of the row is near
-        memo_key = ("window", self.window, self.bias_heads, self.role, dtype)
-        if memo_key not in seq.memo:
-            seq.memo[memo_key] = self._mask(seq, seq, dtype)
-        return seq.memo[memo_key], False
-
-    def _visible(self, seq: Sequence, key: Sequence) -> Tensor | None:
-        near = (seq.positions_BT[:, None, :, None] - key.positions_BT[:, None, None, :]).abs() < self.window
-        mask = super()._visible(seq, key)
-        return near if mask is None else near & mask
-
-    def _blocks(self, q_BHTE: Tensor, kept: Kept, seq: Sequence) -> Tensor:
+    def _blocks(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, seq: Sequence) -> Tensor:
         """Let blocks of one window look at themselves and the block before; when bidirectional, at the next one too."""
         W = self.window
         batch, _, length, _ = q_BHTE.shape
@@ -143,17 +107,17 @@ class SlidingWindow(GroupedQuery):
             mask = mask.repeat(1, batch, 1, 1)
         # Blocks take the place of the batch, which joins the heads: so one mask serves all rows.
         q = F.pad(q_BHTE, (0, 0, 0, rest)).unflatten(2, (-1, W)).permute(2, 0, 1, 3, 4).flatten(1, 2)
-        around = {}
-        for name, value_BKTE in kept.items():
-            blocks_BKMES = F.pad(value_BKTE, (0, 0, W, rest + after)).unfold(2, 2 * W + after, W)
-            around[name] = blocks_BKMES.permute(2, 0, 1, 4, 3).flatten(1, 2)
-        y = self._attend(q, around, mask).unflatten(1, (batch, -1))
+        k, v = (
+            F.pad(x_BKTE, (0, 0, W, rest + after)).unfold(2, 2 * W + after, W).permute(2, 0, 1, 4, 3).flatten(1, 2)
+            for x_BKTE in (k_BKTE, v_BKTE)
+        )
+        y = self.attend(q, k, v, mask, is_causal=False).unflatten(1, (batch, -1))
         y_BHTE: Tensor = y.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         return y_BHTE
 
     def _block_mask(self, seq: Sequence, end: int, after: int, dtype: torch.dtype) -> Tensor:
         """Return the mask of each block, (M, 1, W, S), or with a position bias what is added, (M, H, W, S)."""
-        memo_key = ("window blocks", self.window, self.bias_heads, self.role, dtype)
+        memo_key = ("window blocks", self.window, self.num_heads, self.role, dtype)
         if memo_key not in seq.memo:
             W, positions_T = self.window, seq.positions_BT[0]
             last = len(positions_T) - 1
@@ -165,7 +129,48 @@ class SlidingWindow(GroupedQuery):
             # Columns after the last one see each other: a query without any key would be NaN.
             mask &= (query >= key) if self.role == "causal" else (key <= last) | (query > last)
             blocks = Sequence(positions_T[query_MW.clamp(max=last)], position=seq.position)
-            bias = blocks.bias(Sequence(positions_T[key_MS.clamp(0, last)]), self.bias_heads)
+            bias = blocks.bias(Sequence(positions_T[key_MS.clamp(0, last)]), self.num_heads)
             seq.memo[memo_key] = mask if bias is None else bias.to(dtype).masked_fill(~mask, float("-inf"))
-        found: Tensor = seq.memo[memo_key]
-        return found
+        block_mask: Tensor = seq.memo[memo_key]
+        return block_mask
+
+
+class WindowCache(Cache):
+    """The last real columns of each row. It never grows: places without a column yet count as padding.
+
+    With a window of 3, the row "a b . c d" (the dot is padding) leaves "b c d" in it.
+
+    Args:
+        window: how many columns are looked at.
+        batch_size: number of rows.
+        max_length: a limit on the length where it is below the window.
+        like: gives the dtype and the device.
+        widths: as in ``Cache``.
+    """
+
+    grows: ClassVar[bool] = False
+
+    def __init__(self, window: int, batch_size: int, max_length: int, like: Tensor, **widths: tuple[int, ...]) -> None:
+        super().__init__(batch_size, min(window, max_length), like, **widths)
+        self.limited = max_length < window
+        for name in ("segments", "positions"):
+            self[name] = torch.zeros(batch_size, self.capacity, dtype=torch.long, device=like.device)
+
+    def extend(self, seq: Sequence, new: dict[str, Tensor], biased: bool) -> tuple[tuple[Tensor, ...], Sequence | None]:
+        """Append the columns of ``seq``; return those that may be near, and their positions and segments."""
+        end = self.length + seq.positions_BT.shape[1]
+        if self.limited and end > self.capacity:
+            raise ValueError(f"the decoding state has room for {self.capacity} columns, got {end}")
+        columns = {name: torch.cat([self[name], value.to(self[name].dtype)], -2) for name, value in new.items()}
+        self._append("positions", seq.positions_BT)
+        self._append("segments", segments_or_ones(seq))
+        key = Sequence(self["positions"], self["segments"])
+
+        # The sort moves padding to the front and leaves the order of the rest.
+        last_BW = (self["segments"] > 0).long().argsort(dim=1, stable=True)[:, -self.capacity :]
+        rows_B1 = torch.arange(len(last_BW), device=last_BW.device)[:, None]
+        for name, value_BKSE in columns.items():
+            self[name] = value_BKSE.transpose(1, 2)[rows_B1, last_BW].transpose(1, 2)  # copies whole columns
+        self["positions"], self["segments"] = self["positions"][rows_B1, last_BW], self["segments"][rows_B1, last_BW]
+        self.length = end
+        return tuple(columns.values()), key
