@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 import unicodedata
 from itertools import accumulate
 
@@ -89,15 +88,3 @@ def means(x_BTD: Tensor, words_BT: Tensor, num_words: int) -> tuple[Tensor, Tens
     sums = x.new_zeros(num_words + 1, x.shape[-1]).index_add(0, number, x)[:num_words]
     counts = x.new_zeros(num_words + 1).index_add(0, number, torch.ones_like(x[:, 0]))[:num_words]
     return (sums / counts.clamp(min=1)[:, None]).to(x_BTD.dtype), counts
-
-
-def pack(text: str) -> list[int]:
-    """Return a text as integers, eight of its bytes in each: features are numbers."""
-    data = text.encode("utf-8", "surrogatepass")
-    size = -(-len(data) // 8)
-    return list(struct.unpack(f"<{size}q", data.ljust(8 * size, b"\xff")))
-
-
-def unpack(numbers: list[int]) -> str:
-    """Return what was packed; -1 at the end is padding (no text has a byte 255)."""
-    return struct.pack(f"<{len(numbers)}q", *numbers).rstrip(b"\xff").decode("utf-8", "surrogatepass")
