@@ -21,7 +21,7 @@ from llmkit.model.backbone import Backbone
 from llmkit.ops.metrics import EntityScore, entities
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Sequence
-from llmkit_plugins.head.words import by_character, characters, encode, pack, pieces, running, unpack, words
+from llmkit_plugins.head.words import by_character, characters, encode, pieces, running, words
 
 SENTENCES = [
     ["EU", "rejects", "German", "call", "."],
@@ -231,7 +231,7 @@ def test_tags_as_numbers() -> None:
     head.learn({"tokens": [["a", "b"]], "tags": [[0, 1]]})
     assert head.info()["labels"] == ["O", "B-x"]
     features = head.encode({"tokens": [["a", "b"]], "tags": [[0, 1]]}, byte_tokenizer(), 8)
-    assert unpack(features["tags"][0]) == "O\nB-x"
+    assert features["tags"] == ["O\nB-x"]
 
 
 @pytest.mark.parametrize(
@@ -327,11 +327,6 @@ def test_words_of_a_list_become_running_text() -> None:
         text, spans = running(given)
         assert text == wanted
         assert [text[a:b] for a, b in spans] == given
-
-
-def test_text_survives_packing() -> None:
-    for text in ("", "a", "12345678", "我们 \x00 \ud800 \U0001f600" * 3):
-        assert unpack([*pack(text), -1, -1]) == text
 
 
 # Tokenizers
