@@ -238,8 +238,8 @@ def test_tags_as_numbers() -> None:
     ("tags", "says"),
     [
         ([["O", 1]], r"numbers need model\.head\.names"),
-        ([["O", "NOUN"]], r"'NOUN' is no tag: expected O, B-label or I-label"),
-        ([["O", "B-"]], r"'B-' is no tag"),
+        ([["O", "NOUN"]], r"'NOUN' is not a tag: expected O, B-label or I-label"),
+        ([["O", "B-"]], r"'B-' is not a tag"),
         (["O O"], r"tags must be a list, one tag a word, got 'O O'"),
         ([["O", "O"]], r"no tag of the training data is other than O"),
     ],

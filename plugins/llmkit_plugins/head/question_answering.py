@@ -21,7 +21,7 @@ from llmkit_plugins.head.words import Span, by_character, encode, means, pieces,
 
 
 def _spans(text: str) -> list[Span]:
-    return words(text) or [(0, 0)]  # a text without words has an empty one
+    return words(text) or [(0, 0)]  # a text without words gets an empty one
 
 
 def _pieces(text: str) -> list[str]:
@@ -159,8 +159,8 @@ class QuestionAnswering(Head):
         if moved:
             note(f"answer_start is wrong for {moved:,} {of}: their answers were found elsewhere in the context")
         if untrained:
-            told = "have no answer in their context, or one that fits into no window"
-            note(f"{untrained:,} {of} {told}: not trained on, but counted in scores")
+            why = "have no answer in their context, or one that fits into no window"
+            note(f"{untrained:,} {of} {why}: not trained on, but counted in scores")
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return a batch of Q questions with at most K candidates.
@@ -288,7 +288,7 @@ class QuestionAnswering(Head):
 
 
 def _matches(question: str, context: str) -> list[int]:
-    """Return, for each word of the context, how often it comes there if it is in the question too, else 0."""
+    """Return, for each word of the context, how often it occurs there if it is in the question too, else 0."""
     asked = {question[start:end].lower() for start, end in _spans(question)}
     there = [context[start:end].lower() for start, end in _spans(context)]
     counts = Counter(there)
@@ -298,7 +298,7 @@ def _matches(question: str, context: str) -> list[int]:
 def _near(matches: list[int]) -> Tensor:
     """Return how many words of the question stand within each radius of each word, (W, radii).
 
-    A word that comes n times in the context counts 1 / n: it tells that much less about the place.
+    A word that occurs n times in the context counts 1 / n: it says that much less about the place.
     """
     sums = torch.tensor([0.0, *accumulate(1 / n if n else 0.0 for n in matches)], dtype=torch.float64)
     place, last = torch.arange(len(matches)), len(matches)
@@ -320,7 +320,7 @@ def _answers(given: Any) -> list[tuple[str, int]]:
 
 
 def _find(context: str, answer: str, start: int) -> int | None:
-    """Return where the answer stands in the context, next to where it should; None if it does not."""
+    """Return where the answer is in the context, nearest to ``start``; None if it is not there."""
     if not answer.strip():
         return None
     if start >= 0 and context.startswith(answer, start):

@@ -72,10 +72,12 @@ class TokenClassification(Head):
             if isinstance(tag, int) and self.names is not None and 0 <= tag < len(self.names):
                 tag = self.names[tag]
             if isinstance(tag, int):
-                told = "numbers need model.head.names, the list of the tags that they stand for"
-                raise UserError(f"token_classification: {told}; it is {self.names}, and the data has the tag {tag}")
+                need = "numbers need model.head.names, the list of the tags that they stand for"
+                raise UserError(f"token_classification: {need}; it is {self.names}, and the data has the tag {tag}")
             if tag != "O" and not re.fullmatch(r"[BIESMLU]-[\S ]+", str(tag)):
-                raise UserError(f"token_classification: '{tag}' is no tag: expected O, B-label or I-label (or BIOES)")
+                raise UserError(
+                    f"token_classification: '{tag}' is not a tag: expected O, B-label or I-label (or BIOES)"
+                )
             found.append(str(tag))
         return found
 
