@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmkit import DecodingOptions, Sequence
 from llmkit.model.backbone import Backbone
-from llmkit.ops.decoding import beam_search
+from llmkit.ops.decoding import generate
 from llmkit.registry import plugin
 from llmkit.sequence import padded, segments_of
 
@@ -105,7 +105,7 @@ def ours(net: Backbone, device: str) -> Translate:
             memory = net.encode(ids, Sequence.of(ids, None if segments is None else segments.to(device)))
             options = DecodingOptions(max_new_tokens=MOST, num_beams=BEAMS, length_penalty=0.0)
             starts = [[BOS]] * len(batch)
-            return beam_search(net, starts, options, eos_id=EOS, banned=(UNK, PAD, BOS), memory=memory, device=device)
+            return generate(net, starts, options, eos_id=EOS, banned=(UNK, PAD, BOS), memory=memory, device=device)
 
     return run
 

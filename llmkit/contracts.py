@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llmkit.sequence import DecodingOptions, Memory, Sequence, State
+from llmkit.sequence import DecodingOptions, Memory, Sequence, State, first_rows
 
 Topology = Literal["decoder", "encoder", "encoder_decoder"]
 Role = Literal["causal", "bidirectional", "cross"]
 Stage = Literal["train", "validation", "test", "predict"]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors and lists of strings by name; the values of the batch's rows, or single numbers."""
 
 IGNORE = -100  # a target with this value is not predicted (padding)
 
@@ -209,7 +210,7 @@ class Loss:
 
 
 class Head(nn.Module, ABC):
-    """A task: what it reads from a row, how rows become tensors, the loss, the metrics, the prediction.
+    """A task: what it reads from a row, how rows become a batch, the loss, the metrics, the prediction.
 
     Life of a head: ``__init__`` with plain arguments; ``learn`` from the training rows (label names, say) or
     ``set_info`` from a checkpoint; ``build`` its layers; then ``loss``, ``evaluate`` and ``predict`` on batches.
@@ -255,7 +256,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Turn rows (column by column) into features (likewise), of plain ints and lists of ints.
+        """Turn rows, column by column, into features, columns of ints, of lists of ints, or of strings.
 
         Target fields may be missing when predicting. Called in batches. The feature ``length`` is the item's cost in
         tokens, which batches are bucketed by, and ``skew``, where there is one, what items of equal length are sorted
@@ -264,7 +265,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
-        """Turn items of features into one batch of tensors."""
+        """Turn items of features into one batch of tensors and lists of strings."""
 
     @abstractmethod
     def loss(self, net: Network, batch: Batch) -> Loss:
@@ -290,6 +291,5 @@ class Head(nn.Module, ABC):
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
         """Return a short piece of the head's work on a validation batch, shown at the end of a run."""
-        rows = {name: value[:2] if value.dim() else value for name, value in batch.items()}
-        answers = self.predict(net, rows, tokenizer, self.decoding)
+        answers = self.predict(net, first_rows(batch, 2), tokenizer, self.decoding)
         return "\n".join(self.show(answer) for answer in answers)

@@ -195,3 +195,8 @@ def segments_of(lengths: list[int]) -> Tensor | None:
     if all(length == width for length in lengths):
         return None
     return (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+
+
+def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the first rows of a batch of tensors and lists; tensors with a single number stay."""
+    return {name: value[:count] if isinstance(value, list) or value.dim() else value for name, value in batch.items()}

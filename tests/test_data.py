@@ -20,7 +20,7 @@ from data_fakes import BOS, EOS, PAD, CharTokenizer, Joining, Labelling, Recorde
 from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, batches, cache
 from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder
-from llmkit.data.examples import Examples
+from llmkit.data.examples import Examples, Features
 from llmkit.data.tokens import Blocks, Order, best_fit, split_batches
 from llmkit.errors import UserError
 
@@ -235,6 +235,86 @@ def test_best_fit_fills_rows() -> None:
     assert filled.max() <= 64
     assert filled.sum() / (64 * len(filled)) > 0.97
     assert best_fit(np.empty(0, np.int64), 8).size == 0
+
+
+# Features
+
+
+TEXTS = ["", "a", "12345678", "two\nlines\r\x00", "我们 \ud800 \U0001f600" * 3, "é" * 1000, ""]
+
+
+def test_texts_are_the_same_again_after_storage(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {
+        "text": TEXTS,
+        "ids": [list(range(n)) for n in range(7)],
+        "none": [""] * 7,
+        "number": [*range(7)],
+        "no list": [[] for _ in range(7)],
+    }
+    expected = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    groups = [
+        {name: column[part] for name, column in columns.items()} for part in (slice(0, 1), slice(1, 4), slice(4, 7))
+    ]
+    features = Features.of(groups)
+    features.write(tmp_path)
+    for stored in (features, Features.read(tmp_path), pickle.loads(pickle.dumps(Features.read(tmp_path)))):
+        assert [stored[index] for index in range(stored.count)] == expected
+
+
+def test_stored_texts_are_mapped_and_compact(tmp_path: Path) -> None:
+    """A byte a byte, and none of them read before its row is asked for."""
+    Features.of({"text": ["ab" * 5000] * 100, "ids": [[1]] * 100} for _ in range(20)).write(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.glob("text*.bin")) == 20 * 100 * 10_000
+    stored = Features.read(tmp_path).values["text"]
+    assert isinstance(stored.base, np.memmap) and not stored.flags.owndata
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [{"x": ["a", 1]}],
+        [{"x": [1, "a"]}],
+        [{"x": ["a"]}, {"x": [1]}],
+        [{"x": [[1]]}, {"x": ["a"]}],
+        [{"x": [["a"]]}],
+        [{"x": [b"a"]}],
+        [{"x": [0.5]}],
+        [{"x": [None]}],
+    ],
+)
+def test_features_of_other_types_are_refused(groups: list[dict[str, list[Any]]]) -> None:
+    with pytest.raises(TypeError, match="feature 'x' must be"):
+        Features.of(groups)
+
+
+def test_texts_do_not_count_as_length() -> None:
+    """Where a head gives no length, a row costs its ids."""
+    features = Features.of([{"text": ["long " * 99, "a", "b"], "ids": [[1], [1, 2], [1, 2, 3]]}])
+    examples = Examples(features, Labelling(), CharTokenizer("ab"), 1, None)
+    assert np.concatenate(examples.evaluation_order()).tolist() == [2, 1, 0]
+
+
+class Quoting(Labelling):
+    """Keeps the text of each row next to its ids."""
+
+    def encode(self, rows: Any, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
+        return {**super().encode(rows, tokenizer, max_length), "text": rows["text"]}
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> Any:
+        return {**super().collate(features, tokenizer), "text": [item["text"] for item in features]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_texts_reach_the_batch_with_their_rows(tmp_path: Path, num_workers: int, streaming: bool) -> None:
+    path = table(tmp_path, 60)
+    settings: dict[str, Any] = {"num_workers": num_workers, "streaming": streaming}
+    data = bound(Quoting(), 64, tmp_path, train=path, validation=path, batch_size=8, **settings)
+    seen = []
+    for batch in data.train_dataloader():
+        assert data.tokenizer.decode_batch(batch["ids"].tolist()) == batch["text"]
+        seen += batch["text"]
+    assert sorted(seen) == sorted(line.split(",")[0] for line in Path(path).read_text().splitlines()[1:])
 
 
 # Examples

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmkit.contracts import Network
 from llmkit.model.backbone import Backbone
-from llmkit.ops.decoding import Chooser, beam_search, generate
+from llmkit.ops.decoding import Chooser, _beam_search, generate
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State
 
 EOS = 0
@@ -67,7 +67,7 @@ def exhaustive(scores: Tensor, start: int, most: int, penalty: float) -> list[in
 def test_wide_beam_finds_the_exhaustive_best(seed: int, penalty: float) -> None:
     scores = 2 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
     options = DecodingOptions(max_new_tokens=4, num_beams=64, length_penalty=penalty)
-    got = beam_search(Markov(scores), [[1], [2]], options, eos_id=EOS)
+    got = generate(Markov(scores), [[1], [2]], options, eos_id=EOS)
     assert got == [exhaustive(scores, start, 4, penalty) for start in (1, 2)]
 
 
@@ -103,11 +103,13 @@ def test_beam_of_one_is_greedy_and_rows_do_not_disturb_each_other(attention: str
     memory = net.encode(source, Sequence.of(source, segments))
     one = DecodingOptions(max_new_tokens=8, temperature=0)
     greedy = generate(net, [[2], [2]], one, eos_id=EOS, memory=memory)
-    assert beam_search(net, [[2], [2]], one, eos_id=EOS, memory=memory) == greedy
+    none = torch.empty(0, dtype=torch.long)
+    with torch.inference_mode():
+        assert _beam_search(net, [[2], [2]], one, 8, EOS, none, memory) == greedy
     wide = DecodingOptions(max_new_tokens=8, num_beams=4)
-    both = beam_search(net, [[2], [2]], wide, eos_id=EOS, memory=memory)
+    both = generate(net, [[2], [2]], wide, eos_id=EOS, memory=memory)
     alone = net.encode(source[1:, :2], Sequence.dense(2))
-    assert beam_search(net, [[2]], wide, eos_id=EOS, memory=alone)[0] == both[1]
+    assert generate(net, [[2]], wide, eos_id=EOS, memory=alone)[0] == both[1]
 
 
 def test_a_text_that_outgrows_the_context_goes_on() -> None:

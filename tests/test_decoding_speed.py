@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.ops import decoding
-from llmkit.ops.decoding import beam_search, by_columns, generate, laid_out
+from llmkit.ops.decoding import by_columns, column_major, generate
 from llmkit.sequence import DecodingOptions, Sequence
 
 PROMPTS = [[3], [4, 5, 6, 7, 8], [9, 10, 11]]
@@ -76,7 +76,7 @@ def test_weights_lie_by_columns_only_meanwhile() -> None:
     net, ids = decided("lstm"), torch.tensor([[3, 4, 5]])
     before = {name: (p.data_ptr(), p.stride()) for name, p in net.named_parameters()}
     expected = net.decode(ids, Sequence.dense(3))
-    with pytest.raises(KeyError), laid_out(net):
+    with pytest.raises(KeyError), column_major(net):
         changed = {name for name, p in net.named_parameters() if p.data_ptr() != before[name][0]}
         torch.testing.assert_close(net.decode(ids, Sequence.dense(3)), expected)
         raise KeyError
@@ -115,10 +115,10 @@ def test_beams_of_several_texts_are_those_of_each_alone(attention: str) -> None:
     segments = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
     options = DecodingOptions(max_new_tokens=STEPS, num_beams=4)
     memory = net.encode(source, Sequence.of(source, segments))
-    together = beam_search(net, [[2]] * 3, options, eos_id=0, banned=[1], memory=memory)
+    together = generate(net, [[2]] * 3, options, eos_id=0, banned=[1], memory=memory)
     for row, length in enumerate(lengths):
         alone = net.encode(source[row : row + 1, :length], Sequence.dense(length))
-        assert beam_search(net, [[2]], options, eos_id=0, banned=[1], memory=alone) == together[row : row + 1]
+        assert generate(net, [[2]], options, eos_id=0, banned=[1], memory=alone) == together[row : row + 1]
 
 
 def test_broken_scores_are_told_of() -> None:

@@ -183,7 +183,7 @@ def test_the_reference_of_bleu_is_the_text_as_written() -> None:
     tokenizer = byte_tokenizer()
     texts = ["Ein  Mann, “zitiert” 我 ☃ " * 9]  # longer than the context: the ids are cut, the reference is not
     batch = head.collate(items(head, tokenizer, source=["a"], target=texts), tokenizer)
-    assert bytes(b for b in batch["reference"][0].tolist() if b != IGNORE).decode() == texts[0]
+    assert batch["reference"] == texts
     assert batch["targets"].shape[1] == 48
 
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import sacrebleu
 import torch
+from torchmetrics import Metric
 
 from llmkit.contracts import Loss
-from llmkit.ops.metrics import BLEU, BitsPerByte, ChrF, MeanLoss, Perplexity
+from llmkit.ops.metrics import BLEU, BitsPerByte, ChrF, Mean, MeanLoss, Perplexity
 
 HYPOTHESES = ["the cat sat on the mat .", "a dog runs", "nothing fits", "我喜歡吃蘋果。"]
 REFERENCES = ["the cat sat on a mat.", "A dog runs through the park.", "x y z", "我喜欢吃苹果。"]
@@ -60,3 +61,20 @@ def test_chrf_equals_sacrebleu() -> None:
     wanted = sacrebleu.CHRF()
     assert metric.compute().item() == pytest.approx(wanted.corpus_score(HYPOTHESES, [REFERENCES]).score, abs=1e-9)
     assert metric.signature() == str(wanted.get_signature())
+
+
+def test_a_sum_over_a_count_is_the_same_in_any_batches() -> None:
+    """Kept in double precision: in single precision the small values would be lost."""
+    values = [1e8, 1.0, 1.0, 0.25]
+    metric = Mean()
+    for value in values:
+        metric.update(value, 1)
+    halves = [Mean(), Mean()]
+    halves[0].update(values[0], 1)
+    halves[1].update(sum(values[1:]), 3)
+    assert float(metric.compute()) == sum(values) / 4 == float(sum(half.total for half in halves)) / 4
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, Perplexity, BitsPerByte])
+def test_a_lower_loss_is_better(kind: type[Metric]) -> None:
+    assert kind.higher_is_better is False

@@ -27,12 +27,12 @@ def world() -> tuple[int, int]:
 class Position:
     """Where training stands in its data: the epoch, and how many batches of it are done.
 
-    It goes by the batches that the trainer has trained on, neither by what workers have fetched ahead nor by the
-    epochs that Lightning counts: for Lightning an epoch that ``max_steps`` cuts short is over, and one that a resumed
-    run begins may be a single batch. Training goes on with the next batch in all these cases.
+    It counts the batches that the trainer has trained on, neither those that workers have fetched ahead nor the
+    epochs of Lightning: for Lightning an epoch that ``max_steps`` cuts short is over, and one that a resumed run begins
+    may be a single batch. Training continues with the next batch in all these cases.
 
     Args:
-        trainer: tells how many batches it has trained on; None: all that the loader has handed out.
+        trainer: knows how many batches it has trained on; None: all that the loader has handed out.
     """
 
     def __init__(self, trainer: Any = None) -> None:
@@ -62,7 +62,7 @@ class Position:
         return {"epoch": epoch, "batches": batches}
 
     def iterate(self, batches: Callable[[int, int], Iterator[Any]]) -> Iterator[Any]:
-        """Yield what ``batches(epoch, start)`` gives for the present position, and keep account of it."""
+        """Yield what ``batches(epoch, start)`` gives for the current position, and keep count."""
         self.resume(*self.now())
         self._trained = self._count()
         for batch in batches(self._epoch, self._start):
@@ -79,19 +79,22 @@ class Position:
 class TrainingOrder(SequentialSampler):
     """The batches of each epoch for this rank: every rank gets equally many, and each row comes once an epoch.
 
-    Where the number of batches is no multiple of the number of ranks, the last ones are shared out in smaller pieces;
-    where even single rows do not go round, some batches take one row more. Only when an epoch has fewer rows than
-    there are ranks do rows repeat.
+    Where the ranks do not divide the number of batches, the last batches are split into smaller ones; where there are
+    not enough rows even for that, some batches take one row more. Only when an epoch has fewer rows than there are
+    ranks do rows repeat.
 
-    One iteration is as long as an epoch, from ``start`` on into the next epoch. (It is a SequentialSampler for
-    Lightning, which would exchange it for one that counts rows when ``overfit_batches`` is set.)
+    Batch n goes to rank n % ranks. With 2 ranks, batches of 4, 4 and 3 rows become 4, 4, 1 and 2: rank 0 trains on
+    4 and on 1 row, rank 1 on 4 and on 2.
+
+    One iteration is as long as an epoch, from ``start`` on into the next epoch. (It is a SequentialSampler because
+    Lightning replaces any other with one that counts rows when ``overfit_batches`` is set.)
 
     Args:
         plan: gives the index arrays of an epoch, none of them empty.
-        count: how many index arrays that always are.
-        rows: how many rows are in all of them together.
+        count: number of index arrays, the same in every epoch.
+        rows: number of rows in all of them together.
         seed: seed of the order.
-        fixed: every iteration is as the first one (for ``overfit_batches``).
+        fixed: every iteration is like the first one (for ``overfit_batches``).
     """
 
     def __init__(self, plan: Plan, count: int, rows: int, seed: int, fixed: bool = False) -> None:
@@ -105,6 +108,7 @@ class TrainingOrder(SequentialSampler):
     def __iter__(self) -> Iterator[Any]:
         rank, size = world()
         epoch, start = (0, 0) if self.fixed else (self.epoch, self.start)
+        # A run resumed at batch 3 of 5 iterates over batches 3 and 4 of this epoch, then 0, 1 and 2 of the next one.
         for part in (range(start, len(self)), range(start)):
             batches = self._shared(self.plan(np.random.default_rng([self.seed, epoch])), size) if part else []
             for number in part:
@@ -115,22 +119,26 @@ class TrainingOrder(SequentialSampler):
         """Return the same rows in ``len(self)`` batches for each of ``size`` ranks; fewer than ``size`` stay single."""
         if size == 1:
             return batches
+        # A round is one batch for each rank. 4, 4 and 3 rows for 2 ranks: two rounds, 4 batches. The first round
+        # stays, and the last batch is halved.
         rounds, found = len(self), list(batches)
-        wanted = rounds * size
-        for number, batch in enumerate(found[wanted:], wanted - size):
+        count = rounds * size
+        # Too few rows for another round: 1, 1 and 1 rows for 2 ranks become 2 and 1.
+        for number, batch in enumerate(found[count:], count - size):
             found[number] = np.concatenate([found[number], batch])
-        found = found[:wanted]
-        first = rounds - 1  # of the rounds that have to be shared out anew, as few as can be
+        found = found[:count]
+        # Split as few of the last rounds as have enough rows.
+        first = rounds - 1
         while first > 0 and sum(map(len, found[first * size :])) < (rounds - first) * size:
             first -= 1
-        return found[: first * size] + halved(found[first * size :], wanted - first * size)
+        return found[: first * size] + halved(found[first * size :], count - first * size)
 
 
 class EvaluationOrder(SequentialSampler):
     """The batches of an evaluation for this rank; each one is seen by exactly one rank.
 
-    Batches are halved until every rank gets equally many, where there are rows enough: ranks that run out early
-    would leave the others waiting.
+    Batches are halved until every rank gets equally many, where there are enough rows: the other ranks would wait for
+    one that runs out early.
     """
 
     def __init__(self, plan: Callable[[], Sequence[Index]]) -> None:
@@ -150,13 +158,14 @@ class EvaluationOrder(SequentialSampler):
         yield from self._batches[rank::size]
 
 
-def halved(batches: Sequence[Index], wanted: int) -> list[Index]:
-    """Return the batches with the largest halved, again and again, until there are ``wanted``, or all are single rows.
+def halved(batches: Sequence[Index], count: int) -> list[Index]:
+    """Halve the largest batch, again and again, until there are ``count``, or all are single rows.
 
-    A part of a batch needs no more memory than the batch, whatever it was planned by.
+    Batches of 5 and 3 rows become, for a count of 4, 2, 1, 2 and 3 rows: 5 is cut into 2 and 3, that 3 into 1 and 2.
+    A part of a batch needs no more memory than the batch, whether it was planned by rows or by tokens.
     """
     found = list(batches)
-    while len(found) < wanted:
+    while len(found) < count:
         at = max(range(len(found)), key=lambda i: len(found[i]))
         half = len(found[at]) // 2
         if half == 0:
@@ -191,6 +200,6 @@ class Loader(DataLoader[Any]):
         return {} if self.position is None else self.position.state()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where ``state_dict`` was taken."""
+        """Resume where ``state_dict`` was taken."""
         if self.position is not None:
             self.position.resume(**state)

@@ -19,7 +19,7 @@ from torch import nn
 
 from llmkit.errors import note
 
-VERSION = 2  # part of every key: raise it when the format of what is stored changes
+VERSION = 3  # part of every key: raise it when the format of what is stored changes
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
 MAPPED = ".bin"  # arrays that are mapped and may be large: their size alone is compared
 DAY = 24 * 3600  # seconds

@@ -15,34 +15,38 @@ from llmkit.errors import note
 
 
 class Features:
-    """Features of examples, column by column: ints as one array, lists of ints as one flat array and their ends."""
+    """Features of examples, column by column, each as one flat array.
+
+    ``values`` of ints: one item an example. Of lists of ints: the lists one after the other. Of strings: their UTF-8
+    bytes. In the last two cases ``ends`` says where each example ends: texts ``["ab", "", "c"]`` are the bytes ``abc``
+    and the ends ``[0, 2, 2, 3]``. Numbers are read into memory, texts stay on disk.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.values: dict[str, NDArray[np.int64]] = {}
+        self.values: dict[str, NDArray[Any]] = {}
         self.ends: dict[str, NDArray[np.int64]] = {}
 
     @classmethod
     def of(cls, batches: Iterable[Mapping[str, list[Any]]]) -> Features:
-        """Collect what the head's ``encode`` gave.
+        """Collect what the head's ``encode`` returned.
 
-        Raises TypeError for features of another type, or that come in unequal numbers.
+        Raises TypeError for features of another type, or with unequal numbers of values.
         """
         self = cls()
-        values: dict[str, list[NDArray[np.int64]]] = {}
+        values: dict[str, list[NDArray[Any]]] = {}
         lengths: dict[str, list[NDArray[np.int64]]] = {}
         for batch in batches:
             sizes = {name: len(column) for name, column in batch.items()}
             if len(set(sizes.values())) > 1 or (values and values.keys() != batch.keys()):
                 raise TypeError(f"the head's encode gave features of unequal numbers or names: {sizes}")
             for name, column in batch.items():
-                if column and isinstance(column[0], list):
-                    lengths.setdefault(name, []).append(np.fromiter(map(len, column), np.int64, len(column)))
-                    column = [item for value in column for item in value]
-                array = np.asarray(column) if column else np.empty(0, np.int64)
-                if array.ndim != 1 or array.dtype.kind not in "biu":
-                    raise TypeError(f"the head's feature '{name}' must be ints or lists of ints")
-                values.setdefault(name, []).append(array.astype(np.int64))
+                array, each = _flat(name, column)
+                values.setdefault(name, []).append(array)
+                if each is not None:
+                    lengths.setdefault(name, []).append(each)
+                if array.dtype != values[name][0].dtype:
+                    raise TypeError(f"the head's feature '{name}' must be strings in every row, or in none")
             self.count += next(iter(sizes.values()), 0)
         self.values = {name: np.concatenate(parts) for name, parts in values.items()}
         self.ends = {name: np.cumsum(np.concatenate([[0], *parts])) for name, parts in lengths.items()}
@@ -50,8 +54,11 @@ class Features:
 
     def write(self, folder: Path) -> None:
         """Write the features into a folder."""
-        np.savez(folder / "values.npz", **self.values)  # type: ignore[arg-type]
+        numbers = {name: values for name, values in self.values.items() if values.dtype != np.uint8}
+        np.savez(folder / "values.npz", **numbers)  # type: ignore[arg-type]
         np.savez(folder / "ends.npz", **self.ends)  # type: ignore[arg-type]
+        for name, place in self._texts(numbers).items():
+            (folder / place).write_bytes(self.values[name].data)
         (folder / "count").write_text(str(self.count))
 
     @classmethod
@@ -60,26 +67,57 @@ class Features:
         self = cls()
         with np.load(folder / "values.npz") as values, np.load(folder / "ends.npz") as ends:
             self.values, self.ends = dict(values), dict(ends)
+        for name, place in self._texts(self.values).items():
+            # An empty file cannot be mapped.
+            mapped = np.memmap(folder / place, np.uint8, "r") if self.ends[name][-1] else np.empty(0, np.uint8)
+            self.values[name] = np.asarray(mapped)
         self.count = int((folder / "count").read_text())
         return self
+
+    def _texts(self, numbers: Mapping[str, Any]) -> dict[str, str]:
+        """Return the file of each feature that has ends and is not among the numbers."""
+        return {name: f"text{place}.bin" for place, name in enumerate(self.ends) if name not in numbers}
+
+    def list_lengths(self) -> list[NDArray[np.int64]]:
+        """Return the lengths of the lists of ints, feature by feature."""
+        return [np.diff(ends) for name, ends in self.ends.items() if self.values[name].dtype != np.uint8]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the features of one example, as the head's ``encode`` gave them."""
         found: dict[str, Any] = {}
         for name, values in self.values.items():
             ends = self.ends.get(name)
-            found[name] = (values[index] if ends is None else values[ends[index] : ends[index + 1]]).tolist()
+            part = values[index] if ends is None else values[ends[index] : ends[index + 1]]
+            found[name] = part.tobytes().decode("utf-8", "surrogatepass") if part.dtype == np.uint8 else part.tolist()
         return found
+
+
+def _flat(name: str, column: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+    """Return a column of features as one array and, for lists and strings, the length of each value in it."""
+    if column and all(isinstance(value, str) for value in column):
+        texts = [value.encode("utf-8", "surrogatepass") for value in column]
+        return np.frombuffer(b"".join(texts), np.uint8), np.fromiter(map(len, texts), np.int64, len(texts))
+    lengths = None
+    if column and isinstance(column[0], list):
+        lengths = np.fromiter(map(len, column), np.int64, len(column))
+        column = [item for value in column for item in value]
+    array = np.asarray(column) if column else np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "biu":
+        raise TypeError(f"the head's feature '{name}' must be ints, lists of ints or strings")
+    return array.astype(np.int64), lengths
 
 
 class Examples:
     """Examples of a split, batched by length.
 
-    A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are as long as the longest.
+    A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are padded to the longest.
     Training order: sorted by length with ties in random order, cut into batches, batches shuffled; lengths count as
-    equal within 1/16, so that long rows change their company too. Each example comes once an epoch, and every epoch
-    has the same number of batches.
+    equal within 1/16, so that long rows too meet other rows in each epoch. Each example comes once an epoch, and every
+    epoch has the same number of batches.
     Evaluation order: longest first, so that running out of memory shows at once.
+
+    Lengths 3, 9, 4, 10 and 5 with ``batch_tokens: 20`` are sorted to 3 4 5 9 10 and cut from the longest down: 20 // 10
+    rows with the 10, 20 // 5 with the 5. The batches are (9, 10) and (3, 4, 5), 20 and 15 tokens with padding.
     """
 
     def __init__(
@@ -88,13 +126,15 @@ class Examples:
         self.features, self.head, self.tokenizer = features, head, tokenizer
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self._count = features.count
-        lists = [np.diff(ends) for ends in features.ends.values()] or [np.zeros(self._count, np.int64)]
+        lists = features.list_lengths() or [np.zeros(self._count, np.int64)]
         lengths = features.values.get("length", sum(lists))
+        # Batches are planned with lengths rounded up to multiples of a power of two, 1/32 to 1/16 of the length:
+        # 31 stays 31, 33 becomes 34, 130 becomes 136.
         width = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(lengths, 1)) - 4)).astype(np.int64)
-        self._rounded = -(-lengths // width) * width  # up to a multiple: what a batch is planned with
+        self._rounded = -(-lengths // width) * width
         self._blur = 1 + lengths / 16
-        # A translation pads two lists: equals are sorted by the difference. Every other length goes from the other end,
-        # so that a batch of two lengths holds neighbours.
+        # A translation pads two lists: rows of equal length are sorted by the difference of the two. Every second
+        # length is sorted backwards, so that a batch across the border of two lengths has similar differences.
         turn = 1 - 2 * (np.unique(self._rounded, return_inverse=True)[1] % 2)
         skew = features.values.get("skew")
         self._skew = lists[0] - sum(lists[1:]) if skew is None else turn * skew
@@ -136,7 +176,7 @@ class Examples:
         return self._split(np.lexsort((self._skew, self._rounded)))[::-1]
 
     def reading_order(self) -> Sequence[Index]:
-        """Return batches in the order of the rows (predictions are read beside their rows)."""
+        """Return batches in the order of the rows (predictions are read next to their rows)."""
         return [np.arange(i, min(i + self.batch_size, self._count)) for i in range(0, self._count, self.batch_size)]
 
     def _split(self, order: Index) -> list[Index]:
@@ -148,7 +188,7 @@ class Examples:
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
-    """Tell how many texts were longer than the context and what became of them."""
+    """Note how many texts were longer than the context and which part of them is used."""
     count = 0 if truncated is None else sum(map(int, truncated))
     if count:
         note(

@@ -56,7 +56,7 @@ class Fields:
         return "text" if rows.single and len(self.needed) == 1 else self.columns.get(name, name)
 
     def items(self, rows: Rows, read: Iterator[Row | Bad], skipped: Skipped) -> Iterator[Item]:
-        """Yield rows with the head's fields; ``skipped`` is told of those that are bad or lack a field."""
+        """Yield rows with the head's fields; ``skipped`` gets those that are bad or lack a field."""
         columns = [(name, self.column(name, rows)) for name in self.needed]
         document, begins = -1, False
         skipped.begin()
@@ -78,8 +78,8 @@ class Fields:
         for name, column in columns:
             if column not in row.data:
                 found = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
-                told = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {found}"
-                return Bad(told, row.file, row.number)
+                missing = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {found}"
+                return Bad(missing, row.file, row.number)
             value = row.data[column]
             problem = flaw(value) if isinstance(value, str) else self._problem(name, value)
             if problem:
@@ -110,7 +110,7 @@ def measure(read: Read, text: str | None) -> tuple[int, int]:
 
 
 def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None) -> Iterator[Item]:
-    """Yield the training or the validation part of a split that has to serve for both.
+    """Yield the training or the validation part of a split that serves as both.
 
     Of several documents (or rows) a random share is validation, at least one and the same for every ``data.seed``.
     Of a single text the last share of the characters is (``text``: the field it is in; None: rows cannot be cut).
@@ -139,7 +139,7 @@ def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, 
 
 
 class Columns(Mapping[str, Iterable[Any]]):
-    """Columns of a split that are read again whenever they are iterated, so that none need fit into memory.
+    """Columns of a split, read again by every iteration, so that none has to fit into memory.
 
     Attributes:
         at: the place of the row that was given last; empty before the first and after the last one.

@@ -18,8 +18,8 @@ from llmkit.data.rows import Skipped
 from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
 from llmkit.errors import UserError, note
 
-HELD_OUT = (1000, 2_000_000)  # rows and characters at the head of a stream that serve as validation
-SAMPLE = (10_000, 20_000_000)  # rows and characters after them that tokenizer and labels are learned from
+HELD_OUT = (1000, 2_000_000)  # at most so many rows and characters at the start of a stream are validation data
+SAMPLE = (10_000, 20_000_000)  # and so many after them train the tokenizer and give the labels
 
 
 def take(items: Iterable[Item], limits: tuple[int, int]) -> Iterator[Item]:
@@ -42,9 +42,9 @@ class Stream(IterableDataset[Batch]):
 
     Args:
         read: gives the rows of one shard, from (shard, number of shards).
-        skipped: what reading leaves out; the first shard tells of it, the first row at once, all at the end of a pass.
+        skipped: rows left out; the first shard reports them, the first row at once, all of them after each pass.
         pool: rows, or blocks of ``context`` tokens, that are shuffled together.
-        endless: begin again at the end, because ranks that run out early would leave the others waiting.
+        endless: start over at the end, because the other ranks would wait for one that runs out early.
     """
 
     read: Callable[[int, int], Iterator[Item]]
@@ -67,7 +67,7 @@ class Stream(IterableDataset[Batch]):
         info = get_worker_info()
         workers = info.num_workers if info else 1
         start = self.start
-        # The loader asks worker 0 first: after a resumption that one stands for the worker whose turn it is.
+        # The loader asks worker 0 first: in a resumed run that one takes the shard of the worker whose turn it is.
         worker = ((info.id if info else 0) + start) % workers
         shard = self.rank * workers + worker
         skip = (start - worker + workers - 1) // workers
@@ -80,13 +80,13 @@ class Stream(IterableDataset[Batch]):
             for batch in self._batches(shard, shards, number):
                 empty = False
                 yield batch
-            told = self.skipped.told(self.skipped.seen)
-            if empty and told and self.skipped.count == self.skipped.seen:
-                raise UserError(f"{self.skipped.key}: {told}")
+            report = self.skipped.told(self.skipped.seen)
+            if empty and report and self.skipped.count == self.skipped.seen:
+                raise UserError(f"{self.skipped.key}: {report}")
             if empty and self.endless:
                 raise UserError(f"{self.skipped.key}: too few rows for {shards} readers")
-            if told and shard == 0:
-                note(f"{self.skipped.key}: {told}")
+            if report and shard == 0:
+                note(f"{self.skipped.key}: {report}")
 
     def _batches(self, shard: int, shards: int, number: int) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, self.epoch, number, shard])
@@ -127,7 +127,7 @@ class Stream(IterableDataset[Batch]):
                 blocks -= blocks % self.batch_size
                 if blocks == 0 and yielded:
                     return
-                # All there is may be less than a batch: then it is padded.
+                # The whole stream may be less than a batch: then it is padded.
                 starts = rng.permutation(blocks or -(-(len(pool) - 1) // self.context)) * self.context
                 data = np.array(pool[: blocks * self.context + 1 if blocks else None])
                 found = self._tokens(data, num_bytes / seen)

@@ -33,7 +33,8 @@ def joined(pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool) -> Iterato
     """Yield ids to be joined, their bytes, and whether a document begins with them.
 
     Every document is followed by ``eos``, except one that is alone; with ``pack`` it begins with ``bos`` too, and
-    always ends with ``eos``. Documents without tokens are left out.
+    always ends with ``eos``. Documents without tokens are left out. Two documents ``a b`` and ``c`` become
+    ``a b eos c eos``, with ``pack`` ``bos a b eos bos c eos``.
     """
     document, count = -1, 0
     for piece in pieces:
@@ -75,7 +76,7 @@ def write_tokens(folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, pa
         for ids, count, begins in joined(pieces, tokenizer, pack):
             if begins:
                 starts.append(size)
-            file.write(np.asarray(ids, dtype).tobytes())  # unlike tofile it says that the disk is full
+            file.write(np.asarray(ids, dtype).tobytes())  # tofile would not report that the disk is full
             size += len(ids)
             num_bytes += count
     if pack:
@@ -91,7 +92,7 @@ def read_tokens(folder: Path) -> Tokens:
 
 
 class Order(Sequence[Index]):
-    """The batches of an epoch, which are cut when they are asked for: what is kept is four bytes a row.
+    """The batches of an epoch, each cut on access; only the permutation is stored, four bytes a row.
 
     Args:
         rng: shuffles the rows.
@@ -119,20 +120,23 @@ class Order(Sequence[Index]):
 class Blocks:
     """Blocks of ``context`` tokens cut from the stream of a split, with the next token as target.
 
-    Training order: every epoch has its own offset of the first block, so that blocks are not cut at the same places
-    again, and its own order. What is before the offset and too little for a block after the last one, less than two
-    contexts of tokens together, is read in other epochs. Evaluation: blocks from the first token on, each target
-    exactly once.
+    Training order: every epoch has its own offset of the first block, so that blocks are cut at other places, and its
+    own order. The tokens before the offset and the rest after the last block, together less than two contexts, are
+    read in other epochs. Evaluation: blocks from the first token on, each target exactly once.
+
+    13 tokens and a context of 4 give 2 training blocks, which begin at tokens 0 and 4, or 1 and 5, ... or 4 and 8
+    (token 12 is the last target). Evaluation has blocks at 0, 4 and 8. A block of 4 reads 5 tokens: ids are the first
+    4 of them, targets the last 4.
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int, pad_id: int) -> None:
         self.source, self.context, self.batch_size, self.pad_id = tokens, context, batch_size, pad_id
         self.size = tokens.size
-        # Room for any offset below the context, where the stream is long enough.
+        # One block fewer than fit, so that every offset up to the context is possible.
         self.training_rows = max(1, (self.size - context) // context)
 
     def __len__(self) -> int:
-        """Number of targets: none means that there is nothing to train on."""
+        """Number of targets; 0: there is nothing to train on."""
         return self.source.targets
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +150,7 @@ class Blocks:
 
     @cached_property
     def _file(self) -> int | None:
-        """The opened token file; None where the tokens are in memory, or the system (Windows) cannot read like that."""
+        """The opened token file; None where the tokens are in memory, or the system (Windows) has no ``pread``."""
         if not isinstance(self.source.data, Path) or not hasattr(os, "pread"):
             return None
         file = os.open(self.source.data, os.O_RDONLY)
@@ -156,7 +160,7 @@ class Blocks:
     def _spans(self, starts: Index, lengths: Index) -> NDArray[Any]:
         """Return the tokens of spans, one after the other.
 
-        They are read, not taken from the mapped array: all that was ever read of that counts as this process's memory.
+        They are read from the file: pages touched in the mapped array would count as this process's memory.
         """
         if self._file is None:
             return np.asarray(self.tokens[_ranges(starts, lengths)])
@@ -176,8 +180,8 @@ class Blocks:
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the batches of an epoch; the last one may be smaller."""
-        room = self.size - 1 - self.training_rows * self.context
-        offset = int(rng.integers(room + 1)) if room > 0 else 0
+        spare = self.size - 1 - self.training_rows * self.context
+        offset = int(rng.integers(spare + 1)) if spare > 0 else 0
         return Order(rng, self.training_rows, self.batch_size, offset, self.context)
 
     def evaluation_order(self) -> Sequence[Index]:
@@ -188,6 +192,7 @@ class Blocks:
         """Return the blocks that begin at these tokens as one finished batch."""
         width = self.context + 1
         last = self.size - 1
+        # Only a block that reaches beyond the last token is padded: all others take the short way.
         if int(starts.max()) + self.context <= last:
             ids_BU = self._spans(starts, np.full_like(starts, width)).reshape(-1, width).astype(np.int64)
             ids_BT, targets_BT, count = ids_BU[:, :-1], ids_BU[:, 1:], starts.size * self.context
@@ -210,7 +215,16 @@ class Packed(Blocks):
     A document ``bos, tokens, eos`` gives one target for each token but the first. One with more targets than the
     context is split into pieces of ``context`` positions, the last one shorter; the later pieces begin without
     ``bos`` and without the text before them. Pieces are placed into rows best fit first, once for all epochs (they
-    do not see each other, so their company does not matter); an epoch is a new order of the rows.
+    do not see each other, so it does not matter which of them share a row); an epoch is a new order of the rows.
+
+    With a context of 4, documents ``bos a b c d e eos`` (6 targets) and ``bos f eos`` (2 targets) are three pieces::
+
+        start   0  4  7      first token of the piece in the stream
+        length  4  2  2      positions, which are targets too: a piece reads length + 1 tokens
+        row     0  1  1
+
+        row 0   ids bos a b c    targets a b c d      segments 1 1 1 1
+        row 1   ids d e bos f    targets e eos f eos  segments 1 1 2 2
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int, pad_id: int) -> None:
@@ -219,7 +233,7 @@ class Packed(Blocks):
         bounds = tokens.starts
         targets = np.diff(bounds) - 1
         pieces = -(-targets // context)
-        number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. within a document
+        number = _ranges(np.zeros_like(pieces), pieces)  # 0, 1, ... within each document
         start = np.repeat(bounds[:-1], pieces) + number * context
         length = np.minimum(np.repeat(targets, pieces) - number * context, context)
         row = best_fit(length, context)
@@ -239,17 +253,19 @@ class Packed(Blocks):
 
     def __getitem__(self, rows: Index) -> Batch:
         """Return these rows as one finished batch, with ``segments``."""
-        counts = self._first[rows + 1] - self._first[rows]
-        piece = _ranges(self._first[rows], counts)
-        row = np.repeat(np.arange(rows.size), counts)
-        segment = _ranges(np.ones_like(counts), counts)
-        length = self._length[piece]
-        tokens = self._spans(self._start[piece], length + 1)
-        source = _ranges(np.cumsum(length + 1) - length - 1, length)  # all but the last one of each piece
-        # The pieces of a row stand one after the other: its first position plus what the earlier ones took.
+        # Comments: both rows of the example above.
+        counts = self._first[rows + 1] - self._first[rows]  # pieces of each row: 1 2
+        piece = _ranges(self._first[rows], counts)  # 0 1 2
+        row = np.repeat(np.arange(rows.size), counts)  # of each piece: 0 1 1
+        segment = _ranges(np.ones_like(counts), counts)  # of each piece: 1 1 2
+        length = self._length[piece]  # 4 2 2
+        tokens = self._spans(self._start[piece], length + 1)  # bos a b c d, d e eos, bos f eos
+        # Where the inputs of each piece are in ``tokens``, all but its last one: 0-3, 5-6, 8-9. Targets are one later.
+        source = _ranges(np.cumsum(length + 1) - length - 1, length)
+        # Positions before each piece, in all rows (0 4 6), then in its own row (0 0 2).
         taken = np.cumsum(length) - length
         taken -= np.repeat(taken[np.cumsum(counts) - counts], counts)
-        place = _ranges(row * self.context + taken, length)
+        place = _ranges(row * self.context + taken, length)  # in the flattened batch: 0-3, 4-5, 6-7
         ids = np.full(rows.size * self.context, self.pad_id, np.int64)
         targets = np.full_like(ids, IGNORE)
         segments = np.zeros_like(ids)
@@ -265,27 +281,33 @@ class Packed(Blocks):
 
 
 def best_fit(lengths: NDArray[Any], capacity: int, pool: int = 4096) -> Index:
-    """Return the row of each item: longest first, into the fullest row that has room (pool by pool)."""
+    """Return the row of each item: longest first, into the fullest row that it fits into.
+
+    Lengths 5, 3, 7, 2 and 3 with capacity 10: the 7 opens row 0, the 5 row 1; the first 3 fills row 0, which has less
+    space left than row 1; the other 3 and the 2 fill row 1. The answer is [1, 0, 0, 1, 1].
+
+    Items are placed in pools of ``pool``, each with rows of its own, so that the time is linear in their number.
+    """
     rows = np.empty(len(lengths), np.int64)
     count = 0
     for begin in range(0, len(lengths), pool):
         part = lengths[begin : begin + pool]
-        room: list[tuple[int, int]] = []  # (free positions, row), sorted
+        space: list[tuple[int, int]] = []  # (free positions, row), sorted
         for item in np.argsort(-part, kind="stable").tolist():
             length = int(part[item])
-            at = bisect_left(room, (length, -1))
-            if at < len(room):
-                free, row = room.pop(at)
+            at = bisect_left(space, (length, -1))  # the smallest space that is large enough
+            if at < len(space):
+                free, row = space.pop(at)
             else:
                 free, row, count = capacity, count, count + 1
             rows[begin + item] = row
             if free > length:
-                insort(room, (free - length, row))
+                insort(space, (free - length, row))
     return rows
 
 
 def _ranges(starts: NDArray[Any], counts: NDArray[Any]) -> Index:
-    """Return start, start + 1, ... (count of them) of each pair, one after the other."""
+    """Return start, start + 1, ..., count numbers for each pair: starts 5, 0 and counts 3, 2 give 5 6 7 0 1."""
     return np.asarray(np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()), np.int64)
 
 

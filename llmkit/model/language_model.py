@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -175,7 +176,9 @@ class LanguageModel(pl.LightningModule):
     def batch_shape(self) -> str:
         """The shapes of the last training batch, in words, once there was one."""
         shapes = (
-            f"{name} {' x '.join(map(str, value.shape))}" for name, value in self._step.batch.items() if value.dim()
+            f"{name} {' x '.join(map(str, value.shape))}"
+            for name, value in self._step.batch.items()
+            if isinstance(value, Tensor) and value.dim()
         )
         told = ", ".join(shapes)
         return f" (the last batch: {told})" if told else ""
@@ -296,7 +299,7 @@ class LanguageModel(pl.LightningModule):
         features = self.head.encode(columns, self.tokenizer, self.context)
         note_truncated(self.head, features.get("truncated"), len(rows), self.context)
         items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
-        batch = {name: value.to(self.device) for name, value in self.head.collate(items, self.tokenizer).items()}
+        batch = move_data_to_device(self.head.collate(items, self.tokenizer), self.device)
         return self.head.predict(self.network, batch, self.tokenizer, options or self.head.decoding, **extra)
 
     # Checkpoints

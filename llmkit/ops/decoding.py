@@ -19,7 +19,7 @@ OnToken = Callable[[int, int], None]
 """Called with (row, token id) as soon as a token is chosen."""
 
 LOOK_EVERY = {"cpu": 1}
-"""After how many steps the host looks at the chosen tokens, by device; else 16, for a look waits for the device."""
+"""Steps between two looks of the host at the chosen tokens, by device; else 16, since a look waits for the device."""
 
 
 class Decoder:
@@ -104,7 +104,7 @@ def by_columns(weight: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Have torch do without oneDNN, which prepares every call anew: for one position that is most of its time."""
+    """Switch oneDNN off: it prepares every call from scratch, which for one position takes most of the time."""
     backend: Any = torch.backends.mkldnn
     before = backend.enabled
     # Half precision is nowhere else as fast.
@@ -116,8 +116,8 @@ def _without_onednn() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def laid_out(net: Network) -> Iterator[None]:
-    """Have linear maps and recurrences of a network read their weights from copies ``by_columns`` meanwhile."""
+def column_major(net: Network) -> Iterator[None]:
+    """Let linear maps and recurrences of a network read copies ``by_columns`` of their weights within this block."""
     own: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for module in net.modules() if isinstance(net, nn.Module) else ():
@@ -143,27 +143,46 @@ def generate(
     device: torch.device | str = "cpu",
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by sampling (greedy at temperature 0) and return the new ids, without the final eos.
+    """Continue each prompt and return the new ids, without the final eos.
 
-    A text that outgrows the context goes on from its last half.
+    With ``num_beams`` above 1 by beam search, else by sampling, which is greedy at temperature 0. When sampling, a text
+    that outgrows the context is continued from its last half; a beam search ends at the context.
 
     Args:
         net: the network, in eval mode.
-        prompts: ids of each prompt, at least one each; with a memory, the start of each target.
+        prompts: ids of each prompt, at least one each; with a memory, the start of each target. For a beam search all
+            have one length.
         options: see DecodingOptions; ``max_new_tokens`` must be set.
         eos_id: ends a row.
-        banned: ids that are never chosen (padding and the like).
+        banned: ids that are never chosen (padding, for example).
         memory: the encoder's output, for an encoder-decoder.
         device: where the network is.
-        on_token: told of each token as it is chosen.
+        on_token: called with each token as it is chosen; sampling only.
     """
     assert options.max_new_tokens is not None
-    device = torch.device(device)
-    choose = Chooser(options, banned, device)
+    with column_major(net):
+        if options.num_beams > 1:
+            banned_ids = torch.tensor(list(banned), dtype=torch.long, device=device)
+            return _beam_search(net, prompts, options, options.max_new_tokens, eos_id, banned_ids, memory)
+        choose = Chooser(options, banned, torch.device(device))
+        return _sample(net, prompts, choose, options.max_new_tokens, eos_id, memory, on_token)
+
+
+def _sample(
+    net: Network,
+    prompts: list[list[int]],
+    choose: Chooser,
+    steps: int,
+    eos_id: int,
+    memory: Memory | None,
+    on_token: OnToken | None,
+) -> list[list[int]]:
+    """Continue each prompt by at most ``steps`` tokens, one ``choose`` at a time; see ``generate``."""
+    device = choose.banned.device
     texts = [list(prompt) for prompt in prompts]
     starts = [max(0, len(text) - net.max_length) for text in texts]  # of what the network still sees of each text
     new: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # the prompts that rows of the decoder belong to
+    active = list(range(len(prompts)))  # the prompt of each row of the decoder
     waiting: list[Tensor] = []  # the tokens of steps that the host has not looked at yet, (B,) each
     look_every = 1 if on_token is not None else LOOK_EVERY.get(device.type, 16)
     done: set[int] = set()
@@ -183,35 +202,34 @@ def generate(
 
     decoder: Decoder | None = None
     chosen_B = torch.empty(0)
-    with laid_out(net):
-        for step in range(1, options.max_new_tokens + 1):
-            if decoder is None or decoder.columns + 1 >= net.max_length:
-                if decoder is not None:
-                    if waiting:
-                        look()
-                    for row in active:
-                        if len(texts[row]) - starts[row] >= net.max_length:  # a row is not cut by its neighbours
-                            starts[row] = len(texts[row]) - max(1, net.max_length // 2)
-                    memory = decoder.memory
-                decoder = Decoder(net, len(active), net.max_length, memory)
-                kept = [texts[row][starts[row] :] for row in active]
-                segments_BT = segments_of([len(text) for text in kept])
-                segments_BT = None if segments_BT is None else segments_BT.to(device)
-                scores_BV = decoder.feed(padded(kept, eos_id).to(device), segments_BT)
-            else:
-                scores_BV = decoder.feed(chosen_B[:, None])
-            chosen_B = choose(scores_BV)
-            waiting.append(chosen_B)
-            if len(waiting) < look_every and step < options.max_new_tokens:
-                continue
-            look()
-            if len(done) == len(prompts):
-                break
-            rows = [index for index, row in enumerate(active) if row not in done]
-            if 2 * len(rows) <= len(active):  # what is left is worth moving together
-                rows_B = torch.tensor(rows, device=device)
-                decoder.reorder(rows_B)
-                chosen_B, active = chosen_B[rows_B], [active[index] for index in rows]
+    for step in range(1, steps + 1):
+        if decoder is None or decoder.columns + 1 >= net.max_length:
+            if decoder is not None:
+                if waiting:
+                    look()
+                for row in active:
+                    if len(texts[row]) - starts[row] >= net.max_length:  # a row is not cut by its neighbours
+                        starts[row] = len(texts[row]) - max(1, net.max_length // 2)
+                memory = decoder.memory
+            decoder = Decoder(net, len(active), net.max_length, memory)
+            kept = [texts[row][starts[row] :] for row in active]
+            segments_BT = segments_of([len(text) for text in kept])
+            segments_BT = None if segments_BT is None else segments_BT.to(device)
+            scores_BV = decoder.feed(padded(kept, eos_id).to(device), segments_BT)
+        else:
+            scores_BV = decoder.feed(chosen_B[:, None])
+        chosen_B = choose(scores_BV)
+        waiting.append(chosen_B)
+        if len(waiting) < look_every and step < steps:
+            continue
+        look()
+        if len(done) == len(prompts):
+            break
+        rows = [index for index, row in enumerate(active) if row not in done]
+        if 2 * len(rows) <= len(active):  # what is left is worth moving together
+            rows_B = torch.tensor(rows, device=device)
+            decoder.reorder(rows_B)
+            chosen_B, active = chosen_B[rows_B], [active[index] for index in rows]
     return new
 
 
@@ -249,7 +267,7 @@ class Chooser:
             ordered = ordered.masked_fill(share.cumsum(-1) - share >= options.top_p, -torch.inf)
             scores_BV = torch.empty_like(scores_BV).scatter_(-1, order, ordered)
         shares_BV = scores_BV.softmax(-1)
-        # A device cannot be asked without waiting for it, and drawing from NaN would break it: ``check`` asks later.
+        # Asking the device now would wait for it, and drawing from NaN would break it: ``check`` asks later.
         self.broken |= shares_BV.isnan().any()
         return torch.multinomial(shares_BV.nan_to_num(1.0), 1, generator=self.generator)[:, 0]
 
@@ -259,74 +277,66 @@ class Chooser:
             raise UserError("the model's scores are NaN or infinite: its weights have diverged, or are damaged")
 
 
-@torch.inference_mode()
-def beam_search(
+def _beam_search(
     net: Network,
     prompts: list[list[int]],
     options: DecodingOptions,
-    *,
+    steps: int,
     eos_id: int,
-    banned: Rows[int] = (),
-    memory: Memory | None = None,
-    device: torch.device | str = "cpu",
+    banned_ids: Tensor,
+    memory: Memory | None,
 ) -> list[list[int]]:
-    """Return, for each prompt, the continuation with the best length-normalised log probability.
+    """Return, for each prompt, the continuation with the best length-normalised log probability; see ``generate``.
 
     The score of a finished continuation Y, eos included, is log p(Y) / ((5 + |Y|) / 6) ** length_penalty. A prompt is
-    done when ``num_beams`` continuations are finished and no open one can still beat the worst of them at its present
-    length. All prompts must have one length when they are not a single start symbol.
-
-    Args: as for ``generate``.
+    done when ``num_beams`` continuations are finished and no open one, at its present length, beats the worst of them.
     """
-    assert options.max_new_tokens is not None
-    beams = options.num_beams
-    most = min(options.max_new_tokens, net.max_length - max(map(len, prompts)))
-    banned_ids = torch.tensor(list(banned), dtype=torch.long, device=device)
+    beams, device = options.num_beams, banned_ids.device
+    most = min(steps, net.max_length - max(map(len, prompts)))
 
     def normalised(score: float, length: int) -> float:
         return float(score / ((5 + length) / 6) ** options.length_penalty)
 
     finished: list[list[Beam]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # the prompts that rows of the decoder belong to, in order
+    active = list(range(len(prompts)))  # the prompt of each group of the decoder's rows
     beams_of: list[list[Beam]] = [[(0.0, [])] for _ in prompts]  # open ones of the active prompts: all begin alike
-    with laid_out(net):
-        decoder = Decoder(net, len(prompts), len(prompts[0]) + max(most, 1), memory)
-        scores_BV = decoder.feed(torch.tensor(prompts, device=device))
-        for length in range(1, most + 1):
-            sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
-            # Twice as many candidates as beams: eos can use up at most one continuation of each.
-            candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
-            keep: list[int] = []
-            still: list[int] = []
-            going_on: list[list[Beam]] = []
-            for index, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
-                texts = [text for _, text in beams_of[index]]
-                open_beams: list[tuple[float, int, int]] = []
-                for rank, (score, parent, token) in enumerate(found):
-                    if token == eos_id:
-                        if rank < beams and score > -torch.inf:
-                            finished[prompt].append((normalised(score, length), texts[parent]))
-                    elif len(open_beams) < beams:
-                        open_beams.append((score, parent, token))
-                # A vocabulary smaller than the beam leaves some of its places empty.
-                open_beams += [(-torch.inf, 0, eos_id)] * (beams - len(open_beams))
-                finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
-                full = len(finished[prompt]) == beams
-                if full and normalised(open_beams[0][0], length) <= finished[prompt][-1][0]:
-                    continue
-                still.append(prompt)
-                keep += [index * len(texts) + parent for _, parent, _ in open_beams]
-                going_on.append([(score, [*texts[parent], token]) for score, parent, token in open_beams])
-            same_prompts = len(still) * sums_NW.shape[1] == len(scores_BV) and sums_NW.shape[1] == beams
-            active, beams_of = still, going_on
-            if not active:
-                break
-            if length < most:
-                if not same_prompts or keep != list(range(len(keep))):
-                    decoder.reorder(torch.tensor(keep, device=device), same_prompts)
-                last = [[text[-1]] for rows in beams_of for _, text in rows]
-                scores_BV = decoder.feed(torch.tensor(last, device=device))
-    for prompt, rows in zip(active, beams_of, strict=True):  # out of room: open beams count as they stand
+    decoder = Decoder(net, len(prompts), len(prompts[0]) + max(most, 1), memory)
+    scores_BV = decoder.feed(torch.tensor(prompts, device=device))
+    for length in range(1, most + 1):
+        sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
+        # Twice as many candidates as beams: eos can use up at most one continuation of each.
+        candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
+        keep: list[int] = []
+        still: list[int] = []
+        extended: list[list[Beam]] = []
+        for index, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
+            texts = [text for _, text in beams_of[index]]
+            open_beams: list[tuple[float, int, int]] = []
+            for rank, (score, parent, token) in enumerate(found):
+                if token == eos_id:
+                    if rank < beams and score > -torch.inf:
+                        finished[prompt].append((normalised(score, length), texts[parent]))
+                elif len(open_beams) < beams:
+                    open_beams.append((score, parent, token))
+            # A vocabulary smaller than the beam leaves some of its places empty.
+            open_beams += [(-torch.inf, 0, eos_id)] * (beams - len(open_beams))
+            finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
+            full = len(finished[prompt]) == beams
+            if full and normalised(open_beams[0][0], length) <= finished[prompt][-1][0]:
+                continue
+            still.append(prompt)
+            keep += [index * len(texts) + parent for _, parent, _ in open_beams]
+            extended.append([(score, [*texts[parent], token]) for score, parent, token in open_beams])
+        same_prompts = len(still) * sums_NW.shape[1] == len(scores_BV) and sums_NW.shape[1] == beams
+        active, beams_of = still, extended
+        if not active:
+            break
+        if length < most:
+            if not same_prompts or keep != list(range(len(keep))):
+                decoder.reorder(torch.tensor(keep, device=device), same_prompts)
+            last = [[text[-1]] for rows in beams_of for _, text in rows]
+            scores_BV = decoder.feed(torch.tensor(last, device=device))
+    for prompt, rows in zip(active, beams_of, strict=True):  # at the limit: open beams count as they stand
         finished[prompt] += [(normalised(score, len(text)), text) for score, text in rows]
     return [max(found, key=lambda item: item[0])[1] if found else [] for found in finished]
 

@@ -16,11 +16,11 @@ from torchmetrics import Metric
 from llmkit.contracts import Loss
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
-"""What sums are kept in; Apple's GPUs have no doubles."""
+"""Dtype of accumulated sums; Apple's GPUs have no doubles."""
 
 
-class MeanLoss(Metric):
-    """Mean loss in nats a token or example."""
+class SumOverCount(Metric):
+    """A sum over a count, both added up over batches and processes; a base class."""
 
     full_state_update = False
     total: Tensor
@@ -31,14 +31,32 @@ class MeanLoss(Metric):
         self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
 
-    def update(self, loss: Loss) -> None:
-        """Add a summed loss."""
-        self.total += loss.total.detach()
-        self.count += loss.count
+    def add(self, total: Tensor | float, count: Tensor | int) -> None:
+        """Add ``count`` values whose sum is ``total``."""
+        self.total += total.detach() if isinstance(total, Tensor) else total
+        self.count += count
 
     def compute(self) -> Tensor:
         """Return total / count."""
         return self.total / self.count
+
+
+class Mean(SumOverCount):
+    """Mean of values that come as a sum and their number (accuracy, exact match)."""
+
+    def update(self, total: float, count: int) -> None:
+        """Add ``count`` values whose sum is ``total``."""
+        self.add(total, count)
+
+
+class MeanLoss(SumOverCount):
+    """Mean loss in nats a token or example."""
+
+    higher_is_better = False
+
+    def update(self, loss: Loss) -> None:
+        """Add a summed loss."""
+        self.add(loss.total, loss.count)
 
 
 class Perplexity(MeanLoss):
@@ -49,13 +67,14 @@ class Perplexity(MeanLoss):
         return super().compute().exp()
 
 
-class BitsPerByte(MeanLoss):
+class BitsPerByte(SumOverCount):
     """Loss in bits for each UTF-8 byte of the text, comparable between tokenizers."""
 
-    def update(self, loss: Loss, num_bytes: Tensor | None = None) -> None:
+    higher_is_better = False
+
+    def update(self, loss: Loss, num_bytes: Tensor) -> None:
         """Add a summed loss and the number of bytes it covers."""
-        assert num_bytes is not None
-        super().update(Loss(loss.total / math.log(2), num_bytes.sum()))
+        self.add(loss.total / math.log(2), num_bytes.sum())
 
 
 class _CorpusScore(Metric):
@@ -67,7 +86,7 @@ class _CorpusScore(Metric):
     def __init__(self, scorer: Any) -> None:
         super().__init__()
         self.scorer = scorer
-        # The statistics are plain counts; their number follows from one example.
+        # The statistics are counts; one example shows how many there are.
         width = len(scorer._extract_corpus_statistics(["a"], [["a"]])[0])
         self.add_state("statistics", torch.zeros(width, dtype=EXACT), dist_reduce_fx="sum")
 
@@ -109,43 +128,38 @@ _ONE_BY_ONE = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff
 _ROUGE_TOKEN = re.compile(rf"[{_ONE_BY_ONE}]|[^\W_{_ONE_BY_ONE}]+")
 
 
-class ROUGE(Metric):
+class ROUGE(SumOverCount):
     """Mean F-measure of ROUGE over all texts, each against one reference, 0 to 100.
 
     Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
-    Tokens are runs of letters and digits in lower case, not stemmed, and the single characters of Chinese and
-    Japanese. On plain ASCII text that gives the numbers of the ``rouge_score`` package without its stemmer.
+    Tokens are runs of letters and digits in lower case, not stemmed, and single characters in Chinese and Japanese.
+    On plain ASCII text this equals the ``rouge_score`` package without its stemmer.
 
     Args:
-        kind: ``1`` or ``2``: what is counted are tokens or pairs of tokens; ``L``: the longest common subsequence.
+        kind: ``1`` or ``2``: tokens or pairs of tokens are counted; ``L``: the longest common subsequence.
     """
 
-    full_state_update = False
-    total: Tensor
-    count: Tensor
+    higher_is_better = True
 
     def __init__(self, kind: Literal["1", "2", "L"]) -> None:
         super().__init__()
         self.kind = kind
-        self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
 
     def update(self, predictions: list[str], references: list[str]) -> None:
         """Add texts and their references."""
         for pair in zip(predictions, references, strict=True):
-            self.total += self._f_measure(*(_ROUGE_TOKEN.findall(text.lower()) for text in pair))
-        self.count += len(predictions)
+            self.add(self._f_measure(*(_ROUGE_TOKEN.findall(text.lower()) for text in pair)), 1)
 
     def compute(self) -> Tensor:
         """Return the mean F-measure, 0 to 100."""
         return 100 * self.total / self.count
 
-    def _f_measure(self, tokens: list[str], wanted: list[str]) -> float:
+    def _f_measure(self, predicted: list[str], reference: list[str]) -> float:
         """Return 2PR / (P + R), which is twice the common units over the units of both."""
         if self.kind == "L":
-            common, units = _common_subsequence(tokens, wanted), len(tokens) + len(wanted)
+            common, units = _common_subsequence(predicted, reference), len(predicted) + len(reference)
         else:
-            grams, others = (self._grams(row) for row in (tokens, wanted))
+            grams, others = (self._grams(row) for row in (predicted, reference))
             common, units = (grams & others).total(), grams.total() + others.total()
         return 2 * common / units if units else 0.0
 
@@ -162,28 +176,6 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
         for i, other in enumerate(b, 1):
             diagonal, best[i] = best[i], diagonal + 1 if token == other else max(best[i], best[i - 1])
     return best[-1]
-
-
-class Mean(Metric):
-    """Mean of values that come as sums with their number (an accuracy, a score of texts)."""
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-
-    def update(self, total: float, count: int) -> None:
-        """Add ``count`` values whose sum is ``total``."""
-        self.total += total
-        self.count += count
-
-    def compute(self) -> Tensor:
-        """Return total / count."""
-        return self.total / self.count
 
 
 _SAME_PREFIX = {"M": "I", "L": "E", "U": "S"}  # BMES and BILOU, as BIOES writes them
@@ -210,7 +202,7 @@ def entities(tags: list[str]) -> list[tuple[str, int, int]]:
 
 
 class EntityScore(Metric):
-    """Precision, recall or F1 of entities, 0 to 1: right are those with label, first and last word right.
+    """Precision, recall or F1 of entities, 0 to 1; an entity is right if its label, first and last word are.
 
     Computed over all entities together (micro average), as conlleval and seqeval do.
     """
@@ -223,16 +215,16 @@ class EntityScore(Metric):
         self.kind = kind
         self.add_state("counts", torch.zeros(3, dtype=EXACT), dist_reduce_fx="sum")
 
-    def update(self, predicted: list[list[str]], wanted: list[list[str]]) -> None:
+    def update(self, predicted: list[list[str]], expected: list[list[str]]) -> None:
         """Add the tags of sentences."""
-        pairs = [(set(entities(a)), set(entities(b))) for a, b in zip(predicted, wanted, strict=True)]
-        rows = [[0, 0, 0], *([len(found & there), len(found), len(there)] for found, there in pairs)]
+        pairs = [(set(entities(a)), set(entities(b))) for a, b in zip(predicted, expected, strict=True)]
+        rows = [[0, 0, 0], *([len(a & b), len(a), len(b)] for a, b in pairs)]
         self.counts += self.counts.new_tensor(rows).sum(0)
 
     def compute(self) -> Tensor:
-        """Return the score; 0 where nothing was found or there was nothing to find."""
-        right, found, there = self.counts
-        of = {"precision": found, "recall": there, "f1": (found + there) / 2}[self.kind]
+        """Return the score; 0 where no entity was predicted or none is in the references."""
+        right, predicted, expected = self.counts
+        of = {"precision": predicted, "recall": expected, "f1": (predicted + expected) / 2}[self.kind]
         score: Tensor = right / of.clamp(min=0.5)  # the least number of entities that is not zero
         return score
 
@@ -240,18 +232,18 @@ class EntityScore(Metric):
 def answer_scores(answer: str, references: list[str], by_character: bool = False) -> tuple[float, float]:
     """Return exact match and F1 of an answer, 0 to 1, each against the reference where it is best.
 
-    By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the words that
-    both have, after lower-casing, without ASCII punctuation and the articles a, an and the. By character, for texts
-    without blanks between words, it is the same for single characters, without any punctuation and white space.
+    By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the common
+    words, in lower case, without ASCII punctuation and the articles a, an and the. By character, for scripts without
+    spaces between words, it is the same for single characters, without punctuation and white space.
     Without references both are 0.
     """
     words = _answer_words(answer, by_character)
     exact = best = 0.0
     for reference in references:
-        wanted = _answer_words(reference, by_character)
-        exact = max(exact, float(words == wanted))
-        common = (Counter(words) & Counter(wanted)).total()
-        best = max(best, 2 * common / max(1, len(words) + len(wanted)))
+        expected = _answer_words(reference, by_character)
+        exact = max(exact, float(words == expected))
+        common = (Counter(words) & Counter(expected)).total()
+        best = max(best, 2 * common / max(1, len(words) + len(expected)))
     return exact, best
 
 

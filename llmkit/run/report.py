@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.lightning import set_validation_interval
@@ -102,7 +103,7 @@ class RunReport(Callback):
         batch = next(iter(loader), None) if loader else None
         if batch is None:
             return None
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        batch = move_data_to_device(batch, model.device)
         model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             return model.head.sample(model.network, batch, model.tokenizer)

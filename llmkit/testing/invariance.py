@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
@@ -233,7 +234,8 @@ class Examined:
         return self._moved(self.source[rows])
 
     def _moved(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device) for name, value in batch.items()}
+        moved: Batch = move_data_to_device(batch, self.device)
+        return moved
 
     def losses(self, ways: Ways) -> list[Finding]:
         """Compare the training loss, in eval mode, and what it counts, batch by batch with the sums of their rows."""

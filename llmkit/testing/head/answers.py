@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from llmkit.ops.metrics import MeanLoss
 from llmkit.testing.attention.cases import gap
 from llmkit.testing.head.subject import CONTEXT, TOKENIZER, ContractNetwork, Subject, alike, close_to, items_of, sums
 from llmkit.testing.report import NotApplicable, Properties, Violation
@@ -44,11 +43,7 @@ def metrics(subject: Subject) -> str:
                 raise Violation(f"monitor is '{name}', and the validation metrics are {', '.join(found)}")
             if found[name].compute().numel() != 1:
                 raise Violation(f"monitor is '{name}', which has the shape {tuple(found[name].compute().shape)}")
-            better = (
-                "min"
-                if isinstance(found[name], MeanLoss)
-                else {True: "max", False: "min"}.get(found[name].higher_is_better)
-            )
+            better = {True: "max", False: "min"}.get(found[name].higher_is_better)
             if better not in (None, side):
                 raise Violation(
                     f"monitor is ('{name}', '{side}'), and {type(found[name]).__name__} is better at the {better}"

@@ -105,7 +105,7 @@ def _unfit(subject: Subject, what: str, error: Exception) -> str:
 
 
 @PROPERTIES(
-    "rows become ints and lists of ints, each row as it would be alone, with or without targets",
+    "rows become ints, lists of ints and strings, each row as it would be alone, with or without targets",
     "Preparing the data fails, or features depend on the neighbours of a row.",
     essential=True,
 )
@@ -146,17 +146,18 @@ def _check_features(features: Any, count: int) -> None:
         if len(values) != count:
             raise Violation(f"feature '{name}' has {len(values)} values for {count} rows")
         for value in values:
-            numbers = value if isinstance(value, list) else [value]
+            numbers = value if isinstance(value, list) else [] if isinstance(value, str) else [value]
             wrong = [number for number in numbers if type(number) is not int]
             if wrong:
-                raise Violation(f"feature '{name}' holds {wrong[0]!r:.40} ({type(wrong[0]).__name__}), expected ints")
+                told = f"{wrong[0]!r:.40} ({type(wrong[0]).__name__}), expected ints or a string"
+                raise Violation(f"feature '{name}' holds {told}")
     for number in features.get("truncated", []):
         if number not in (0, 1):
             raise Violation(f"feature 'truncated' is {number}, expected 0 or 1")
 
 
 @PROPERTIES(
-    "items become a batch of tensors",
+    "items become a batch of tensors and lists of strings",
     "A batch cannot be moved to the device.",
     essential=True,
 )
@@ -169,11 +170,14 @@ def collates(subject: Subject) -> str:
         given = copy.deepcopy(items)
         batch = head.collate(given, TOKENIZER)
         for name, value in batch.items():
-            if not isinstance(value, Tensor):
-                raise Violation(f"'{name}' of a batch of {len(items)} is {type(value).__name__}, expected a tensor")
+            strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            if not (strings or isinstance(value, Tensor)):
+                told = f"is a {type(value).__name__}, expected a tensor or a list of strings"
+                raise Violation(f"'{name}' of a batch of {len(items)} {told}")
         if given != items:
             raise Violation("collate changes the features that it is given, and they are used again")
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+    sizes = {name: tuple(value.shape) if isinstance(value, Tensor) else len(value) for name, value in batch.items()}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 @PROPERTIES(
@@ -365,7 +369,7 @@ def changes_nothing(subject: Subject) -> None:
     both = nn.ModuleDict({"head": head, "net": net})
     before = {name: value.clone() for name, value in both.state_dict().items()}
     batch = subject.batch(subject.items, head=head)
-    kept = {name: value.clone() for name, value in batch.items()}
+    kept = copy.deepcopy(batch)
     for stage in subject.stages:
         head.evaluate(ContractNetwork(net), batch, head.metrics(stage), TOKENIZER)
     with torch.no_grad():
@@ -377,7 +381,7 @@ def changes_nothing(subject: Subject) -> None:
         if parameter.grad is not None:
             raise Violation(f"'{name}' has a gradient after evaluate and predict")
     for name, value in batch.items():
-        if not torch.equal(value, kept[name]):
+        if not (torch.equal(value, kept[name]) if isinstance(value, Tensor) else value == kept[name]):
             raise Violation(f"evaluate changes '{name}' of the batch in place")
     if net.training or head.training:
         raise Violation("after evaluate and predict it is in training mode")

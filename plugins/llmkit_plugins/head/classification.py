@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
 from llmkit.ops.metrics import MeanLoss
-from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+from llmkit.sequence import DecodingOptions, Sequence, first_rows, padded, segments_of
 
 
 class Classification(Head):
@@ -47,7 +47,7 @@ class Classification(Head):
         return {"labels": self.labels}
 
     def set_info(self, info: dict[str, Any]) -> None:
-        """Restore the label names. Raises TypeError when they are no texts."""
+        """Restore the label names. Raises TypeError when they are not texts."""
         "".join(info["labels"])
         self.labels = list(info["labels"])
 
@@ -138,7 +138,7 @@ class Classification(Head):
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
         """Return the labels of three texts."""
-        rows = {name: value[:3] for name, value in batch.items()}
+        rows = first_rows(batch, 3)
         answers = self.predict(net, rows, tokenizer, self.decoding)
         texts = tokenizer.decode_batch(rows["ids"].tolist())
         return "\n".join(f"{self.show(answer)}\t{text[:100]}" for answer, text in zip(answers, texts, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.decoding import OnToken, beam_search, generate
+from llmkit.ops.decoding import OnToken, generate
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import BitsPerByte, MeanLoss, Perplexity
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
@@ -75,7 +75,7 @@ class Generation(Head):
         }
         if options.num_beams > 1:
             # Rows of different lengths cannot share a beam search.
-            new = [beam_search(net, [prompt[-net.max_length // 2 :]], options, **arguments)[0] for prompt in prompts]
+            new = [generate(net, [prompt[-net.max_length // 2 :]], options, **arguments)[0] for prompt in prompts]
         else:
             new = generate(net, prompts, options, on_token=on_token, **arguments)
         texts = tokenizer.decode_batch(new)

@@ -17,7 +17,7 @@ from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.generation import special_ids
 
 MASK = "[MASK]"
-"""What stands in a text for a token that is to be guessed."""
+"""Marks a token to guess in a text."""
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that become the mask token and a random token; the others stay as they are."""
@@ -29,7 +29,7 @@ class MaskedLM(Head):
     Devlin et al. 2019, arXiv:1810.04805. Each token is chosen with probability ``mask_rate``; special ones, the unknown
     token among them, never are. Of the chosen tokens 80 % become the mask token, 10 % a random token, and 10 % stay;
     the loss is that of guessing the chosen ones. In training the choice is random; in evaluation it is a function of
-    the document's tokens alone, so that figures can be compared.
+    the document's tokens alone, so that results can be compared.
 
     To ask it, write ``[MASK]`` in a text; each one is answered with the best ``decoding.top_k`` tokens.
 
@@ -91,7 +91,7 @@ class MaskedLM(Head):
         else:
             draws_3BT = fixed_draws(ids_BT, seq)
         given_BT, chosen_BT = self.hide(ids_BT, draws_3BT)
-        # Only chosen places are multiplied with the vocabulary: on an accelerator worth the wait for their number.
+        # Only chosen places are multiplied with the vocabulary, which is worth waiting for their number on a GPU.
         return net.encode(given_BT, seq).x_BSD[chosen_BT], ids_BT[chosen_BT]
 
     def hide(self, ids_BT: Tensor, draws_3BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class MaskedLM(Head):
         return torch.where(chosen_BT, instead_BT, ids_BT), chosen_BT
 
     def _sequence(self, batch: Batch) -> Sequence:
-        """Return the sequence of a batch. The last block of a split is padded, and no segments say so."""
+        """Return the sequence of a batch. The last block of a split is padded without segments."""
         ids_BT, segments_BT = batch["ids"], batch.get("segments")
         if segments_BT is None and bool((ids_BT == self.pad_id).any()):
             segments_BT = (ids_BT != self.pad_id).long()
@@ -184,9 +184,9 @@ class MaskedLM(Head):
 
 
 def fixed_draws(ids_BT: Tensor, seq: Sequence) -> Tensor:
-    """Return numbers in [0, 1) that follow from a document's tokens and the place in it alone, (3, B, T).
+    """Return numbers in [0, 1) that depend only on a document's tokens and the place in it, (3, B, T).
 
-    What else is in the row or the batch does not change them.
+    The rest of the row or the batch does not change them.
     """
     places_BT = seq.positions_BT.expand_as(ids_BT)
     segments_BT = torch.ones_like(ids_BT) if seq.segments_BT is None else seq.segments_BT
@@ -216,7 +216,7 @@ def encode_masked(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _encode_masked(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    # Nothing merges with a newline, so that it stands well for the text before.
+    # A newline stands in for the text before: no tokenizer merges it with what follows.
     line, space = tokenizer.encode_batch(["\n", "\n "])
     rows = []
     for text in texts:

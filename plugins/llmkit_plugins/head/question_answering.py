@@ -17,11 +17,11 @@ from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, note
 from llmkit.ops.metrics import Mean, MeanLoss, answer_scores
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
-from llmkit_plugins.head.words import Span, by_character, encode, means, pack, pieces, unpack, words
+from llmkit_plugins.head.words import Span, by_character, encode, means, pieces, words
 
 
 def _spans(text: str) -> list[Span]:
-    return words(text) or [(0, 0)]  # a text without words has an empty one
+    return words(text) or [(0, 0)]  # a text without words gets an empty one
 
 
 def _pieces(text: str) -> list[str]:
@@ -84,7 +84,7 @@ class QuestionAnswering(Head):
         and ``sizes``, the number of ids of each of them; ``matches``: see ``_matches``. ``windows``: first word and
         word after the last one of each window. The candidates for first and last word are the words of the first
         window, then those of the second and so on: ``starts`` and ``ends`` are those that begin and end an answer.
-        ``question``, ``text`` (the context) and ``answers`` (JSON) are packed into numbers.
+        ``question``, ``text`` (the context) and ``answers`` (JSON) are texts.
         """
         spans = [_spans(context) for context in rows["context"]]
         asked = encode(tokenizer, [_pieces(question) for question in rows["question"]])
@@ -104,8 +104,8 @@ class QuestionAnswering(Head):
             features["sizes"].append(sizes)
             features["windows"].append([word for window in windows for word in window])
             features["matches"].append(_matches(question, text))
-            features["question"].append(pack(question))
-            features["text"].append(pack(text))
+            features["question"].append(question)
+            features["text"].append(text)
             features["length"].append(len(windows) * (len(kept) + longest))
             features["truncated"].append(int(len(kept) <= len(ids)))
         if "answers" in rows:
@@ -130,7 +130,7 @@ class QuestionAnswering(Head):
     def _add_answers(
         self, features: dict[str, list[Any]], rows: Mapping[str, list[Any]], spans: list[list[Span]]
     ) -> None:
-        """Add the answers as text and as candidates; tell of those that do not stand where they should."""
+        """Add the answers as text and as candidates; note those that are not where they should be."""
         features |= {"starts": [], "ends": [], "answers": []}
         moved = untrained = 0
         for text, given, places, windows in zip(
@@ -154,13 +154,13 @@ class QuestionAnswering(Head):
             untrained += not starts
             features["starts"].append(sorted(starts))
             features["ends"].append(sorted(ends))
-            features["answers"].append(pack(json.dumps([answer for answer, _ in answers])))
+            features["answers"].append(json.dumps([answer for answer, _ in answers]))
         of = f"of {len(spans):,} questions"
         if moved:
             note(f"answer_start is wrong for {moved:,} {of}: their answers were found elsewhere in the context")
         if untrained:
-            told = "have no answer in their context, or one that fits into no window"
-            note(f"{untrained:,} {of} {told}: not trained on, but counted in scores")
+            why = "have no answer in their context, or one that fits into no window"
+            note(f"{untrained:,} {of} {why}: not trained on, but counted in scores")
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return a batch of Q questions with at most K candidates.
@@ -168,8 +168,8 @@ class QuestionAnswering(Head):
         One row a window: ``ids``, ``segments`` where padded, and ``words``, question * K + candidate of each token of
         the context, -1 of others, (B, T). ``windows``: the row of each candidate, and ``places``: its word in the
         context, -1 for padding, (Q, K); ``near``: how many words of the question are around it, (Q, K, radii).
-        ``question``, ``text`` and ``answers``, padded with -1. Where the answers are known ``gold``, whether a
-        candidate is the first and the last word of one, (Q, K, 2).
+        ``question``, ``text`` and, where they are known, ``answers`` as in ``encode``; then also ``gold``, whether a
+        candidate is the first and the last word of an answer, (Q, K, 2).
         """
         most = max(sum(f["windows"][1::2]) - sum(f["windows"][::2]) for f in features)
         ids: list[list[int]] = []
@@ -187,12 +187,12 @@ class QuestionAnswering(Head):
                 windows[-1] += [len(ids)] * (end - first)
                 places[-1] += range(first, end)
                 ids.append(feature["asked"] + feature["ids"][begins[first] : begins[end]])
-        batch = {
+        batch: Batch = {
             "ids": padded(ids, tokenizer.pad_id),
             "words": padded(owners, -1),
             "windows": padded(windows, -1),
             "places": padded(places, -1),
-            **{name: padded([feature[name] for feature in features], -1) for name in ("question", "text")},
+            **{name: [feature[name] for feature in features] for name in ("question", "text")},
         }
         segments = segments_of([len(row) for row in ids])
         if segments is not None:
@@ -200,7 +200,7 @@ class QuestionAnswering(Head):
         near = [_near(feature["matches"])[row] for feature, row in zip(features, places, strict=True)]
         batch["near"] = nn.utils.rnn.pad_sequence(near, batch_first=True)
         if "answers" in features[0]:
-            batch["answers"] = padded([feature["answers"] for feature in features], -1)
+            batch["answers"] = [feature["answers"] for feature in features]
             batch["gold"] = torch.zeros(len(features), most, 2, dtype=torch.bool)
             for q, feature in enumerate(features):
                 batch["gold"][q, feature["starts"], 0] = True
@@ -234,10 +234,9 @@ class QuestionAnswering(Head):
         """Update the metrics with a batch."""
         scores = self.scores(net, batch)
         metrics["loss"].update(self._loss(scores, batch["gold"]))
-        references = [json.loads(unpack(row)) for row in batch["answers"].tolist()]
         found = [
-            answer_scores(text[start:end], wanted, self._by_character(text))
-            for (text, start, end, _), wanted in zip(self._best(scores, batch), references, strict=True)
+            answer_scores(text[start:end], json.loads(answers), self._by_character(text))
+            for (text, start, end, _), answers in zip(self._best(scores, batch), batch["answers"], strict=True)
         ]
         for name, values in zip(("exact_match", "f1"), zip(*found, strict=True), strict=True):
             metrics[name].update(100 * sum(values), len(values))
@@ -259,8 +258,7 @@ class QuestionAnswering(Head):
             first, last = torch.where(better, at, first), torch.where(better, at + more, last)
         chosen = [batch["places"].gather(1, at[:, None])[:, 0].tolist() for at in (first, last)]
         found = []
-        for row, a, b, score in zip(batch["text"].tolist(), *chosen, best.exp().tolist(), strict=True):
-            text = unpack(row)
+        for text, a, b, score in zip(batch["text"], *chosen, best.exp().tolist(), strict=True):
             spans = _spans(text)
             found.append((text, spans[a][0], spans[b][1], score))
         return found
@@ -273,9 +271,9 @@ class QuestionAnswering(Head):
         The score is the product of the probabilities of the answer's first and last word.
         """
         return [
-            {"question": unpack(row), "answer": text[start:end], "start": start, "end": end, "score": score}
-            for row, (text, start, end, score) in zip(
-                batch["question"].tolist(), self._best(self.scores(net, batch), batch), strict=True
+            {"question": question, "answer": text[start:end], "start": start, "end": end, "score": score}
+            for question, (text, start, end, score) in zip(
+                batch["question"], self._best(self.scores(net, batch), batch), strict=True
             )
         ]
 
@@ -290,7 +288,7 @@ class QuestionAnswering(Head):
 
 
 def _matches(question: str, context: str) -> list[int]:
-    """Return, for each word of the context, how often it comes there if it is in the question too, else 0."""
+    """Return, for each word of the context, how often it occurs there if it is in the question too, else 0."""
     asked = {question[start:end].lower() for start, end in _spans(question)}
     there = [context[start:end].lower() for start, end in _spans(context)]
     counts = Counter(there)
@@ -300,7 +298,7 @@ def _matches(question: str, context: str) -> list[int]:
 def _near(matches: list[int]) -> Tensor:
     """Return how many words of the question stand within each radius of each word, (W, radii).
 
-    A word that comes n times in the context counts 1 / n: it tells that much less about the place.
+    A word that occurs n times in the context counts 1 / n: it says that much less about the place.
     """
     sums = torch.tensor([0.0, *accumulate(1 / n if n else 0.0 for n in matches)], dtype=torch.float64)
     place, last = torch.arange(len(matches)), len(matches)
@@ -322,7 +320,7 @@ def _answers(given: Any) -> list[tuple[str, int]]:
 
 
 def _find(context: str, answer: str, start: int) -> int | None:
-    """Return where the answer stands in the context, next to where it should; None if it does not."""
+    """Return where the answer is in the context, nearest to ``start``; None if it is not there."""
     if not answer.strip():
         return None
     if start >= 0 and context.startswith(answer, start):

@@ -1,4 +1,4 @@
-"""What the heads share that read one text and write another."""
+"""The base of heads that read one text and write another."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
-from llmkit.ops.decoding import beam_search, generate
+from llmkit.ops.decoding import generate
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import MeanLoss, Perplexity
-from llmkit.sequence import DecodingOptions, Memory, Sequence, padded, segments_of
+from llmkit.sequence import DecodingOptions, Memory, Sequence, first_rows, padded, segments_of
 from llmkit_plugins.head.generation import special_ids
 
 
@@ -43,8 +42,7 @@ class SequenceToSequence(Head):
         if self.targets[0] in rows:
             written = rows[self.targets[0]]
             targets = tokenizer.encode_batch(written)
-            # The metrics compare with the text as it was written, so its bytes travel along.
-            features["reference"] = [list(text.encode()) for text in written]
+            features["reference"] = written  # metrics compare with the text itself, which the ids may not give back
             features["target"] = [[*row[: max_length - 1], tokenizer.eos_id] for row in targets]
             longest = [max(a, len(b) + 1) for a, b in zip(longest, targets, strict=True)]
             both = zip(features["source"], features["target"], strict=True)
@@ -54,9 +52,9 @@ class SequenceToSequence(Head):
         return features
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
-        """Return source (B, S), its segments where padded, and target input and targets, (B, T)."""
+        """Return source (B, S), its segments where padded; target input and targets, (B, T), and reference texts."""
         sources = [feature["source"] for feature in features]
-        batch = {"source": padded(sources, tokenizer.pad_id), "bos": torch.tensor(tokenizer.bos_id)}
+        batch: Batch = {"source": padded(sources, tokenizer.pad_id)}
         segments = segments_of([len(row) for row in sources])
         if segments is not None:
             batch["segments"] = segments
@@ -64,7 +62,7 @@ class SequenceToSequence(Head):
             targets = [feature["target"] for feature in features]
             batch["ids"] = padded([[tokenizer.bos_id, *row[:-1]] for row in targets], tokenizer.pad_id)
             batch["targets"] = padded(targets, IGNORE)
-            batch["reference"] = padded([feature["reference"] for feature in features], IGNORE)
+            batch["reference"] = [feature["reference"] for feature in features]
         return batch
 
     def loss(self, net: Network, batch: Batch) -> Loss:
@@ -94,18 +92,16 @@ class SequenceToSequence(Head):
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
         if of_texts:
-            references = [bytes(b for b in row if b != IGNORE).decode() for row in batch["reference"].tolist()]
             texts = self._write(net, batch, memory, tokenizer, self.decoding)
             for metric in of_texts:
-                metric.update(texts, references)
+                metric.update(texts, batch["reference"])
 
     def _write(
         self, net: Network, batch: Batch, memory: Memory, tokenizer: Tokenizer, options: DecodingOptions
     ) -> list[str]:
         starts = [[tokenizer.bos_id]] * len(batch["source"])
-        limit = options.max_new_tokens or net.max_length - 1  # of the rows themselves: no answer depends on its batch
-        search = beam_search if options.num_beams > 1 else generate
-        ids = search(
+        limit = options.max_new_tokens or net.max_length - 1  # not of the batch: an answer does not depend on it
+        ids = generate(
             net,
             starts,
             dataclasses.replace(options, max_new_tokens=limit),
@@ -130,6 +126,5 @@ class SequenceToSequence(Head):
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
         """Return two source texts with what was written for them."""
-        rows = {name: value[:2] if value.dim() else value for name, value in batch.items()}
-        answers = self.predict(net, rows, tokenizer, self.decoding)
+        answers = self.predict(net, first_rows(batch, 2), tokenizer, self.decoding)
         return "\n".join(f"{answer[self.inputs[0]]}\n  -> {answer['text']}" for answer in answers)

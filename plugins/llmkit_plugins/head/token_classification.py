@@ -14,7 +14,7 @@ from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenize
 from llmkit.errors import UserError
 from llmkit.ops.metrics import EntityScore, Mean, MeanLoss, entities
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
-from llmkit_plugins.head.words import characters, encode, means, pack, pieces, running, unpack, words
+from llmkit_plugins.head.words import characters, encode, means, pieces, running, words
 
 
 def _pieces(tokens: Any) -> list[str]:
@@ -64,7 +64,7 @@ class TokenClassification(Head):
         self.by_character = lengths.count(1) > 0.9 * len(lengths)
 
     def _tags(self, tags: Any) -> list[str]:
-        """Return a row's tags as strings. Raises UserError for what is none."""
+        """Return a row's tags as strings. Raises UserError for a value that is not a tag."""
         if not isinstance(tags, list):
             raise UserError(f"token_classification: tags must be a list, one tag a word, got {tags!r:.60}")
         found = []
@@ -72,10 +72,12 @@ class TokenClassification(Head):
             if isinstance(tag, int) and self.names is not None and 0 <= tag < len(self.names):
                 tag = self.names[tag]
             if isinstance(tag, int):
-                told = "numbers need model.head.names, the list of the tags that they stand for"
-                raise UserError(f"token_classification: {told}; it is {self.names}, and the data has the tag {tag}")
+                need = "numbers need model.head.names, the list of the tags that they stand for"
+                raise UserError(f"token_classification: {need}; it is {self.names}, and the data has the tag {tag}")
             if tag != "O" and not re.fullmatch(r"[BIESMLU]-[\S ]+", str(tag)):
-                raise UserError(f"token_classification: '{tag}' is no tag: expected O, B-label or I-label (or BIOES)")
+                raise UserError(
+                    f"token_classification: '{tag}' is not a tag: expected O, B-label or I-label (or BIOES)"
+                )
             found.append(str(tag))
         return found
 
@@ -84,7 +86,7 @@ class TokenClassification(Head):
         return {"labels": self.labels, "by_character": self.by_character}
 
     def set_info(self, info: dict[str, Any]) -> None:
-        """Restore what ``info`` returned. Raises TypeError when the tags are no texts."""
+        """Restore what ``info`` returned. Raises TypeError when the tags are not texts."""
         "".join(info["labels"])
         self.labels, self.by_character = list(info["labels"]), bool(info["by_character"])
 
@@ -99,7 +101,7 @@ class TokenClassification(Head):
 
         ``ids`` of the words that fit into the context, and the number of ids of each of them, ``sizes``; the sentence
         as running ``text``, the ``spans`` of all its words in it and, where they are known, the ``tags`` of all of
-        them, text and tags packed into numbers.
+        them, one a line.
         """
         found = [_text(tokens, characters if self.by_character else words) for tokens in rows["tokens"]]
         features: dict[str, list[Any]] = {name: [] for name in ("ids", "sizes", "text", "spans", "length", "truncated")}
@@ -112,7 +114,7 @@ class TokenClassification(Head):
             kept = [token for piece in ids[: len(sizes)] for token in piece] or [tokenizer.unk_id]
             features["ids"].append(kept)
             features["sizes"].append(sizes)
-            features["text"].append(pack(text))
+            features["text"].append(text)
             features["spans"].append([place for span in spans for place in span])
             features["length"].append(len(kept))
             features["truncated"].append(int(len(sizes) < len(ids)))
@@ -121,32 +123,33 @@ class TokenClassification(Head):
             for (text, spans), tags in zip(found, map(self._tags, rows["tags"]), strict=True):
                 if len(tags) != len(spans):
                     raise UserError(f"the sentence {text[:40]!r} has {len(spans)} tokens and {len(tags)} tags")
-                features["tags"].append(pack("\n".join(tags)))
+                features["tags"].append("\n".join(tags))
         return features
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return a batch.
 
         ``ids``, ``segments`` where padded, and ``words``, the number of each token's word in its sentence or -1,
-        (B, T); ``text`` and ``spans``, padded with -1; and where the tags are known, all of them as ``tags`` and
-        those of the words that fit as ``targets``, (B, W).
+        (B, T); ``text``, and ``spans`` padded with -1; where the tags are known, all of them as ``tags``, one a line,
+        and those of the words that fit as ``targets``, (B, W).
         """
         rows = [feature["ids"] for feature in features]
         owners = [[w for w, size in enumerate(feature["sizes"]) for _ in range(size)] for feature in features]
-        batch = {
+        batch: Batch = {
             "ids": padded(rows, tokenizer.pad_id),
             # A sentence without words has a token all the same.
             "words": padded([owner or [-1] for owner in owners], -1),
-            **{name: padded([feature[name] for feature in features], -1) for name in ("text", "spans")},
+            "spans": padded([feature["spans"] for feature in features], -1),
+            "text": [feature["text"] for feature in features],
         }
         segments = segments_of([len(row) for row in rows])
         if segments is not None:
             batch["segments"] = segments
         if "tags" in features[0]:
             numbers = {label: number for number, label in enumerate(self.labels)}
-            batch["tags"] = padded([feature["tags"] for feature in features], -1)
+            batch["tags"] = [feature["tags"] for feature in features]
             targets = [
-                [numbers.get(tag, IGNORE) for tag in unpack(feature["tags"]).splitlines()[: len(feature["sizes"])]]
+                [numbers.get(tag, IGNORE) for tag in feature["tags"].splitlines()[: len(feature["sizes"])]]
                 for feature in features
             ]
             width = batch["spans"].shape[1] // 2
@@ -186,12 +189,12 @@ class TokenClassification(Head):
         """Update the metrics with a batch."""
         scores, fits = self.scores(net, batch)
         metrics["loss"].update(self._loss(scores, batch["targets"]))
-        wanted = [unpack(row).splitlines() for row in batch["tags"].tolist()]
-        found = [tags[: len(row)] for tags, row in zip(self._predicted(scores, fits), wanted, strict=True)]
-        right = [a == b for pair in zip(found, wanted, strict=True) for a, b in zip(*pair, strict=True)]
+        expected = [tags.splitlines() for tags in batch["tags"]]
+        found = [tags[: len(row)] for tags, row in zip(self._predicted(scores, fits), expected, strict=True)]
+        right = [a == b for pair in zip(found, expected, strict=True) for a, b in zip(*pair, strict=True)]
         metrics["accuracy"].update(sum(right), len(right))
         for name in ("precision", "recall", "f1"):
-            metrics[name].update(found, wanted)
+            metrics[name].update(found, expected)
 
     def _predicted(self, scores: Tensor, fits: Tensor) -> list[list[str]]:
         """Return the best tag of each word; O for padding and for words that did not fit."""
@@ -208,8 +211,7 @@ class TokenClassification(Head):
         """
         answers = []
         tags = self._predicted(*self.scores(net, batch))
-        for row, numbers, places in zip(tags, batch["text"].tolist(), batch["spans"].tolist(), strict=True):
-            text = unpack(numbers)
+        for row, text, places in zip(tags, batch["text"], batch["spans"].tolist(), strict=True):
             spans = [(a, b) for a, b in zip(places[::2], places[1::2], strict=True) if a >= 0]
             row = row[: len(spans)]
             found = [(label, spans[first][0], spans[end - 1][1]) for label, first, end in entities(row)]

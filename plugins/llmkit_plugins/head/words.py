@@ -1,9 +1,8 @@
-"""Heads that look at words: cutting text into words, encoding word by word, and one state for each word."""
+"""For heads that label words: cutting text into words, encoding word by word, one state for each word."""
 
 from __future__ import annotations
 
 import re
-import struct
 import unicodedata
 from itertools import accumulate
 
@@ -36,25 +35,26 @@ def words(text: str) -> list[Span]:
 
 
 def characters(text: str) -> list[Span]:
-    """Return the characters of a text that are no white space."""
+    """Return the characters of a text that are not white space."""
     return [match.span() for match in re.finditer(r"\S", text)]
 
 
 def by_character(text: str) -> bool:
-    """Whether most words of a text are single characters of a script as Chinese."""
+    """Whether most words of a text are single characters, as in Chinese."""
     return _most(_ALONE, [text[start:end] for start, end in words(text)])
 
 
 def pieces(text: str, spans: list[Span]) -> list[str]:
-    """Return the words at ``spans`` as they are encoded: each with what stands between it and the word before."""
+    """Return the words at ``spans`` as they are encoded, each with the text between it and the word before."""
     ends = [0, *(end for _, end in spans)]
     return [text[before:end] for before, (_, end) in zip(ends, spans, strict=False)]
 
 
 def running(words: list[str]) -> tuple[str, list[Span]]:
-    """Return a list of words as running text, and where each of them stands in it.
+    """Return a list of words as running text, and the place of each of them in it.
 
-    Between words is a blank, but none where most words are of a script that puts none there.
+    Words are joined by a space, or by nothing where most of them are of a script without spaces: ``["a", "bc"]``
+    becomes ``a bc`` with places (0, 1) and (2, 4).
     """
     blank = "" if _most(_NO_BLANK, words) else " "
     begins = accumulate((len(word) + len(blank) for word in words), initial=0)
@@ -68,7 +68,7 @@ def _most(kind: re.Pattern[str], words: list[str]) -> bool:
 def encode(tokenizer: Tokenizer, texts: list[list[str]]) -> list[list[list[int]]]:
     """Return the ids of each piece of each text, at least one a piece."""
     distinct = sorted({piece for row in texts for piece in row})
-    # Tokenizers in the manner of SentencePiece put a blank before a text by themselves: it must not come twice.
+    # SentencePiece tokenizers put a space before every text: it must not be there twice.
     blank = tokenizer.encode("a a") == 2 * tokenizer.encode("a")
     ids = tokenizer.encode_batch([piece.lstrip() for piece in distinct] if blank else distinct)
     found = {piece: row or [tokenizer.unk_id] for piece, row in zip(distinct, ids, strict=True)}
@@ -89,15 +89,3 @@ def means(x_BTD: Tensor, words_BT: Tensor, num_words: int) -> tuple[Tensor, Tens
     sums = x.new_zeros(num_words + 1, x.shape[-1]).index_add(0, number, x)[:num_words]
     counts = x.new_zeros(num_words + 1).index_add(0, number, torch.ones_like(x[:, 0]))[:num_words]
     return (sums / counts.clamp(min=1)[:, None]).to(x_BTD.dtype), counts
-
-
-def pack(text: str) -> list[int]:
-    """Return a text as integers, eight of its bytes in each: features are numbers."""
-    data = text.encode("utf-8", "surrogatepass")
-    size = -(-len(data) // 8)
-    return list(struct.unpack(f"<{size}q", data.ljust(8 * size, b"\xff")))
-
-
-def unpack(numbers: list[int]) -> str:
-    """Return what was packed; -1 at the end is padding (no text has a byte 255)."""
-    return struct.pack(f"<{len(numbers)}q", *numbers).rstrip(b"\xff").decode("utf-8", "surrogatepass")

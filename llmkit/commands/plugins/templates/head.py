@@ -53,7 +53,7 @@ class Template(Head):
         self.linear = nn.Linear(dim, len(self.labels))
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Turn rows into features: numbers and lists of numbers. Rows to predict have no ``label``."""
+        """Turn rows into features: ints, lists of ints, or strings. There is no ``label`` when predicting."""
         ids = [row or [tokenizer.unk_id] for row in tokenizer.encode_batch(rows["text"])]
         features: dict[str, list[Any]] = {
             "ids": [row[:max_length] for row in ids],
