@@ -32,7 +32,8 @@ from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
-from llmkit.testing.head.subject import alike, items_of
+from llmkit.testing.head.subject import items_of
+from llmkit.testing.numerics import alike
 
 SIZES = (1, 2, 3, 8, 64)
 ACCUMULATIONS = (1, 2, 4, 8)

@@ -14,9 +14,9 @@ from torch import Tensor
 from llmkit.contracts import Attention, Role
 from llmkit.sequence import Memory, Sequence
 from llmkit.testing.attention.cases import Segments, run, sequence
-from llmkit.testing.modules import Columns, Usage, first_that_builds
 from llmkit.testing.numerics import normal, seeded
 from llmkit.testing.report import NotApplicable, Violation
+from llmkit.testing.usage import Columns, Usage, first_that_builds
 
 Reference = Callable[[Attention, Tensor, Sequence, Memory | None], Tensor]
 """(module, x_BTD, seq, memory) -> (B, T, D): a slow, obvious form of a variant, correct at real positions."""

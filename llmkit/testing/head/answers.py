@@ -165,8 +165,8 @@ def answers_in_any_batch(subject: Subject) -> None:
             if not alike([answer], alone[index]):
                 others = ", ".join(str(other) for other in group if other != index)
                 raise Violation(
-                    f"{subject.shown(index)} the answer together with row {others} is {answer!r:.100}, alone "
-                    f"{alone[index]!r:.100}. Padding that is read, or rows in another order?"
+                    f"{subject.shown(index)}: the answer together with row {others} is {answer!r:.100}, alone "
+                    f"{alone[index][0]!r:.100}. Padding that is read, or rows in another order?"
                 )
 
 
@@ -206,6 +206,4 @@ def reference(subject: Subject) -> None:
         with torch.no_grad():
             total, count = subject.reference(subject.ready, subject.net, row, TOKENIZER)
         if not close_to(found, (float(total), float(count))):
-            raise Violation(
-                f"{subject.shown(index)}: loss {sums(found)}, expected {sums((total, count))} from the reference"
-            )
+            raise Violation(f"{subject.shown(index)}: loss {sums(found)}, in the reference {sums((total, count))}")

@@ -220,7 +220,7 @@ def answers(subject: Subject) -> str:
         raise Violation(f"{count} rows got {len(found)} answers")
     for index, answer in enumerate(found):
         if not isinstance(answer, dict):
-            raise Violation(f"{subject.shown(index)} the answer is a {type(answer).__name__}, expected a dict")
+            raise Violation(f"{subject.shown(index)}: the answer is a {type(answer).__name__}, expected a dict")
         try:
             json.dumps(answer, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -230,7 +230,7 @@ def answers(subject: Subject) -> str:
     if head.targets:
         for index, (answer, other) in enumerate(zip(found, subject.predict(subject.columns), strict=False)):
             if not alike(answer, other):
-                raise Violation(f"{subject.shown(index)} the answer is {answer!r:.80}, but with targets {other!r:.80}")
+                raise Violation(f"{subject.shown(index)}: the answer is {answer!r:.80}, but with targets {other!r:.80}")
     items = subject.items[-1:] if head.layout == "blocks" else subject.items
     with torch.inference_mode():
         sample = head.sample(subject.net, subject.batch(items), TOKENIZER)
@@ -269,7 +269,7 @@ def loss_in_any_batch(subject: Subject) -> None:
             is_padded = any("segment" in name for name in subject.batch([subject.items[index] for index in group]))
             cause = "Padding that counts, or is read?" if is_padded else "A mean or norm over the batch?"
             raise Violation(
-                f"{subject.shown(*group)} as one batch: loss {sums(found)}; one by one {sums(expected)} in total. {cause}"
+                f"{subject.shown(*group)} as one batch: loss {sums(found)}; one by one {sums(expected)}. {cause}"
             )
 
 

@@ -18,9 +18,10 @@ from llmkit import registry
 from llmkit.contracts import IGNORE, Batch, Head, Network, Stage, Tokenizer
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State, padded, segments_of
-from llmkit.testing.modules import Usage
+from llmkit.testing.head.examples import FIELDS
 from llmkit.testing.numerics import disturb, seeded
 from llmkit.testing.report import NotApplicable, Violation
+from llmkit.testing.usage import Usage
 
 CONTEXT = 64
 TOLERANCE = 1e-5
@@ -28,49 +29,6 @@ Rows = Mapping[str, list[Any]]
 Items = list[dict[str, Any]]
 Reference = Callable[[Head, Network, dict[str, Any], Tokenizer], tuple[float, float]]
 """(head, net, row, tokenizer) -> (total, count): the loss of one row, computed in an obvious way."""
-
-CONTEXTS = [
-    "Ann is in Rome.",
-    "Bob is in Oslo.",
-    "Ann Lee sleeps. Bob does not sleep, he reads a book about foxes. The lazy dog is in the garden. It sleeps too.",
-    "我爱北京。",
-    "The dog sleeps.",
-]
-FIELDS: dict[str, list[Any]] = {
-    "text": ["a [MASK]", "b [MASK]", "one [MASK] step", "Zwölf 狐 [MASK]", "one text, longer than all [MASK] others"],
-    "label": ["neg", "pos", "neg", "meh", "pos"],
-    "source": ["a b", "c d", "ein Schritt", "我爱学习", "ein Satz, länger als alle anderen"],
-    "target": ["A B", "C D", "a step", "I love to learn", "one sentence, longer than all others"],
-    "document": [
-        "a b. c",
-        "d e. f",
-        "The fox jumps. It is quick.",
-        "我爱学习。狐狸。",
-        "A text of three. Sentences. All short.",
-    ],
-    "summary": ["a b", "d e", "A fox jumps", "学习", "three short sentences"],
-    "tokens": [
-        ["Ann"],
-        ["Bob"],
-        ["Ann", "Lee", "is", "in", "Rome"],
-        ["我", "爱", "北", "京"],
-        ["the", "dog", "of", "Bob", "Stone", "barks", "at", "us", "in", "Oslo"],
-    ],
-    "tags": [
-        ["B-PER"],
-        ["B-PER"],
-        ["B-PER", "I-PER", "O", "O", "B-LOC"],
-        ["O", "O", "B-LOC", "I-LOC"],
-        ["O", "O", "O", "B-PER", "I-PER", "O", "O", "O", "O", "B-LOC"],
-    ],
-    "question": ["Where is Ann?", "Where is Bob?", "What sleeps in the garden?", "哪里？", "Who sleeps?"],
-    "context": CONTEXTS,
-    "answers": [
-        {"text": [answer], "answer_start": [text.index(answer)]}
-        for text, answer in zip(CONTEXTS, ["Rome", "Oslo", "The lazy dog", "北京", "The dog"], strict=True)
-    ],
-}
-"""Rows for the fields that heads usually have, the smallest first; the first two are equally long."""
 
 
 class Bytes(Tokenizer):

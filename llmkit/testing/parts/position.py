@@ -8,10 +8,10 @@ from torch import Tensor
 from llmkit.errors import UserError
 from llmkit.sequence import Sequence
 from llmkit.testing.attention.cases import PACKED, PADDED, documents
-from llmkit.testing.modules import CONTEXT
 from llmkit.testing.numerics import gap, same
 from llmkit.testing.parts.subject import HEADS, Subject, bias, checked, compare, first_properties, last_properties
 from llmkit.testing.report import NotApplicable, Properties, Violation, raised
+from llmkit.testing.usage import CONTEXT
 
 OWN: Properties[Subject] = Properties()
 

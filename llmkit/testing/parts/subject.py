@@ -15,9 +15,9 @@ from llmkit import registry
 from llmkit.contracts import Feedforward, Norm, Position
 from llmkit.sequence import Sequence
 from llmkit.testing import modules
-from llmkit.testing.modules import CONTEXT, Columns, Usage
 from llmkit.testing.numerics import disturb, normal, same, seeded
 from llmkit.testing.report import NotApplicable, Properties, Violation
+from llmkit.testing.usage import CONTEXT, Columns, Usage, first_that_builds
 
 HEADS = 2
 KINDS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -138,7 +138,7 @@ class Subject(Usage[Columns]):
 
 def subject(factory: functools.partial[Any], *, dim: int | None = None, seed: int = 0) -> Subject:
     """Return the subject; without ``dim`` it has the first usual width that the plugin can be built with."""
-    return modules.first_that_builds(lambda width: Subject(factory, width, seed), dim)
+    return first_that_builds(lambda width: Subject(factory, width, seed), dim)
 
 
 def first_properties() -> Properties[Subject]:

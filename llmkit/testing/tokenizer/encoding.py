@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from llmkit.testing.report import Properties, Violation
+from llmkit.testing.report import Properties, Violation, raised
 from llmkit.testing.tokenizer.subject import (
     NAMES,
     ODD,
@@ -36,23 +36,23 @@ def builds(subject: Subject) -> str:
     size = tokenizer.vocab_size
     if tokenizer.trained is not True or type(before) is not bool:
         raise Violation(
-            f"'trained' is {before!r} at first and {tokenizer.trained!r} after train; expected a bool, True"
+            f"'trained' is {before!r} when built and {tokenizer.trained!r} after train; expected a bool, then True"
         )
     if type(size) is not int or size < 1:
         raise Violation(f"vocab_size is {size!r}, expected a positive int")
     text = tokenizer.to_state()
     if not isinstance(text, str):
-        raise Violation(f"to_state gives {type(text).__name__}, expected a JSON string")
+        raise Violation(f"to_state returned {type(text).__name__}, expected a JSON string")
     try:
         json.loads(text)
     except ValueError as error:
-        raise Violation(f"to_state gives {text[:60]!r}, which is no JSON: {error}") from error
-    return f"{size:,} ids, {'given' if before else 'learned'}"
+        raise Violation(f"to_state returned {text[:60]!r}, which is not JSON: {error}") from error
+    return f"{size:,} ids, {'pretrained' if before else 'learned'}"
 
 
 @PROPERTIES(
     "ids are ints below vocab_size",
-    "The embedding is indexed outside of its table: a crash, on a GPU one that does not say why.",
+    "The embedding is indexed out of range: a crash, and on a GPU an obscure one.",
     essential=True,
 )
 def ids_in_range(subject: Subject) -> None:
@@ -60,19 +60,19 @@ def ids_in_range(subject: Subject) -> None:
     check_range(subject.ready, subject.texts)
     for role, number in subject.specials.items():
         if not 0 <= number < size:
-            raise Violation(f"vocab_size {size}, and {role}_id is {number}")
+            raise Violation(f"vocab_size is {size}, but {role}_id is {number}")
 
 
 @PROPERTIES(
-    "any text can be encoded; what is unknown becomes the unknown token or bytes",
-    "One odd character in a file stops a long preparation, or vanishes without a trace.",
+    "any text can be encoded; unknown characters become the unknown token or bytes",
+    "One odd character in a file stops a long preparation, or silently disappears.",
     essential=True,
 )
 def any_text(subject: Subject) -> str:
     tokenizer, unk = subject.ready, subject.specials["unk"]
     if tokenizer.encode("") != [] or tokenizer.decode([]) != "":
         raise Violation(
-            f"'' is encoded as {tokenizer.encode('')}, [] decoded as {tokenizer.decode([])!r}; expected [], ''"
+            f"'' is encoded as {tokenizer.encode('')}, [] is decoded as {tokenizer.decode([])!r}; expected [] and ''"
         )
     for text in ODD + UNSEEN:
         try:
@@ -81,29 +81,29 @@ def any_text(subject: Subject) -> str:
         except Violation:
             raise
         except Exception as error:
-            raise Violation(f"{text!r} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            raise Violation(f"{text!r} {raised(error)}") from error
     for text in UNSEEN[:-1]:
         if not tokenizer.encode(text):
             raise Violation(f"{text!r} is encoded as [], expected unk_id ({unk}) or bytes")
-    return "unknown: unk_id" if unk in tokenizer.encode(UNSEEN[0]) else "nothing is unknown"
+    return "unknown characters become unk_id" if unk in tokenizer.encode(UNSEEN[0]) else "no character is unknown"
 
 
 @PROPERTIES(
-    "a text is encoded as it is alone, in whatever batch and order",
-    "The same text has other ids in training than when it is used.",
+    "a text is encoded the same alone and in any batch",
+    "The same text has different ids in training and in use.",
     essential=True,
 )
 def batches(subject: Subject) -> None:
     tokenizer = subject.ready
     if tokenizer.encode_batch([]) != [] or tokenizer.decode_batch([]) != []:
-        raise Violation("an empty batch does not give an empty list")
+        raise Violation("an empty batch does not return an empty list")
     texts = [*subject.texts, *UNSEEN, subject.texts[0]]
     alone = [encoded(tokenizer, [text])[0] for text in texts]
     same_rows(texts, encoded(tokenizer, texts), alone, "in a batch", "alone")
     same_rows(texts, encoded(tokenizer, texts[::-1])[::-1], alone, "in a batch in reverse order", "alone")
     for text, row in zip(texts, alone, strict=True):
         if tokenizer.encode(text) != row:
-            raise Violation(f"{text!r}: encode gives {tokenizer.encode(text)}, encode_batch {row}")
+            raise Violation(f"{text!r}: encode returns {tokenizer.encode(text)}, encode_batch {row}")
     decoded, one_by_one = tokenizer.decode_batch(alone), [tokenizer.decode(row) for row in alone]
     for row, together, single in zip(alone, decoded, one_by_one, strict=True):
         if together != single:
@@ -111,8 +111,8 @@ def batches(subject: Subject) -> None:
 
 
 @PROPERTIES(
-    "pad and mask are ids of their own",
-    "Padding that is also an end of text, or a mask that is also an unknown word, cannot be told apart.",
+    "pad and mask have ids of their own",
+    "Padding cannot be distinguished from an end of text, or a mask from an unknown word.",
 )
 def special_ids(subject: Subject) -> str:
     roles: dict[int, list[str]] = {}
@@ -126,16 +126,16 @@ def special_ids(subject: Subject) -> str:
 
 
 @PROPERTIES(
-    "decode gives back what was encoded",
-    "Generated text is not what the model has written. A tokenizer that loses something on purpose (case, spaces) says "
-    "so by lossless = False; what it decodes then has to come back, encoded and decoded again.",
+    "decode returns the text that was encoded",
+    "Generated text is not what the model produced. A tokenizer that drops something on purpose (case, spaces) "
+    "declares lossless = False; encoding and decoding its decoded text must then change nothing.",
 )
 def round_trip(subject: Subject) -> str:
     tokenizer, unk = subject.ready, subject.specials["unk"]
 
     def changed(text: str) -> bool:
         ids = tokenizer.encode(text)
-        if unk in ids:  # what it stands for is lost, whatever the tokenizer
+        if unk in ids:  # no tokenizer can restore what the unknown token replaced
             return False
         back = tokenizer.decode(ids)
         return back != text if tokenizer.lossless else tokenizer.decode(tokenizer.encode(back)) != back
@@ -145,20 +145,20 @@ def round_trip(subject: Subject) -> str:
             small = shrunk(text, changed)
             ids = tokenizer.encode(small)
             back = tokenizer.decode(ids)
-            told = f"{small!r} is encoded as {ids}, which is decoded as {back!r}"
+            shown = f"{small!r} is encoded as {ids}, which is decoded as {back!r}"
             if not tokenizer.lossless:
                 again = tokenizer.encode(back)
-                told += f"; that is encoded as {again}, which is decoded as {tokenizer.decode(again)!r}"
-            raise Violation(told)
+                shown += f"; that is encoded as {again}, which is decoded as {tokenizer.decode(again)!r}"
+            raise Violation(shown)
     if tokenizer.lossless:
         return "nothing lost"
     exact = sum(tokenizer.decode(tokenizer.encode(text)) == text for text in subject.texts)
-    return f"{exact} of {len(subject.texts)} texts come back exactly"
+    return f"{exact} of {len(subject.texts)} texts are restored exactly"
 
 
 @PROPERTIES(
-    "a long text takes time in proportion",
-    "A book, or a file without spaces, is never done.",
+    "encoding time is proportional to the length of the text",
+    "Encoding a book, or a file without spaces, never ends.",
 )
 def long_text(subject: Subject) -> str:
     tokenizer = subject.ready
@@ -173,14 +173,15 @@ def long_text(subject: Subject) -> str:
             spent = time.process_time() - start
             if before and spent > max(0.1, 3 * 5 * before):
                 raise Violation(
-                    f"{length // 5:,} characters {name} took {before:.2g} s, five times as many {spent:.2g} s: "
+                    f"{length // 5:,} characters {name} took {before:.2g} s, five times as many took {spent:.2g} s: "
                     f"{spent / before:.0f} times as long"
                 )
             if name == "of words":
                 speed = length / max(spent, 1e-9)
             most = len(text) // len(unit) * len(tokenizer.encode(unit))
             if name == "of words" and len(row) < 0.5 * most:
-                raise Violation(f"{unit!r} times {len(text) // len(unit)} has {len(row)} ids, not {most}; is it cut?")
+                copies = len(text) // len(unit)
+                raise Violation(f"{unit!r} times {copies} has {len(row)} ids, expected about {most}; is it truncated?")
             before = spent
             if spent > 0.3:
                 break
@@ -189,12 +190,12 @@ def long_text(subject: Subject) -> str:
 
 @PROPERTIES(
     "special ids never come from text",
-    "Whoever writes '<|endoftext|>' into a prompt or a page ends the text there; padding stands in the middle of it.",
+    "A user who types '<|endoftext|>' ends the text there, or puts padding in the middle of it.",
 )
 def specials_not_from_text(subject: Subject) -> str:
     tokenizer = subject.ready
     own = _strings([json.loads(tokenizer.to_state()), vars(tokenizer)])
-    # Of its own strings those first that look like names of roles.
+    # Its own strings, first those that look like special tokens: with the name of a role, or a bracket.
     ordered = sorted(own, key=lambda text: (not any(role in text.lower() for role in (*ROLES, "<", "[")), text))
     texts = [*NAMES, *ordered[:2000]]
     texts += [f"a{text}b {text}{text} \n{text}" for text in texts]
@@ -203,7 +204,7 @@ def specials_not_from_text(subject: Subject) -> str:
 
 
 def _strings(value: Any, depth: int = 0) -> set[str]:
-    """Return the strings, no longer than a name, in nested data."""
+    """Return the strings in nested data that are short enough to spell a special token."""
     if isinstance(value, str):
         return {value} if len(value) <= 40 else set()
     if isinstance(value, dict):
@@ -230,8 +231,8 @@ def specials_not_decoded(subject: Subject) -> None:
 
 
 @PROPERTIES(
-    "any ids can be decoded to text that can be written",
-    "Generation stops with an error as soon as an untrained model writes half a character.",
+    "any ids can be decoded to valid text",
+    "Generation crashes as soon as an untrained model produces half a character.",
 )
 def decodes_anything(subject: Subject) -> None:
     tokenizer, rng = subject.ready, random.Random(subject.seed)
@@ -241,4 +242,4 @@ def decodes_anything(subject: Subject) -> None:
         try:
             tokenizer.decode(row).encode()
         except Exception as error:
-            raise Violation(f"decode({row}) raised {type(error).__name__}: {error}") from error
+            raise Violation(f"decode({row}) {raised(error)}") from error

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from llmkit.testing.report import NotApplicable, Properties, Violation
+from llmkit.testing.report import NotApplicable, Properties, Violation, raised
 from llmkit.testing.tokenizer.subject import (
     CORPUS,
     NAMES,
@@ -26,8 +26,8 @@ PROPERTIES: Properties[Subject] = Properties()
 
 
 @PROPERTIES(
-    "a JSON state brings all of it back",
-    "A checkpoint is used with other ids than it was trained with: rubbish.",
+    "its JSON state restores everything",
+    "A checkpoint is used with ids other than those it was trained with, and its output is useless.",
 )
 def state(subject: Subject) -> str:
     tokenizer = subject.ready
@@ -35,7 +35,7 @@ def state(subject: Subject) -> str:
     restored = subject.factory()
     restored.from_state(text)
     if not restored.trained:
-        raise Violation("after from_state 'trained' is False")
+        raise Violation("after from_state, 'trained' is False")
     for name in ("vocab_size", "lossless", *(f"{role}_id" for role in ROLES)):
         before, after = getattr(tokenizer, name), getattr(restored, name)
         if before != after:
@@ -54,36 +54,36 @@ def state(subject: Subject) -> str:
 
 
 @PROPERTIES(
-    "a string that is no state of it is refused with a ValueError",
-    "A damaged checkpoint gives a traceback or, worse, wrong ids.",
+    "a string that is not its state is rejected with a ValueError",
+    "A damaged checkpoint causes a traceback or, worse, wrong ids.",
 )
 def bad_state(subject: Subject) -> None:
     good = subject.ready.to_state()
     own = json.loads(good)
-    bad = ["", "no JSON", good[: len(good) // 2]]
+    bad = ["", "not JSON", good[: len(good) // 2]]
     bad += [text for text in ("null", "7", '"text"', "[]") if type(json.loads(text)) is not type(own)]
     bad += [text for text in ("{}", '{"other": 1}') if not isinstance(own, dict) or own]
-    # Without one of its parts it may be refused or not, but not with another error.
+    # Without one of its parts it may be accepted or rejected, but only with a ValueError.
     doubtful = []
     if isinstance(own, dict) and len(good) < 200_000:  # a large one takes long to read
         for name in own:
             rest = {key: value for key, value in own.items() if key != name}
             doubtful += [json.dumps(rest), json.dumps({**rest, name: None}), json.dumps({**rest, name: [1]})]
     for text in bad + doubtful:
-        told = f"from_state({text!r})" if len(text) < 80 else f"from_state({text[:77]!r}...)"
+        call = f"from_state({text!r})" if len(text) < 80 else f"from_state({text[:77]!r}...)"
         try:
             subject.factory().from_state(text)
         except ValueError:
             continue
         except Exception as error:
-            raise Violation(f"{told} raised {type(error).__name__}: {error}; expected a ValueError") from error
+            raise Violation(f"{call} {raised(error)}; expected a ValueError") from error
         if text in bad:
-            raise Violation(f"{told} is accepted")
+            raise Violation(f"{call} is accepted")
 
 
 @PROPERTIES(
     "it can be pickled and copied",
-    "Data workers and several processes cannot be started.",
+    "Data loading workers and distributed processes cannot be started.",
 )
 def copies(subject: Subject) -> None:
     texts = [*subject.texts, *UNSEEN]
@@ -96,24 +96,24 @@ def copies(subject: Subject) -> None:
         try:
             other = make(subject.ready)
         except Exception as error:
-            raise Violation(f"{name} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            raise Violation(f"{name} {raised(error)}") from error
         same_rows(texts, encoded(other, texts), rows, f"after {name}", "before")
-        check_specials(other, list(NAMES), subject.specials)  # settings of wrapped libraries get lost
+        check_specials(other, list(NAMES), subject.specials)  # wrapped libraries lose settings when pickled
 
 
 @PROPERTIES(
     "training twice on the same texts gives the same tokenizer",
-    "Runs cannot be repeated, and processes of one run disagree.",
+    "Runs are not reproducible, and the processes of one run disagree.",
 )
 def training_repeats(subject: Subject) -> None:
     if subject.factory().trained:
-        raise NotApplicable("it comes trained")
-    same_states(subject.fresh().to_state(), subject.fresh().to_state(), "a second training gives another state")
+        raise NotApplicable("it is pretrained")
+    same_states(subject.fresh().to_state(), subject.fresh().to_state(), "a second training gives a different state")
 
 
 @PROPERTIES(
-    "training reads an iterator once, and says so when there is nothing in it",
-    "It learns nothing from a second pass over the texts, which is empty, and every word is unknown.",
+    "training reads its iterator once, and raises a clear error when it is empty",
+    "A second pass over the texts yields nothing, so that every word becomes unknown.",
 )
 def training_reads_once(subject: Subject) -> str:
     tokenizer, unk = subject.ready, subject.specials["unk"]
@@ -127,16 +127,14 @@ def training_reads_once(subject: Subject) -> str:
         except ValueError:
             continue
         except Exception as error:
-            raise Violation(
-                f"train on {texts} raised {type(error).__name__}: {error}; expected a ValueError (UserError) that says "
-                "there is no text"
-            ) from error
-    return f"{unknown:.1%} of its training texts is unknown to it"
+            message = f"train on {texts} {raised(error)}; expected a UserError that says there is no text"
+            raise Violation(message) from error
+    return f"{unknown:.1%} of its training texts is unknown"
 
 
 @PROPERTIES(
-    "encoding and decoding change nothing",
-    "The ids of a text depend on the texts before it.",
+    "encoding and decoding do not change it",
+    "The ids of a text depend on the texts encoded before it.",
 )
 def encoding_keeps_state(subject: Subject) -> None:
     tokenizer = subject.fresh()
@@ -144,7 +142,7 @@ def encoding_keeps_state(subject: Subject) -> None:
     first = encoded(tokenizer, subject.texts)
     encoded(tokenizer, [*ODD[:3], *UNSEEN, "entirely new words: xylophon, qwrtz"])
     tokenizer.decode_batch(first)
-    same_states(tokenizer.to_state(), before, "the state is another one after texts were encoded")
+    same_states(tokenizer.to_state(), before, "encoding texts changes the state")
     if tokenizer.vocab_size != size:
-        raise Violation(f"vocab_size was {size}, and is {tokenizer.vocab_size} after texts were encoded")
+        raise Violation(f"encoding texts changes vocab_size from {size} to {tokenizer.vocab_size}")
     same_rows(subject.texts, encoded(tokenizer, subject.texts), first, "after other texts", "before them")

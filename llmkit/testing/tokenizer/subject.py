@@ -18,7 +18,7 @@ NAMES = (
     *(f"[{name}]" for name in ("PAD", "CLS", "SEP", "UNK", "MASK", "BOS", "EOS")),
     *("PAD", "EOS", "pad", "eos"),
 )
-"""How special tokens are spelled here and there."""
+"""Common spellings of special tokens."""
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, doesn't it?",
@@ -42,18 +42,18 @@ CORPUS = [
     *NAMES,
     " ".join(NAMES),
 ]
-"""What a tokenizer is trained on here: accents, Chinese, Japanese, emoji, digits, white space, names of specials."""
+"""Training texts: accents, Chinese, Japanese, emoji, digits, white space, spellings of special tokens."""
 
 UNSEEN = ["ქართული", "ሰላም", "𐍈", "\U0010ffff", "ab ქართ cd"]
 """Scripts that are not in the corpus."""
 
 ODD = ["\x00", "\x7f\x85", "\ufeff", "\ufffd\ufffe\uffff", "\u2028", "\u2581▁ a", "\ud83d", "a\udc00b"]
-"""Text of bad files: control characters, byte order marks, lone surrogates (which no UTF-8 text can hold)."""
+"""Text from damaged files: control characters, byte order marks, lone surrogates (which UTF-8 cannot encode)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A tokenizer under examination.
+    """A tokenizer under test.
 
     Attributes:
         factory: builds it.
@@ -64,7 +64,7 @@ class Subject:
     seed: int = 0
 
     def fresh(self, texts: Iterable[str] = CORPUS * 3) -> Tokenizer:
-        """Return a new tokenizer, trained on the texts unless it is trained already."""
+        """Return a new tokenizer, trained on the texts unless it comes trained."""
         tokenizer: Tokenizer = self.factory()
         if not tokenizer.trained:
             tokenizer.train(iter(texts))
@@ -72,12 +72,12 @@ class Subject:
 
     @functools.cached_property
     def ready(self) -> Tokenizer:
-        """A trained tokenizer that all properties may use, as long as they do not change it."""
+        """A trained tokenizer shared by all properties, which must not change it."""
         return self.fresh()
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        """Texts of known characters: each character alone, the corpus, random ones."""
+        """Texts of known characters: each character alone, the corpus, random strings and sentences."""
         characters = sorted(set("".join(CORPUS)))
         rng = random.Random(self.seed)
         mixed = ["".join(rng.choices(characters, k=rng.randint(2, 40))) for _ in range(60)]
@@ -87,7 +87,7 @@ class Subject:
 
     @property
     def specials(self) -> dict[str, int]:
-        """The id of each role. Raises Violation for one that is missing or is no int."""
+        """The id of each role. Raises Violation for one that is missing or not an int."""
         found = {role: getattr(self.ready, f"{role}_id", None) for role in ROLES}
         for role, number in found.items():
             if type(number) is not int:
@@ -96,7 +96,7 @@ class Subject:
 
 
 def subject(factory: functools.partial[Any], *, seed: int = 0) -> Subject:
-    """Return what is examined."""
+    """Return the subject."""
     return Subject(factory, seed)
 
 
@@ -105,17 +105,17 @@ def encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     rows = tokenizer.encode_batch(list(texts))
     if not isinstance(rows, list) or len(rows) != len(texts):
         size = len(rows) if isinstance(rows, list) else type(rows).__name__
-        raise Violation(f"encode_batch of {len(texts)} texts gave {size}, expected a list of {len(texts)} lists")
+        raise Violation(f"encode_batch of {len(texts)} texts returned {size}, expected a list of {len(texts)} lists")
     for text, row in zip(texts, rows, strict=True):
         wrong = [i for i in row if type(i) is not int] if isinstance(row, list) else [row]
         if wrong:
             kind = type(wrong[0])
-            raise Violation(f"encode of {text!r} holds a {kind.__module__}.{kind.__name__}, expected a list of int")
+            raise Violation(f"encode of {text!r} contains a {kind.__module__}.{kind.__name__}, expected a list of int")
     return rows
 
 
 def shrunk(text: str, fails: Callable[[str], bool]) -> str:
-    """Return a text as short as plain cutting makes it that still fails."""
+    """Return a shorter text that still fails, found by deleting pieces until no deletion works."""
     size = len(text) // 2
     while size:
         for start in range(len(text) - size + 1):
@@ -130,20 +130,23 @@ def shrunk(text: str, fails: Callable[[str], bool]) -> str:
 
 
 def check_range(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Raise Violation for an id outside of the vocabulary."""
     rows = encoded(tokenizer, texts)
     size = tokenizer.vocab_size
     for text, row in zip(texts, rows, strict=True):
         if row and not 0 <= min(row) <= max(row) < size:
-            raise Violation(f"vocab_size {size}, and {text!r} is encoded as {row}")
+            raise Violation(f"vocab_size is {size}, but {text!r} is encoded as {row}")
 
 
 def same_rows(texts: list[str], rows: list[list[int]], expected: list[list[int]], how: str, other: str) -> None:
+    """Raise Violation, for the shortest text, unless texts are encoded as expected."""
     for text, row, right in sorted(zip(texts, rows, expected, strict=True), key=lambda entry: len(entry[0])):
         if row != right:
             raise Violation(f"{text!r} is encoded as {row!r:.100} {how}, as {right!r:.100} {other}")
 
 
 def check_specials(tokenizer: Tokenizer, texts: list[str], specials: dict[str, int]) -> None:
+    """Raise Violation when a special id other than unk comes from text."""
     forbidden = {number: role for role, number in specials.items() if number != specials["unk"]}
     for text, row in zip(texts, encoded(tokenizer, texts), strict=True):
         if forbidden.keys() & set(row):
@@ -153,7 +156,8 @@ def check_specials(tokenizer: Tokenizer, texts: list[str], specials: dict[str, i
             raise Violation(f"{small!r} is encoded as {row}, and {found} is {forbidden[found]}_id")
 
 
-def same_states(found: str, expected: str, told: str) -> None:
+def same_states(found: str, expected: str, message: str) -> None:
+    """Raise Violation unless two JSON states are equal."""
     if json.loads(found) != json.loads(expected):
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
-        raise Violation(f"{told}: from character {at} on {found[at : at + 60]!r}, not {expected[at : at + 60]!r}")
+        raise Violation(f"{message}: from character {at} on {found[at : at + 60]!r}, not {expected[at : at + 60]!r}")
