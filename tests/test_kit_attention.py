@@ -131,5 +131,7 @@ class NoWeights(Attention):
 @pytest.mark.parametrize("variant", [StrictPast, TopOne, Spectral, ZeroStart, NoWeights])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_false_alarm(variant: type[Attention], seed: int) -> None:
-    report = check("attention", variant, seed=seed, compile_backend="aot_eager")
+    # Compilation does not depend on the seed, and test_plain compiles what ZeroStart inherits.
+    backend = "aot_eager" if seed == 0 and variant is not ZeroStart else None
+    report = check("attention", variant, seed=seed, compile_backend=backend)
     assert not report.failed, str(report)

@@ -100,7 +100,8 @@ def test_textbook_with_transpose_passes(folder: Path) -> None:
 
 
 def test_registered_name_and_json(folder: Path) -> None:
-    result = llmkit("plugins", "check", "attention/gru", "--no_compile", "--dim", "6", "--json", "--seed", "3")
+    options = ("--dim", "6", "--json", "--seed", "3", "--only", "builds", "shape", "decoding_steps", "cross_memory")
+    result = llmkit("plugins", "check", "attention/gru", *options)
     assert result.code == 0
     found = json.loads(result.out)
     assert found["title"] == "attention: llmkit_plugins.attention.recurrent.GRU()"

@@ -83,7 +83,7 @@ def reference(subject: Subject) -> None:
 
 @PROPERTIES(
     "how time and memory grow with the length",
-    "For information only; it never fails.",
+    "For information only.",
 )
 def growth(subject: Subject) -> str:
     """Measure the exponents of time and of the memory kept for the backward pass."""

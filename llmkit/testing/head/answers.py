@@ -57,7 +57,7 @@ def metrics(subject: Subject) -> str:
 
 @PROPERTIES(
     "metrics do not depend on how rows are batched, and restart after reset",
-    "The same model gets other results with another batch size, such as a mean over batches.",
+    "The same model gets different results with another batch size: those of a mean over batches.",
 )
 def metrics_in_any_batch(subject: Subject) -> None:
     everything = list(range(len(subject.items)))
@@ -81,7 +81,7 @@ def metrics_in_any_batch(subject: Subject) -> None:
 
 @PROPERTIES(
     "metrics of several processes combine to those of one",
-    "The same model gets other results on two GPUs.",
+    "The same model gets different results on two GPUs.",
 )
 def metrics_of_processes(subject: Subject) -> None:
     everything = list(range(len(subject.items)))

@@ -325,8 +325,12 @@ class Together(Usage[FirstRows]):
         return FirstRows(min(batch, len(self.subject.items)))
 
     def kinds(self) -> list[FirstRows]:
-        """Return all rows."""
-        return [FirstRows(len(self.subject.items))]
+        """Return a few rows, some of them padded."""
+        return [self.inputs(3, 0)]
+
+    def low_precision(self) -> tuple[Usage[FirstRows], list[FirstRows]]:
+        """Return all rows: the error of a loss is an average over them."""
+        return self, [FirstRows(len(self.subject.items))]
 
     def outputs(self, module: Any, inputs: FirstRows) -> dict[str, Tensor]:
         """Return the loss, and its count as a whole number."""

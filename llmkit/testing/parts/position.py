@@ -82,7 +82,7 @@ def distinguishes_positions(subject: Subject) -> None:
 
 @OWN(
     "whether scores depend on the distance alone",
-    "For information only; it never fails.",
+    "For information only.",
 )
 @torch.no_grad()
 def relative(subject: Subject) -> str:

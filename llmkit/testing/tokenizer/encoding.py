@@ -52,7 +52,7 @@ def builds(subject: Subject) -> str:
 
 @PROPERTIES(
     "ids are ints below vocab_size",
-    "The embedding is indexed out of range: a crash, and on a GPU an obscure one.",
+    "The embedding is indexed out of range: a crash, with an obscure message on a GPU.",
     essential=True,
 )
 def ids_in_range(subject: Subject) -> None:

@@ -27,7 +27,7 @@ PROPERTIES: Properties[Subject] = Properties()
 
 @PROPERTIES(
     "its JSON state restores everything",
-    "A checkpoint is used with ids other than those it was trained with, and its output is useless.",
+    "A loaded checkpoint gets other ids than it was trained with, and its output is useless.",
 )
 def state(subject: Subject) -> str:
     tokenizer = subject.ready
