@@ -1,4 +1,4 @@
-"""Bugs as people make them, one change of a correct variant's source each, and the property that notices it."""
+"""Realistic bugs, each one change to the source of a correct variant, and the property that catches it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmkit_plugins.attention import linear, min_gru, recurrent, window
 
 @dataclass(frozen=True)
 class Bug:
-    """One change of a correct variant's source, and the property that has to notice it."""
+    """One change to the source of a correct variant, and the property that has to catch it."""
 
     name: str
     old: str
@@ -92,6 +92,12 @@ BUGS = [
         'self.register_buffer("temperature", torch.rand(1) + 1)',
         "self.temperature = 1 + torch.rand(1).item()",
         "state_dict",
+    ),
+    Bug(
+        "a buffer never initialised",
+        'self.register_buffer("temperature", torch.rand(1) + 1)',
+        'self.register_buffer("temperature", torch.empty(1))',
+        "weights_are_set",
     ),
     Bug("values detached", "y = weights @ v", "y = weights @ v.detach()", "every_parameter_learns"),
     Bug("a wrong gradient", "y = weights @ v", "y = weights @ v\n        y = y + (y - y.detach())", "gradients"),
@@ -173,7 +179,7 @@ BUGS = [
         "LSTM",
     ),
     Bug(
-        "LSTM starts anew at each piece",
+        "LSTM restarts at each piece",
         "[state[name] for name in self.names]",
         "None",
         "decoding_steps",
@@ -205,7 +211,7 @@ BUGS = [
         "Retention",
     ),
     Bug(
-        "minGRU goes on over documents",
+        "minGRU continues over documents",
         "keep_BTD = keep_BTD.masked_fill((segments_BT > running_BT[:, :-1])[..., None], 0.0)",
         "pass",
         "packed_documents",
@@ -231,11 +237,11 @@ BUGS = [
 ]
 
 
-def sown(bug: Bug) -> type[Attention]:
+def injected(bug: Bug) -> type[Attention]:
     """Return the variant with the bug in it."""
     source = inspect.getsource(bug.source)
-    assert source.count(bug.old) == 1, f"{bug.name}: its place in the source is gone or not the only one"
-    module = types.ModuleType(f"sown_{bug.name.replace(' ', '_')}")
+    assert source.count(bug.old) == 1, f"{bug.name}: its source text occurs not exactly once"
+    module = types.ModuleType(f"injected_{bug.name.replace(' ', '_')}")
     sys.modules[module.__name__] = module
     exec(compile(source.replace(bug.old, bug.new), module.__name__, "exec"), module.__dict__)
     found: type[Attention] = getattr(module, bug.cls)

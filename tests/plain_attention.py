@@ -1,4 +1,4 @@
-"""Multi-head attention written out, mask and all: right in every property, and the ground that bugs are sown in."""
+"""Textbook multi-head attention with an explicit mask: it has every property, and ``bugs`` injects its bugs into it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ from llmkit.model.backbone import Backbone
 from llmkit.ops.decoding import generate
 from llmkit.sequence import DecodingOptions
 from llmkit.sequence import Sequence as Positions
-from llmkit.testing.head.subject import CONTEXT, FIELDS, TOKENIZER, Subject, alike, items_of, subject
+from llmkit.testing.head.examples import FIELDS
+from llmkit.testing.head.subject import CONTEXT, TOKENIZER, Subject, items_of, subject
+from llmkit.testing.numerics import alike
 
 ROWS = 64
 ATTENTIONS = ("multi_head", "lstm", "linear", "sliding_window")

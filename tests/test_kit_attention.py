@@ -1,4 +1,4 @@
-"""The examination of attention: every registered variant passes, sown bugs are caught, unusual designs are not."""
+"""Checks of attention: every registered variant passes, injected bugs are caught, unusual designs are not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import plain_attention
 import pytest
 import torch
-from bugs import BUGS, Bug, sown
+from bugs import BUGS, Bug, injected
 from plain_attention import PlainAttention
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ def test_registered(name: str) -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_caught(bug: Bug) -> None:
     reference = plain_attention.reference if bug.source is plain_attention else None
-    report = check("attention", sown(bug), only=["builds", "shape", bug.caught_by], reference=reference)
+    report = check("attention", injected(bug), only=["builds", "shape", bug.caught_by], reference=reference)
     assert [result.name for result in report.failed] == [bug.caught_by], str(report)
 
 
@@ -37,7 +37,7 @@ def test_bug_is_caught(bug: Bug) -> None:
 
 
 class StrictPast(Attention):
-    """Each position reads those before it and not itself; the first reads nothing."""
+    """Each position reads the positions before it but not itself; the first reads nothing."""
 
     def __init__(self, dim: int, role: Role) -> None:
         super().__init__(dim, role)
@@ -56,7 +56,7 @@ class StrictPast(Attention):
 
 
 class TopOne(Attention):
-    """Each position copies the one value it likes best: a hard choice."""
+    """Each position copies the value of its highest score: a hard choice."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})
 
@@ -106,7 +106,7 @@ class Spectral(Attention):
 
 
 class ZeroStart(PlainAttention):
-    """Starts as nothing: its output matrix is zero."""
+    """Starts at zero output: its output matrix is zero."""
 
     def __init__(self, dim: int, role: Role) -> None:
         super().__init__(dim, role)
@@ -131,5 +131,7 @@ class NoWeights(Attention):
 @pytest.mark.parametrize("variant", [StrictPast, TopOne, Spectral, ZeroStart, NoWeights])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_false_alarm(variant: type[Attention], seed: int) -> None:
-    report = check("attention", variant, seed=seed, compile_backend="aot_eager")
+    # Compilation does not depend on the seed, and test_plain compiles what ZeroStart inherits.
+    backend = "aot_eager" if seed == 0 and variant is not ZeroStart else None
+    report = check("attention", variant, seed=seed, compile_backend=backend)
     assert not report.failed, str(report)

@@ -1,4 +1,4 @@
-"""The examination of heads: right ones pass, broken ones are found out."""
+"""Checks of heads: correct ones pass, broken ones are caught."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_own_fields_need_rows() -> None:
     report = check("head", Score)
     assert not report.failed
     assert [result.name for result in report.results if result.status == "pass"] == ["declares"]
-    assert report.results[1].detail == "rows for score are needed: give rows={field: [values]}"
+    assert report.results[1].detail == "no example rows for score: pass rows={field: [values]}"
     rows = {"text": ["a b", "one two three", "c d", "and so on and so on"], "score": [0.5, -1.25, 3.0, 0.0]}
     report = check("head", Score, rows=rows)
     assert not report.failed and sum(result.status == "n/a" for result in report.results) == 2, str(report)
@@ -427,6 +427,14 @@ class SinglePrecision(Labels):
         return scores
 
 
+class WrongGradient(Labels):
+    """Values as they should be, gradients twice as large."""
+
+    def loss(self, net: Network, batch: Batch) -> Loss:
+        found = super().loss(net, batch)
+        return Loss(2 * found.total - found.total.detach(), found.count)
+
+
 METRICS = {"metrics_in_any_batch", "metrics_of_processes"}
 BROKEN: list[tuple[type[Any], set[str], str]] = [
     (MeanOverBatch, {"loss_is_a_sum", "loss_in_any_batch", "last_block", *METRICS}, "for 2 copies; a mean"),
@@ -440,40 +448,41 @@ BROKEN: list[tuple[type[Any], set[str], str]] = [
     (
         MinusBatchMean,
         {"loss_in_any_batch", "answers_in_any_batch", "loss_metric", *METRICS},
-        "as one batch: loss 2.* over 2; one by one 2.* over 2 in all",
+        "as one batch: loss 2.* over 2; one by one 2.* over 2",
     ),
     (MeanOfBatches, METRICS, r"rows in batches \[\[0\], \[1, 2, 3, 4\]\] against all at once: 'accuracy'"),
     (MeanLossOfBatches, {"loss_metric", *METRICS}, "weighted by loss.count"),
     (NoReset, METRICS, r"after reset, rows \[0\]: 'accuracy'"),
     (WrongReduction, {"metrics_of_processes"}, r"rows \[0, 1\] in one process, \[2, 3, 4\] in another.* 'accuracy'"),
-    (WrongSide, {"metrics"}, r"monitor is \('accuracy', 'min'\), and MulticlassAccuracy is better at the max"),
-    (NoMonitor, {"metrics"}, "monitor is 'f1', and the validation metrics are loss, accuracy"),
-    (DropsRow, {"answers"}, "5 rows have 4 answers"),
+    (WrongSide, {"metrics"}, r"monitor is \('accuracy', 'min'\), but MulticlassAccuracy is better at the max"),
+    (NoMonitor, {"metrics"}, "monitor is 'f1', but the validation metrics are loss, accuracy"),
+    (DropsRow, {"answers"}, "5 rows got 4 answers"),
     (Sorts, {"answers_in_any_batch"}, "rows in another order"),
-    (Tensors, {"answers"}, "is no JSON"),
-    (Peeks, {"answers"}, "with targets by"),
+    (Tensors, {"answers"}, "is not JSON"),
+    (Peeks, {"answers"}, "but with targets"),
     (NeedsTargets, {"encodes"}, "without targets encode raised KeyError: 'label'"),
     (NeighboursInEncode, {"encodes"}, "feature 'length' of row 0 .* is 39 in a batch of 5, and .8. alone"),
     (Forgets, {"learns"}, "'neg' is not in list"),
     (OneString, {"declares"}, r"inputs is 'text', .* A tuple of one is written \('text',\)"),
     (Idle, {"every_parameter_learns"}, r"'head.gate.weight' \(16, 16\) is not used"),
-    (Unset, {"weights_are_set"}, r"'out.bias' \(3,\): 100% is not set"),
+    (Unset, {"weights_are_set"}, r"100% of 'head.out.bias' \(3,\) is not initialised"),
     (LooksInside, {"loss"}, "'ContractNetwork' object has no attribute 'embedding'"),
-    (Uncut, {"long_rows"}, "columns at once, and the context is 64"),
-    (StaysInTraining, {"changes_nothing"}, "it is in training mode"),
-    (Hidden, {"state_dict"}, "a tensor that is no parameter"),
+    (Uncut, {"long_rows"}, "columns at once; the context is 64"),
+    (StaysInTraining, {"changes_nothing"}, "leaves it in training mode"),
+    (WrongGradient, {"gradients"}, "autograd and finite differences disagree"),
+    (Hidden, {"state_dict"}, "a random tensor that is neither parameter nor buffer"),
     (SinglePrecision, {"bfloat16"}, "must have the same dtype"),
 ]
 
 
-@pytest.mark.parametrize(("cls", "expected", "told"), BROKEN)
-def test_broken(cls: type[Head], expected: set[str], told: str) -> None:
+@pytest.mark.parametrize(("cls", "expected", "message"), BROKEN)
+def test_broken(cls: type[Head], expected: set[str], message: str) -> None:
     report = check("head", cls)
     found = {result.name: result.detail for result in report.failed}
     assert found.keys() == expected, str(report)
-    assert any(re.search(told, detail) for detail in found.values()), str(report)
+    assert any(re.search(message, detail) for detail in found.values()), str(report)
 
 
 def test_chance_in_eval_mode() -> None:
-    report = check("head", AlwaysDropout, only=["repeatable"])
-    assert [result.name for result in report.failed] == ["repeatable"]
+    report = check("head", AlwaysDropout, only=["deterministic"])
+    assert [result.name for result in report.failed] == ["deterministic"]

@@ -1,4 +1,4 @@
-"""The examination of positions, feedforward networks and norms: right ones pass, broken ones are found out."""
+"""Checks of positions, feedforward networks and norms: correct ones pass, broken ones are caught."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_figures() -> None:
 
     answers = {"rotary": "yes", "alibi": "yes", "sinusoidal": "no", "learned": "no"}
     assert {name: figure(name, "relative") for name in answers} == answers
-    assert figure("learned", "beyond_the_context") == "it ends there"
-    assert figure("alibi", "beyond_the_context") == "it goes on"
+    assert figure("learned", "beyond_the_context") == "it raises a UserError"
+    assert figure("alibi", "beyond_the_context") == "it continues"
     assert {result.status for result in check("position", "none").results} == {"pass", "n/a"}
 
 
@@ -302,16 +302,16 @@ class Detached(Norm):
 
 RIGHT = [Turns, Buckets, Experts, Sine, L2, DynamicTanh]
 BROKEN: list[tuple[type[Any], set[str], str]] = [
-    (Columns, {"given_positions", "documents_start_anew"}, "columns 1 to 1 of 2 differ by .* with positions \\[1\\]"),
+    (Columns, {"given_positions", "documents_restart"}, "columns 1 to 1 of 2 differ by .* with positions \\[1\\]"),
     (CarelessMemo, {"memo"}, "heads 4 wide, torch.float64, differs"),
     (HalfAngles, {"bfloat16"}, "Buffers are cast along"),
-    (AllAlike, {"tells_positions_apart"}, "positions 0 to 39"),
+    (AllAlike, {"distinguishes_positions"}, "positions 0 to 39"),
     (NoEnd, {"beyond_the_context"}, "max_length 40, positions up to 40: raised IndexError"),
-    (InPlace, {"layout_of_inputs"}, "add: an input is changed in place"),
+    (InPlace, {"layout_of_inputs"}, "add: the input is modified in place"),
     (FlatBias, {"shape"}, r"got the shape \(2, 1, 1\), expected \(1 or 1, 2, 1, 1\)"),
-    (Unset, {"weights_are_set"}, r"'table' \(40, 16\): 100% is not set"),
-    (Neighbours, {"position_by_position"}, r"\(1, 2, 16\): a change of position 0 changes the output of position 1"),
-    (AlwaysDropout, {"deterministic"}, "a second call differs"),
+    (Unset, {"weights_are_set"}, r"100% of 'table' \(40, 16\) is not initialised"),
+    (Neighbours, {"position_by_position"}, r"\(1, 2, 16\): changing position 0 changes the output of position 1"),
+    (AlwaysDropout, {"deterministic"}, "a second call with the same input differs"),
     (Idle, {"every_parameter_learns"}, r"'gate.weight' \(16, 16\) is not used"),
     (Hidden, {"state_dict"}, "loaded into a new instance it differs"),
     (Narrow, {"shape"}, r"forward of \(1, 1, 16\), torch.float64: got the shape \(1, 1, 8\)"),
@@ -333,9 +333,9 @@ def test_unusual_but_right(cls: type[Any]) -> None:
     assert not report.failed, str(report)
 
 
-@pytest.mark.parametrize(("cls", "expected", "told"), BROKEN)
-def test_broken(cls: type[Any], expected: set[str], told: str) -> None:
+@pytest.mark.parametrize(("cls", "expected", "message"), BROKEN)
+def test_broken(cls: type[Any], expected: set[str], message: str) -> None:
     report = check(family_of(cls), cls)
     found = {result.name: result.detail for result in report.failed}
     assert found.keys() == expected, str(report)
-    assert any(re.search(told, detail) for detail in found.values()), str(report)
+    assert any(re.search(message, detail) for detail in found.values()), str(report)

@@ -1,4 +1,4 @@
-"""``llmkit plugins check``: what it says of a stranger's file, of names, and of mistakes."""
+"""``llmkit plugins check``: files of a user, registered names, and mistakes on the command line."""
 
 from __future__ import annotations
 
@@ -72,23 +72,23 @@ def folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_textbook_module_without_transpose(folder: Path) -> None:
-    """A plain torch module is examined too, and told what is wrong with it."""
+    """A torch module that is not a plugin is checked too."""
     result = llmkit("plugins", "check", "textbook_module.py:SelfAttention", "--no_compile")
     assert result.code == 1
     assert "FAIL mixes_positions" in result.out and result.out.count("FAIL ") == 1
-    told = " ".join(result.out.split())
-    assert "no output depends on an earlier position" in told
-    assert "without transpose(1, 2)" in told and "a head by a head" in told
+    text = " ".join(result.out.split())
+    assert "no output depends on an earlier position" in text
+    assert "without transpose(1, 2)" in text and "head by head" in text
     assert "derives from no contract of llmkit" in result.err
 
 
 def test_textbook_plugin_without_transpose(folder: Path) -> None:
-    """With the framework's mask it cannot even run, but at the length that is its number of heads: told why."""
+    """With the framework's mask it runs only at the length that is its number of heads; the report says why."""
     result = llmkit("plugins", "check", "textbook_plugin.py:Textbook", "--no_compile", "--init.num_heads", "8")
     assert result.code == 1
-    told = " ".join(result.out.split())
-    assert "FAIL shape" in told and "only 8 runs, its number of heads?" in told and "without transpose(1, 2)" in told
-    assert "27 more not examined: shape fails" in told
+    text = " ".join(result.out.split())
+    assert "FAIL shape" in text and "only 8 runs, its number of heads?" in text and "without transpose(1, 2)" in text
+    assert "27 more not checked: shape fails" in text
 
 
 def test_textbook_with_transpose_passes(folder: Path) -> None:
@@ -100,7 +100,8 @@ def test_textbook_with_transpose_passes(folder: Path) -> None:
 
 
 def test_registered_name_and_json(folder: Path) -> None:
-    result = llmkit("plugins", "check", "attention/gru", "--no_compile", "--dim", "6", "--json", "--seed", "3")
+    options = ("--dim", "6", "--json", "--seed", "3", "--only", "builds", "shape", "decoding_steps", "cross_memory")
+    result = llmkit("plugins", "check", "attention/gru", *options)
     assert result.code == 0
     found = json.loads(result.out)
     assert found["title"] == "attention: llmkit_plugins.attention.recurrent.GRU()"
@@ -134,10 +135,13 @@ def test_reference_from_a_file(folder: Path) -> None:
         (["no_such_module:A"], "cannot be imported"),
         (["attention/multi_head", "--init.num_head", "2"], "has no argument 'num_head'. Did you mean 'num_heads'?"),
         (["attention/multi_head", "--init.num_heads"], "--init.num_heads needs a value"),
-        (["attention/multi_head", "--only", "casual_by_value"], "no property 'casual_by_value' of attention"),
+        (
+            ["attention/multi_head", "--only", "casual_by_value"],
+            "'casual_by_value'. Did you mean 'causal_by_value'?",
+        ),
         (["attention/multi_head", "--sed", "1"], "unknown plugins check option '--sed'. Did you mean '--seed'?"),
-        (["textbook_module.py:SelfAttention", "--init.embed_dim=8"], "embed_dim is the width: give it as --dim"),
-        (["tokenizer/char", "--dim", "8"], "the examination of a tokenizer has no option 'dim'; it has: seed"),
+        (["textbook_module.py:SelfAttention", "--init.embed_dim=8"], "embed_dim is the width: set it by --dim"),
+        (["tokenizer/char", "--dim", "8"], "the checks of family 'tokenizer' have no option 'dim'; available: seed"),
         (["head/classification", "--rows", "none.json"], "--rows none.json: "),
         ([], "TARGET"),
     ],
@@ -164,7 +168,7 @@ def test_rows_of_a_head(folder: Path) -> None:
     assert learned["detail"] == f"{len(json.dumps({'labels': ['x', 'y']}))} characters"
 
 
-def test_a_plugin_that_raises_is_told_with_its_place(folder: Path) -> None:
+def test_a_plugin_that_raises_is_reported_with_its_line(folder: Path) -> None:
     source = PLUGIN.replace("scores = q", "raise KeyError('oops')\n        scores = q")
     (folder / "raising.py").write_text(source)
     result = llmkit("plugins", "check", "raising.py:Textbook", "--no_compile")

@@ -12,7 +12,7 @@ from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data.formats import shortened
 from llmkit.data.rows import Bad, Row, Rows, Skipped, flaw
 from llmkit.data.tokens import Piece
-from llmkit.errors import UserError, nearest
+from llmkit.errors import Problem, UserError, nearest
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Fields:
         for name in columns or {}:
             if name not in known:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
-                raise UserError(f"data.columns: the head has no field '{name}'.{hint}")
+                raise UserError(Problem("data.columns", f"the head has no field '{name}'.{hint}"))
         texts = frozenset(head.texts)
         return cls(head.inputs if predict else known, texts, frozenset(head.words) - texts, dict(columns or {}))
 
@@ -130,7 +130,7 @@ def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, 
             left = max(0, left - len(piece))
         return
     if count == 1:
-        raise UserError(f"{key}: has one row only, none is left for validation. Set data.validation.")
+        raise UserError(Problem(key, "has one row only, none is left for validation. Set data.validation."))
     chosen = np.zeros(count, bool)
     chosen[np.random.default_rng(0).permutation(count)[: max(0, min(max(1, round(count * share)), count - 1))]] = True
     for item in read():

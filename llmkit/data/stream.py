@@ -16,7 +16,7 @@ from llmkit.data.examples import Examples, Features
 from llmkit.data.prepare import Item, encoded, features, grouped, pieces
 from llmkit.data.rows import Skipped
 from llmkit.data.tokens import Blocks, Packed, Tokens, joined, split_batches
-from llmkit.errors import UserError, note
+from llmkit.errors import Problem, UserError, note
 
 HELD_OUT = (1000, 2_000_000)  # at most so many rows and characters at the start of a stream are validation data
 SAMPLE = (10_000, 20_000_000)  # and so many after them train the tokenizer and give the labels
@@ -82,9 +82,9 @@ class Stream(IterableDataset[Batch]):
                 yield batch
             report = self.skipped.told(self.skipped.seen)
             if empty and report and self.skipped.count == self.skipped.seen:
-                raise UserError(f"{self.skipped.key}: {report}")
+                raise UserError(Problem(self.skipped.key, report))
             if empty and self.endless:
-                raise UserError(f"{self.skipped.key}: too few rows for {shards} readers")
+                raise UserError(Problem(self.skipped.key, f"too few rows for {shards} readers"))
             if report and shard == 0:
                 note(f"{self.skipped.key}: {report}")
 

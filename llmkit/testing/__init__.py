@@ -1,4 +1,4 @@
-"""The public examination of plugins: every property a plugin owes its users, as a report or as tests.
+"""Checks of plugins: the properties that users of each family rely on, as a report or as tests.
 
 In a plugin's own repository::
 
@@ -7,7 +7,7 @@ In a plugin's own repository::
 
     test_my_attention = examination("attention", MyAttention)
 
-which is one test for each property. ``llmkit plugins check`` prints the same as a table.
+gives one test for each property. ``llmkit plugins check`` prints the same results as a table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmkit import registry
-from llmkit.errors import UserError
+from llmkit.errors import UserError, unknown
 from llmkit.testing.report import NotApplicable, Property, Report, Result, Violation
 
 __all__ = ["NotApplicable", "Property", "Report", "Result", "Violation", "check", "examination", "properties"]
@@ -35,7 +35,7 @@ _MODULES = {
 
 
 def properties(family: str) -> list[Property[Any]]:
-    """Return what plugins of a family are examined for. Raises UserError for an unknown family."""
+    """Return the properties that plugins of a family are checked for. Raises UserError for an unknown family."""
     registry.check_family(family)
     module, name = _MODULES[family]
     found: list[Property[Any]] = getattr(importlib.import_module(f"llmkit.testing.{module}"), name).all
@@ -43,24 +43,24 @@ def properties(family: str) -> list[Property[Any]]:
 
 
 def check(family: str, plugin: Any, *, only: list[str] | None = None, **options: Any) -> Report:
-    """Examine a plugin and return the report.
+    """Check a plugin and return the report.
 
     Args:
         family: attention, tokenizer, head, position, feedforward or norm.
         plugin: its registered name, its class, or ``llmkit.plugin(family, name, argument=...)``.
-        only: names of the properties to examine; None: all.
+        only: names of the properties to check; None: all.
         options: ``seed``; all but tokenizers: ``dim``; attention: ``reference``, a slow form
-            ``(module, x_BTD, seq, memory) -> (B, T, D)`` it has to equal, and ``compile_backend`` of torch.compile
-            (None leaves it out); head: ``rows``, a few rows by field, and ``reference``.
+            ``(module, x_BTD, seq, memory) -> (B, T, D)`` that it has to equal, and ``compile_backend`` of
+            torch.compile (None skips that property); head: ``rows``, a few rows by field, and ``reference``.
 
     Raises:
-        UserError: the plugin is not there, breaks its contract, or lacks an argument; an unknown property.
+        UserError: the plugin is not found, breaks its contract, or lacks an argument; a property or option is unknown.
     """
     subject, title = _subject(family, plugin, options)
     known = {found.name for found in properties(family)}
     for name in only or ():
         if name not in known:
-            raise UserError(f"no property '{name}' of {family}; there are: {', '.join(sorted(known))}")
+            raise UserError(unknown(f"property of {family}", name, known))
     collected = getattr(importlib.import_module(f"llmkit.testing.{_MODULES[family][0]}"), _MODULES[family][1])
     report: Report = collected.examine(title, subject, only)
     return report
@@ -69,7 +69,7 @@ def check(family: str, plugin: Any, *, only: list[str] | None = None, **options:
 def examination(family: str, plugin: Any, **options: Any) -> Callable[..., None]:
     """Return a pytest function with one case for each property; see ``check`` for the arguments.
 
-    What does not apply to the plugin passes, so that a suite has no skipped tests.
+    Properties that do not apply to the plugin pass, so that a suite has no skipped tests.
     """
     import pytest
 
@@ -77,7 +77,7 @@ def examination(family: str, plugin: Any, **options: Any) -> Callable[..., None]
     def test(property: str) -> None:
         report = check(family, plugin, only=[property], **options)
         if report.failed:
-            pytest.fail(report.failed[0].told(), pytrace=False)
+            pytest.fail(report.failed[0].summary(), pytrace=False)
 
     return test
 
@@ -99,5 +99,5 @@ def _subject(family: str, plugin: Any, options: dict[str, Any]) -> tuple[Any, st
     known = [name for name in inspect.signature(module.subject).parameters if name != "factory"]
     for name in options:
         if name not in known:
-            raise UserError(f"the examination of a {family} has no option '{name}'; it has: {', '.join(known)}")
+            raise UserError(f"the checks of family '{family}' have no option '{name}'; available: {', '.join(known)}")
     return module.subject(factory, **options), title

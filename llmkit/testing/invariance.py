@@ -1,4 +1,4 @@
-"""The same number however computed: what a model makes of rows, in many kinds of batches, against one row at a time.
+"""Batch invariance: loss, metrics, answers and gradients in many kinds of batches, against one row at a time.
 
 In a plugin's own tests::
 
@@ -7,7 +7,7 @@ In a plugin's own tests::
     findings = invariance.check(LanguageModel(head=MyHead, context=64), DataModule(train="rows.csv"))
     assert all(finding.passed for finding in findings), findings
 
-``llmkit verify metrics --config FILE`` prints the same as a table.
+``llmkit verify metrics --config FILE`` prints the same findings as a table.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
-from llmkit.testing.head.subject import alike, items_of
+from llmkit.testing.head.subject import items_of
+from llmkit.testing.numerics import alike
 
 SIZES = (1, 2, 3, 8, 64)
 ACCUMULATIONS = (1, 2, 4, 8)
 TOLERANCE = 1e-6
 NEW_TOKENS = 8
-"""Most tokens of a text that is written: enough for a difference to show."""
+"""Most tokens of a generated text: enough for a difference to show."""
 
 Batches = list[Index]
 Ways = dict[str, Batches]
@@ -47,14 +48,14 @@ Ways = dict[str, Batches]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the comparison said of one number.
+    """The result of the comparison of one number.
 
     Attributes:
         what: which number.
         reference: its value, computed one row at a time.
         difference: the largest difference of any way of batching: relative, for values below 1 absolute.
-        first: the first way of batching that is off by more than ``TOLERANCE``, and its rows; empty: none.
-        exact: the difference in double precision, where single precision alone would not have passed.
+        first: the first way of batching with a difference above ``TOLERANCE``, and its rows; empty: none.
+        exact: the difference in double precision, if single precision alone would not have passed.
     """
 
     what: str
@@ -70,7 +71,7 @@ class Finding:
 
 
 class Rows(Protocol):
-    """What gives the batch of some rows: a split of the data, or ``Cut``."""
+    """A source of batches: a split of the data, or ``Cut``."""
 
     def __getitem__(self, rows: Index, /) -> Batch:
         """Return these rows as one batch."""
@@ -79,16 +80,16 @@ class Rows(Protocol):
 def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
     """Compare loss, metrics, answers and gradients of a model over many ways of batching the same rows.
 
-    The rows are of the validation data, where there are any; for the gradients of the training data. They are read in
-    batches of 1 to 64, in several orders, by ``batch_tokens``, and beside the longest row; blocks of a joined text are
-    cut to unequal lengths and padded as well. Everything is computed in eval mode, on the model's device and in the
-    precision of its weights. What differs in single precision is computed again in double precision, which tells
-    rounding from a fault.
+    The rows come from the validation data if there is any; those for the gradients from the training data. They are
+    read in batches of 1 to 64, in several orders, by ``batch_tokens``, and paired with the longest row; blocks of a
+    joined text are also cut to different lengths and padded. Everything is computed in eval mode, on the model's device
+    and in the precision of its weights. Numbers that differ in single precision are computed again in double
+    precision, which distinguishes rounding from a bug.
 
     Args:
-        model: built or not; without weights it gets new ones.
+        model: built or not; without weights, it gets new ones.
         data: its data.
-        rows: how many rows (or blocks) are looked at.
+        rows: how many rows (or blocks) are compared.
 
     Raises:
         UserError: the data cannot be prepared, or is streamed and has no validation part.
@@ -98,7 +99,7 @@ def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Findin
 
 
 def compare(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
-    """Do what ``check`` does, with a model and data that ``build`` has seen."""
+    """Do what ``check`` does, after ``build``."""
     assert model.tokenizer is not None
     net, head, training, decoding = model.network, model.head, model.training, model.head.decoding
     limit = min(decoding.max_new_tokens or NEW_TOKENS, NEW_TOKENS)
@@ -119,7 +120,7 @@ def compare(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Find
 
 
 def _doubted(single: Finding, double: Finding) -> Finding:
-    """Return what is found in single precision, cleared where it is rounding."""
+    """Return the finding in single precision, cleared if double precision shows that it is rounding."""
     if single.passed or not double.passed:
         return single
     return dataclasses.replace(single, first="", exact=double.difference)
@@ -169,7 +170,7 @@ def arrangements(split: Blocks | Examples, rows: Index, batch_tokens: int) -> Wa
         by_tokens = Examples(split.features, split.head, split.tokenizer, 1, batch_tokens)
         kept = [batch[np.isin(batch, rows)] for batch in by_tokens.evaluation_order()]
         ways[f"batch_tokens {batch_tokens}"] = [batch for batch in kept if len(batch)]
-        ways["beside the longest row"] = [np.array([row, rows[0]]) for row in rows]
+        ways["with the longest row"] = [np.array([row, rows[0]]) for row in rows]
     return ways
 
 
@@ -203,7 +204,7 @@ class Comparison:
         self.difference, self.first = 0.0, ""
 
     def add(self, difference: float, where: Callable[[], str]) -> None:
-        """Note a difference; ``where`` tells its place, if it is the first that is too large."""
+        """Record a difference; ``where`` returns its place, in case it is the first that is too large."""
         difference = math.inf if math.isnan(difference) else difference
         self.difference = max(self.difference, difference)
         if difference > TOLERANCE and not self.first:
@@ -219,10 +220,10 @@ class Examined:
 
     Args:
         net: the network, in eval mode.
-        head: the head, likewise.
+        head: the head, in eval mode.
         tokenizer: the tokenizer.
-        source: gives the batch of some rows.
-        suffix: what is added to the names of the numbers.
+        source: returns the batch of some rows.
+        suffix: added to the names of the numbers.
     """
 
     def __init__(self, net: Backbone, head: Head, tokenizer: Tokenizer, source: Rows, suffix: str = "") -> None:
@@ -245,10 +246,10 @@ class Examined:
         for way, batches in ways.items():
             for batch in batches:
                 found = self._loss(batch)
-                wanted = [sum(alone[row][i] for row in batch.tolist()) for i in (0, 1)]
-                where = functools.partial("{}, {}".format, way, told(batch))
-                losses.add(abs(found[0] - wanted[0]) / max(abs(wanted[0]), wanted[1], 1e-9), where)
-                counts.add(abs(found[1] - wanted[1]), where)
+                expected = [sum(alone[row][i] for row in batch.tolist()) for i in (0, 1)]
+                where = functools.partial("{}, {}".format, way, shown_rows(batch))
+                losses.add(abs(found[0] - expected[0]) / max(abs(expected[0]), expected[1], 1e-9), where)
+                counts.add(abs(found[1] - expected[1]), where)
         return [
             losses.finding(f"loss{self.suffix}", f"{total / max(count, 1):.6g}"),
             counts.finding(f"count of the loss{self.suffix}", f"{count:g}"),
@@ -260,7 +261,7 @@ class Examined:
         return float(found.total), float(found.count)
 
     def metrics(self, ways: Ways) -> list[Finding]:
-        """Compare the validation metrics, and those that the test data have beside them."""
+        """Compare the validation metrics, and any further ones of the test data."""
         stages: dict[Stage, str] = {"validation": "val", "test": "test"}
         known: set[str] = set()
         found = []
@@ -295,29 +296,29 @@ class Examined:
         return {name: metric.compute().cpu().double() for name, metric in metrics.items()}
 
     def _culprit(self, way: str, stage: Stage, name: str, batches: Batches) -> str:
-        """Return the way, and which of its batches is off by itself."""
+        """Return the way of batching, and which of its batches differs on its own."""
         for batch in batches:
             alone = self._measured(stage, one_by_one(batch.tolist()))
             if gap(self._measured(stage, [batch])[name], alone[name]) > TOLERANCE:
-                return f"{way}, {told(batch)}"
-        return f"{way}, no batch by itself but all together (a mean of the batches' means?)"
+                return f"{way}, {shown_rows(batch)}"
+        return f"{way}, no single batch but all together (a mean of batch means?)"
 
     def answers(self, ways: Ways) -> Finding:
-        """Compare the answers; texts are written greedily and are short."""
+        """Compare the answers; texts are generated greedily and are short."""
         alone = {row: self._answers(np.array([row]))[0] for row in distinct(ways)}
         compared = Comparison()
         for way, batches in ways.items():
             for batch in batches:
                 pairs = zip(batch.tolist(), self._answers(batch), strict=True)
                 off = [row for row, answer in pairs if not alike(answer, alone[row])]
-                where = functools.partial("{}, {}: another answer to row {}".format, way, told(batch), *off[:1])
+                where = functools.partial("{}, {}: another answer to row {}".format, way, shown_rows(batch), *off[:1])
                 compared.add(len(off) / len(batch), where)
         return compared.finding("answers", f"to {len(alone)} rows")
 
     @torch.inference_mode()
     def _answers(self, rows: Index) -> list[dict[str, Any]]:
         batch = self.source[rows]
-        if self.head.layout == "blocks":  # asked with short texts that end in a token to guess, for heads that guess
+        if self.head.layout == "blocks":  # prompts: short texts that end in a mask, for heads that fill masks
             features = self.head.encode({name: [""] * len(rows) for name in self.head.inputs}, self.tokenizer, 1)
             pad, mask = self.tokenizer.pad_id, self.tokenizer.mask_id
             texts = [ids[: 1 + row % 13] for row, ids in zip(rows.tolist(), batch["ids"].tolist(), strict=True)]
@@ -327,24 +328,24 @@ class Examined:
 
     def gradient(self, rows: Index) -> Finding:
         """Compare the gradient of the mean loss, accumulated over several batches, with that of the rows one by one."""
-        wanted = self._gradient(one_by_one(rows.tolist()), EXACT)
-        norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
+        expected = self._gradient(one_by_one(rows.tolist()), EXACT)
+        norm = torch.stack([gradient.norm() for gradient in expected]).norm()
         compared = Comparison()
         for batches in ACCUMULATIONS:
-            cuts = np.arange(1, batches) ** 2 * len(rows) // batches**2  # unequal: equal ones hide a mean of means
+            cuts = np.arange(1, batches) ** 2 * len(rows) // batches**2  # equal sizes hide a mean of means
             parts = [part for part in np.split(rows, cuts) if len(part)]
-            off = [(a.to(EXACT) - b).norm() for a, b in zip(self._gradient(parts), wanted, strict=True)]
+            off = [(a.to(EXACT) - b).norm() for a, b in zip(self._gradient(parts), expected, strict=True)]
             sizes = " + ".join(str(len(part)) for part in parts)
             where = functools.partial("accumulation {}, of {} rows".format, len(parts), sizes)
             compared.add(float(torch.stack(off).norm() / norm.clamp(min=1e-12)), where)
         return compared.finding("gradient", f"norm {norm:.6g}")
 
     def _gradient(self, batches: Batches, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Return the gradient of all losses' sum over all counts' sum, a tensor a parameter, added up in ``dtype``."""
+        """Return the gradient of the summed losses over the summed counts, by parameter, added in ``dtype``."""
         parameters = [p for module in (self.net, self.head) for p in module.parameters() if p.requires_grad]
         sums = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
         count = 0.0
-        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no gradient in eval mode
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no gradient in eval mode
             for batch in batches:
                 found = self.head.loss(self.net, self.batch(batch))
                 parts = torch.autograd.grad(found.total, parameters, allow_unused=True)
@@ -365,21 +366,21 @@ def distinct(ways: Ways) -> list[int]:
     return sorted({row for batches in ways.values() for batch in batches for row in batch.tolist()})
 
 
-def gap(found: Tensor, wanted: Tensor) -> float:
+def gap(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference, relative for values above 1."""
-    if found.shape != wanted.shape or not torch.equal(found.isnan(), wanted.isnan()):
+    if found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
         return float("inf")
-    off = (found - wanted).abs().nan_to_num(0.0) / wanted.abs().nan_to_num(0.0).clamp(min=1)
+    off = (found - expected).abs().nan_to_num(0.0) / expected.abs().nan_to_num(0.0).clamp(min=1)
     return float(off.max()) if off.numel() else 0.0
 
 
-def told(batch: Index) -> str:
-    """Return rows as they are named in findings."""
+def shown_rows(batch: Index) -> str:
+    """Return rows as findings show them."""
     most = 8
     names = ", ".join(map(str, batch[:most].tolist()))
     return f"rows {names}" + (f" and {len(batch) - most} more" if len(batch) > most else "")
 
 
 def shown(value: Tensor) -> str:
-    """Return a metric's value as it is shown."""
+    """Return a metric's value as findings show it."""
     return f"{float(value):.6g}" if value.numel() == 1 else " x ".join(map(str, value.shape))

@@ -1,4 +1,4 @@
-"""What an examination is made of: properties that hold or do not, and what is said of each."""
+"""Properties, each of which holds for a plugin or does not, and the report of their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 Status = Literal["pass", "fail", "n/a"]
-S = TypeVar("S")
+S = TypeVar("S", contravariant=True)
+SKIPPED = "not checked"
 
 
 class Violation(AssertionError):  # noqa: N818
@@ -19,19 +20,19 @@ class Violation(AssertionError):  # noqa: N818
 
 
 class NotApplicable(Exception):  # noqa: N818
-    """A property says nothing about this plugin; the text says why."""
+    """A property does not apply to this plugin; the text says why."""
 
 
 @dataclass(frozen=True)
 class Property(Generic[S]):
-    """One thing a plugin of a family owes its users.
+    """One thing that users of a plugin rely on.
 
     Attributes:
         name: its name in reports and tests.
         claim: what holds, in a few words.
-        meaning: what it means for a user when it does not.
-        run: examines a subject; returns a figure worth showing, or nothing. Raises Violation or NotApplicable.
-        essential: whether the others make no sense without it.
+        meaning: what happens to a user when it does not hold.
+        run: checks a plugin; returns a figure worth showing, or None. Raises Violation or NotApplicable.
+        essential: whether the properties after it are skipped when it fails.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Property(Generic[S]):
     essential: bool = False
 
     def examine(self, subject: S) -> Result:
-        """Return what this property says of a subject. Whatever the plugin raises is a failure, told with its place."""
+        """Check a plugin. Any exception that the plugin raises is a failure, reported with its file and line."""
         start = time.perf_counter()
         status: Status = "pass"
         try:
@@ -51,13 +52,13 @@ class Property(Generic[S]):
         except Violation as violation:
             status, detail = "fail", str(violation)
         except Exception as error:
-            status, detail = "fail", f"raised {type(error).__name__}: {_one_line(error)}{_place(error)}"
+            status, detail = "fail", f"{raised(error, 300)}{_place(error)}"
         return Result(self.name, self.claim, self.meaning, status, detail, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one property said."""
+    """The result of one property."""
 
     name: str
     claim: str
@@ -67,14 +68,14 @@ class Result:
     """pass: a figure, if any; fail: the smallest case; n/a: why."""
     seconds: float
 
-    def told(self) -> str:
-        """Return the failure as a person reads it."""
+    def summary(self) -> str:
+        """Return the failure as one paragraph."""
         return f"{self.name}: {self.meaning} Shown by: {self.detail}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What all properties of a family said of one plugin."""
+    """The results of all properties of a family for one plugin."""
 
     title: str
     results: tuple[Result, ...]
@@ -85,17 +86,17 @@ class Report:
         return [result for result in self.results if result.status == "fail"]
 
     def __str__(self) -> str:
-        """Return a table, and below it what each failure means."""
+        """Return a table, followed by an explanation of each failure."""
         width = max((len(result.name) for result in self.results), default=0)
         lines = [self.title, ""]
-        left = [result for result in self.results if result.detail.startswith("not examined")]
+        skipped = [result for result in self.results if result.detail.startswith(SKIPPED)]
         for result in self.results:
-            if result in left:
+            if result in skipped:
                 continue
             extra = f" ({result.detail})" if result.detail and result.status != "fail" else ""
             lines.append(f"  {result.name:{width}}  {result.status:4}  {result.claim}{extra}")
-        if left:
-            lines.append(f"  ({len(left)} more {left[0].detail})")
+        if skipped:
+            lines.append(f"  ({len(skipped)} more {skipped[0].detail})")
         for result in self.failed:
             body = f"{result.meaning}\nShown by: {result.detail}"
             lines += ["", f"FAIL {result.name}"]
@@ -108,10 +109,13 @@ class Report:
 
 
 class Properties(Generic[S]):
-    """The properties of a family, in the order they are examined."""
+    """The properties of a family, in the order in which they are checked."""
 
-    def __init__(self, *parts: Properties[S]) -> None:
-        self.all: list[Property[S]] = [found for part in parts for found in part.all]
+    def __init__(self, *parts: Properties[S] | Property[S]) -> None:
+        """Start with other properties: those of a whole collection, or single ones."""
+        self.all: list[Property[S]] = []
+        for part in parts:
+            self.all += part.all if isinstance(part, Properties) else [part]
 
     def __call__(
         self, claim: str, meaning: str, essential: bool = False
@@ -133,9 +137,7 @@ class Properties(Generic[S]):
             if only is not None and found.name not in only:
                 continue
             if broken:
-                results.append(
-                    Result(found.name, found.claim, found.meaning, "n/a", f"not examined: {broken} fails", 0.0)
-                )
+                results.append(Result(found.name, found.claim, found.meaning, "n/a", f"{SKIPPED}: {broken} fails", 0.0))
                 continue
             results.append(found.examine(subject))
             if found.essential and results[-1].status == "fail":
@@ -143,13 +145,19 @@ class Properties(Generic[S]):
         return Report(title, tuple(results))
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+def one_line(text: object, most: int = 200) -> str:
+    """Return a text, or an exception's message, on one line and not too long."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def raised(error: BaseException, most: int = 200) -> str:
+    """Return how messages name an exception: ``raised ValueError: its text``."""
+    return f"raised {type(error).__name__}: {one_line(error, most)}"
 
 
 def _place(error: BaseException) -> str:
-    """Return where the plugin raised: the innermost frame that is neither ours nor torch's."""
+    """Return where the plugin raised: the innermost frame that belongs neither to the kit nor to a library."""
     own = Path(__file__).parent
     frames: list[Any] = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):

@@ -1,4 +1,4 @@
-"""What an attention variant with a decoding state owes: in pieces it gives what one full pass gives."""
+"""Properties of attention with a decoding state: piece by piece it computes what one full pass does."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 from llmkit.contracts import Attention
 from llmkit.sequence import Memory, Sequence, State
-from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, part, run, same, sequence
+from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, part, run, sequence
 from llmkit.testing.attention.subject import Subject, memory_of, need
+from llmkit.testing.numerics import same
 from llmkit.testing.report import NotApplicable, Properties, Violation
 
 PROPERTIES: Properties[Subject] = Properties()
-MEANING = "Generated text is not what the model would write: decoding computes something else than training did."
+MEANING = "Generated text is not what the model would write: decoding and training compute different things."
 
 
 def state_of(subject: Subject, module: Attention, batch: int, columns: int) -> State:
-    """Return an empty decoding state, or raise NotApplicable when the variant keeps none."""
+    """Return an empty decoding state, or raise NotApplicable if the variant keeps none."""
     state = module.init_state(batch, columns, subject.x(batch, 1))
     if state is None:
         raise NotApplicable("it keeps no state: each new token runs the full forward pass")
@@ -36,8 +37,8 @@ def compare(subject: Subject, segments: Segments | None, position: str, length: 
         end = start + size
         piece = run(module, x[:, start:end], part(seq, start, end), state=state)
         shown = "no padding" if segments is None else f"segments {segments} (0 is padding)"
-        told = f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1} differ by {{}}"
-        same(piece[real[:, start:end]], expected[:, start:end][real[:, start:end]], told.format)
+        message = f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1} differ by {{}}"
+        same(piece[real[:, start:end]], expected[:, start:end][real[:, start:end]], message.format)
         if state.length != end:
             raise Violation(f"after {end} columns state.length is {state.length}")
         start = end
@@ -66,7 +67,7 @@ def decoding_long(subject: Subject) -> None:
         compare(subject, None, position, LONG, [LONG // 2 + 3, *[1] * 5, 40, *[1] * (LONG - LONG // 2 - 48)])
 
 
-@PROPERTIES("decoding with padding anywhere equals the full pass", f"{MEANING} Here for prompts of unequal length.")
+@PROPERTIES("decoding with padding anywhere equals the full pass", f"{MEANING} Here for prompts of different lengths.")
 def decoding_padding(subject: Subject) -> None:
     need(subject, "causal")
     for position in POSITIONS:
@@ -76,7 +77,7 @@ def decoding_padding(subject: Subject) -> None:
                 compare(subject, segments, position, length, cuts)
 
 
-@PROPERTIES("decoding over the end of a document equals the full pass", f"{MEANING} The last document leaks into it.")
+@PROPERTIES("decoding across the end of a document equals the full pass", f"{MEANING} The previous document leaks in.")
 def decoding_documents(subject: Subject) -> None:
     need(subject, "causal")
     for position in POSITIONS:
@@ -87,7 +88,7 @@ def decoding_documents(subject: Subject) -> None:
 
 
 @PROPERTIES(
-    "prompts of unequal length go on token by token",
+    "prompts of different lengths can be continued token by token",
     f"{MEANING} A prompt's answer depends on the other prompts of the batch.",
 )
 @torch.no_grad()
@@ -111,11 +112,11 @@ def _ragged(subject: Subject, prompts: Segments, position: str, new: int) -> Non
         piece = part(full, column, column + 1)
         piece.segments_BT = None  # a step without padding comes without segments
         y = run(module, x[:, column : column + 1], piece, state=state)
-        told = f"{position}, prompts {prompts} (0 is padding): new token {column - width} differs by {{}}"
-        same(y[:, 0], expected[:, column], told.format)
+        message = f"{position}, prompts {prompts} (0 is padding): new token {column - width} differs by {{}}"
+        same(y[:, 0], expected[:, column], message.format)
 
 
-@PROPERTIES("the rows of a state can be reordered", "Beam search continues one text with the memory of another one.")
+@PROPERTIES("the rows of a state can be reordered", "Beam search continues one text with the state of another.")
 @torch.no_grad()
 def decoding_reorder(subject: Subject) -> None:
     need(subject, "causal")
@@ -132,11 +133,11 @@ def decoding_reorder(subject: Subject) -> None:
                 piece = part(after, 3, 5)
                 piece.segments_BT = None
                 y = run(module, x[rows, 3:], piece, state=state)
-                told = f"{position}, segments {segments}, 3 columns, then rows {order}: they go on with a gap of {{}}"
-                same(y, run(module, x[rows], after)[:, 3:], told.format)
+                message = f"{position}, segments {segments}, rows {order} after 3 columns: the next ones differ by {{}}"
+                same(y, run(module, x[rows], after)[:, 3:], message.format)
 
 
-@PROPERTIES("cross-attention decodes from the memory it was given first", MEANING)
+@PROPERTIES("cross-attention keeps decoding from the memory of its first call", MEANING)
 @torch.no_grad()
 def cross_decoding(subject: Subject) -> None:
     need(subject, "cross")
@@ -148,8 +149,8 @@ def cross_decoding(subject: Subject) -> None:
             for size in cuts:
                 piece = part(seq, start, start + size)
                 y = run(module, x[:, start : start + size], piece, memory, state)
-                told = f"memory segments {segments}, pieces of {cuts}: columns from {start} on differ by {{}}"
-                same(y, expected[:, start : start + size], told.format)
+                message = f"memory segments {segments}, pieces of {cuts}: columns from {start} on differ by {{}}"
+                same(y, expected[:, start : start + size], message.format)
                 start += size
     _reordered(subject)
 
@@ -165,7 +166,7 @@ def _reordered(subject: Subject) -> None:
     same(y, expected[rows, 2:], "after its rows were reordered (beam search) it differs by {}".format)
 
 
-@PROPERTIES("a state takes as many columns as it was made for", "Generation stops before the end of the context.")
+@PROPERTIES("a state holds as many columns as it was created for", "Generation stops before the end of the context.")
 @torch.no_grad()
 def state_size(subject: Subject) -> str:
     need(subject, "causal")

@@ -1,89 +1,23 @@
-"""What every attention variant owes in a full pass: order, padding, documents, rows, memory."""
+"""Properties of a full forward pass of attention: order, padding, documents, rows, memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Attention, Role
+from llmkit.contracts import Role
 from llmkit.sequence import Memory, Sequence
-from llmkit.testing.attention.cases import (
-    LONG,
-    PACKED,
-    PADDED,
-    POSITIONS,
-    TOLERANCE,
-    Segments,
-    documents,
-    run,
-    same,
-    sequence,
-)
-from llmkit.testing.attention.subject import Subject, cast, memory_of, need, own, plain
+from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, documents, run, sequence
+from llmkit.testing.attention.subject import HEADS, Subject, dense_memory, memory_of, need, own
+from llmkit.testing.numerics import TOLERANCE, same
 from llmkit.testing.report import NotApplicable, Properties, Violation
 
 PROPERTIES: Properties[Subject] = Properties()
-ROLES = ("causal", "bidirectional", "cross")
-HEADS = (
-    "A frequent cause: view(B, T, H, E) and then multiplying without transpose(1, 2). The scores of attention are "
-    "(B, H, T, T), a position by a position; without it they are (B, T, H, H), a head by a head."
-)
-
-
-@PROPERTIES(
-    "it can be built in every role that it declares",
-    "A config that names it stops before training.",
-    essential=True,
-)
-def builds(subject: Subject) -> str:
-    wrong = [role for role in subject.declared if role not in ROLES]
-    if wrong or not subject.roles:
-        raise Violation(f"roles is {wrong or 'empty'}; allowed: {', '.join(ROLES)}")
-    for role in subject.roles:
-        module = subject.build(role)
-        if module.role != role or module.dim != subject.dim:
-            raise Violation(f"built as ({subject.dim}, '{role}') it says dim {module.dim}, role {module.role!r}")
-    return f"as {', '.join(subject.roles)}, {subject.dim} wide"
-
-
-@PROPERTIES(
-    "the output has the input's shape and dtype, at any length and batch size",
-    "The network stops with an error or, worse, the residual addition behind it broadcasts.",
-    essential=True,
-)
-def shape(subject: Subject) -> None:
-    for role in subject.roles:
-        module = subject.build(role)
-        for batch, length in ((1, 1), (1, 2), (1, 3), (2, 5), (3, 1), (1, LONG - 3)):
-            try:
-                run(module, subject.x(batch, length), Sequence.dense(length), plain(subject, role, batch, length))
-            except (RuntimeError, IndexError) as error:
-                raise Violation(_stops(subject, module, role, batch, length, error)) from error
-        single = subject.build(role, torch.float32)
-        y = run(single, subject.x(1, 3).float(), Sequence.dense(3), cast(plain(subject, role, 1, 3), torch.float32))
-        if y.dtype != torch.float32:
-            raise Violation(f"role {role}: a float32 input gave {y.dtype}")
-
-
-def _stops(subject: Subject, module: Attention, role: Role, batch: int, length: int, error: Exception) -> str:
-    """Return what is told of a variant that raises at some length; one that runs at a single length is explained."""
-    told = f"role {role}: input {(batch, length, subject.dim)} raised {type(error).__name__}: "
-    told += " ".join(str(error).split())[:200]
-    runs = []
-    for other in range(2, 17):
-        try:
-            run(module, subject.x(1, other), Sequence.dense(other), plain(subject, role, 1, other))
-            runs.append(other)
-        except Exception:
-            continue
-    if len(runs) == 1:
-        told += f". Of the lengths 2 to 16 only {runs[0]} runs, its number of heads? {HEADS}"
-    return told
 
 
 @PROPERTIES(
     "an output depends on other positions, not only on its own",
-    f"Each position is worked on alone: the network knows no context. {HEADS}",
+    f"Each position is processed alone: the network sees no context. {HEADS}",
 )
 def mixes_positions(subject: Subject) -> None:
     for role in own(subject):
@@ -133,7 +67,7 @@ def causal_by_gradient(subject: Subject) -> None:
 
 @PROPERTIES(
     "later inputs change nothing, and a prefix alone gives the same",
-    "The model sees what comes later: its training loss is too good, and text comes out otherwise than in training.",
+    "The model sees what comes later: its training loss is too low, and generation differs from training.",
 )
 def causal_by_value(subject: Subject) -> None:
     need(subject, "causal")
@@ -145,11 +79,11 @@ def causal_by_value(subject: Subject) -> None:
             for t in range(1, length) if length < LONG else (1, 63, 64, 100, LONG - 1):
                 changed = torch.cat([x[:, :t], 3 * subject.x(1, length - t, 5)], 1)
                 found = run(module, changed, Sequence.dense(length))[:, :t]
-                told = f"length {length}: outputs before {t} differ by {{}} when the inputs from {t} on are others"
-                same(found, whole[:, :t], told.format)
+                message = f"length {length}: outputs before {t} differ by {{}} when the inputs from {t} on change"
+                same(found, whole[:, :t], message.format)
                 found = run(module, x[:, :t], Sequence.dense(t))
-                told = f"length {length}: its first {t} outputs differ by {{}} from those of these {t} inputs alone"
-                same(found, whole[:, :t], told.format)
+                message = f"length {length}: outputs before {t} differ by {{}} from those of the first {t} inputs alone"
+                same(found, whole[:, :t], message.format)
 
 
 @PROPERTIES(
@@ -167,7 +101,7 @@ def padding(subject: Subject) -> None:
 
 @PROPERTIES(
     "packed documents do not see each other",
-    "Text of one document leaks into another one: what is measured on packed data holds nowhere else.",
+    "Text of one document leaks into another: results on packed data hold nowhere else.",
 )
 def packed_documents(subject: Subject) -> None:
     longest = [[1] * (LONG // 2) + [2] * (LONG // 2 - 1) + [0]]
@@ -187,26 +121,25 @@ def _alone(subject: Subject, role: Role, segments: Segments, position: str, what
     for row, columns in documents(segments):
         alone = run(module, x[row : row + 1, columns], sequence(None, position, len(columns), subject.dim))
 
-        def told(size: str, row: int = row, columns: list[int] = columns) -> str:
+        def message(size: str, row: int = row, columns: list[int] = columns) -> str:
             others = x.clone()
             others[row, columns] = 0
-            others = 2 * x - others  # these columns stay, all others are doubled
+            others = 2 * x - others  # doubled, except for the columns in question
             moved = run(module, others, sequence(segments, position, dim=subject.dim))
             reads = float((moved - y)[row, columns].abs().amax()) > TOLERANCE
             shown = str(segments) if len(segments[0]) < LONG // 2 else f"two documents in {len(segments[0])} columns"
             return (
                 f"role {role}, {position}, segments {shown} (0 is padding): row {row}, columns "
                 f"{columns if len(columns) < 9 else f'{columns[0]} to {columns[-1]}'} differ by {size} from the same "
-                f"text alone; "
-                + (f"they change with the inputs of {what}" if reads else f"they depend on where {what} stand")
+                f"text alone; they depend on the {'inputs' if reads else 'place'} of {what}"
             )
 
-        same(y[row, columns], alone[0], told)
+        same(y[row, columns], alone[0], message)
 
 
 @PROPERTIES(
-    "rows of a batch do not mix, in training neither",
-    "The loss of a text depends on its neighbours in the batch; figures change with the batch size.",
+    "rows of a batch do not mix, not even in training mode",
+    "The loss of a text depends on its neighbours in the batch; results change with the batch size.",
 )
 def batch_rows(subject: Subject) -> None:
     for role in subject.roles:
@@ -225,32 +158,32 @@ def batch_rows(subject: Subject) -> None:
                         raise Violation(f"role {role}, batch of 2, {mode} mode: row 0 depends on the input of row 1")
         module = subject.build(role)
         with torch.no_grad():
-            x, memory = subject.x(3, 4), plain(subject, role, 3, 4)
+            x, memory = subject.x(3, 4), dense_memory(subject, role, 3, 4)
             whole = run(module, x, Sequence.dense(4), memory)
             for row in range(3):
                 taken = None if memory is None else memory.take(torch.tensor([row]))
                 alone = run(module, x[row : row + 1], Sequence.dense(4), taken)
-                told = f"role {role}: row {row} of 3 differs by {{}} from the same row alone"
-                same(alone[0], whole[row], told.format)
+                message = f"role {role}: row {row} of 3 differs by {{}} from the same row alone"
+                same(alone[0], whole[row], message.format)
 
 
 @PROPERTIES(
-    "cross-attention reads all of the memory and no padding of it",
-    "A translation misses a part of its source, or changes with the padding of the batch.",
+    "cross-attention reads all of the memory except its padding",
+    "A translation misses part of its source, or changes with the padding of the batch.",
 )
 def cross_memory(subject: Subject) -> None:
     need(subject, "cross")
     length = 5
     module = subject.build("cross")
     read_S = torch.zeros(length, dtype=torch.bool)
-    for number in range(8):  # a sparse variant reads other places for other queries
+    for number in range(8):  # a sparse variant reads different positions for different queries
         x, memory = subject.x(1, 6, 20 + number), subject.x(1, length, 40 + number).requires_grad_()
         y = run(module, x, Sequence.dense(6), Memory(memory, Sequence.dense(length)))
         (grad,) = torch.autograd.grad((y * subject.x(1, 6, 3)).sum(), memory, allow_unused=True)
         if grad is not None:
             read_S |= grad[0].abs().amax(-1) > 0
     if not read_S.all():
-        raise Violation(f"memory of length {length}: no query of 48 reads position {int((~read_S).nonzero()[0])}")
+        raise Violation(f"memory of length {length}: none of 48 queries reads position {int((~read_S).nonzero()[0])}")
     with torch.no_grad():
         for segments in ([[1, 0]], [[0, 1]], [[1, 0, 1]], [[1, 1, 1, 0], [0, 1, 1, 1]]):
             for position in POSITIONS:
@@ -260,7 +193,9 @@ def cross_memory(subject: Subject) -> None:
                 for row, columns in documents(segments):
                     cut = Memory(padded.x_BSD[row : row + 1, columns], Sequence.dense(len(columns)))
                     alone = run(module, x[row : row + 1], sequence(None, position, 3, subject.dim), cut)
-                    told = f"memory segments {segments} (0 is padding): row {row} differs by {{}} from unpadded memory"
-                    same(y[row : row + 1], alone, told.format)
+                    where = f"memory segments {segments} (0 is padding), row {row}"
+                    message = f"{where}: the output differs by {{}} from that of the same memory without padding"
+                    same(y[row : row + 1], alone, message.format)
         rows = [[1, 1], [0, 0]]
-        run(module, subject.x(2, 3), Sequence.dense(3), memory_of(subject, rows, 2, 2))  # finite for an empty memory
+        # The output has to be finite even where a row's memory is empty.
+        run(module, subject.x(2, 3), Sequence.dense(3), memory_of(subject, rows, 2, 2))

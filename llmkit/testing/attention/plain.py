@@ -1,4 +1,4 @@
-"""A torch module that knows nothing of llmkit, examined as far as that goes."""
+"""Any torch module in the place of an attention variant, for the properties that it can have."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence, State
 
 PROPERTIES = (
-    *("builds", "shape", "mixes_positions", "causal_by_gradient", "causal_by_value", "batch_rows", "gradients"),
-    *("every_parameter_learns", "deterministic", "bfloat16", "state_dict", "layout_of_inputs", "meta_device"),
+    *("builds", "weights_are_set", "shape", "mixes_positions", "causal_by_gradient", "causal_by_value", "batch_rows"),
+    *(
+        "gradients",
+        "every_parameter_learns",
+        "deterministic",
+        "bfloat16",
+        "state_dict",
+        "layout_of_inputs",
+        "meta_device",
+    ),
     *("compiles", "growth"),
 )
-"""What can be asked of a module that is told of neither padding nor documents."""
+"""The properties of a module that knows of neither padding nor documents."""
 
 
 def adapt(cls: type[nn.Module], arguments: Mapping[str, Any]) -> functools.partial[Any]:
@@ -29,10 +37,10 @@ def adapt(cls: type[nn.Module], arguments: Mapping[str, Any]) -> functools.parti
 
     Args:
         cls: the module; ``forward`` takes one tensor, or query, key and value.
-        arguments: of its constructor; an open one whose name speaks of heads is 4.
+        arguments: of its constructor; one without default whose name contains "head" is 4.
 
     Raises:
-        UserError: an argument without default that is not given, or a ``forward`` that takes something else.
+        UserError: an argument without default is not given, or ``forward`` takes something else.
     """
     given, width = dict(arguments), ""
     for name, parameter in inspect.signature(cls).parameters.items():
@@ -41,7 +49,7 @@ def adapt(cls: type[nn.Module], arguments: Mapping[str, Any]) -> functools.parti
         if not width:
             width = name
             if name in given:
-                raise UserError(f"{cls.__name__}: {name} is the width: give it as --dim")
+                raise UserError(f"{cls.__name__}: {name} is the width: set it by --dim")
         elif name not in given and "head" in name:
             given[name] = 4
         elif name not in given:
@@ -82,6 +90,6 @@ def _role(cls: Any) -> Role:
         y = module(x, Sequence.dense(4))
         (first,) = torch.autograd.grad(y[:, 0].sum(), x, retain_graph=True)
         (last,) = torch.autograd.grad(y[:, -1].square().sum(), x)
-    except Exception:  # what is wrong is told by the first properties
+    except Exception:  # the first properties report it
         return "bidirectional"
     return "causal" if last[:, :-1].any() and not first[:, 1:].any() else "bidirectional"

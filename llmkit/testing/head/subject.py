@@ -1,78 +1,38 @@
-"""A head under examination: example rows, a tokenizer and a network to try it with."""
+"""A head under test: example rows, a tokenizer and a network to try it with."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmkit import registry
 from llmkit.contracts import IGNORE, Batch, Head, Network, Stage, Tokenizer
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State, padded, segments_of
-from llmkit.testing.parts import disturb, seeded
+from llmkit.testing.head.examples import FIELDS
+from llmkit.testing.numerics import disturb, seeded
 from llmkit.testing.report import NotApplicable, Violation
+from llmkit.testing.usage import Usage
 
 CONTEXT = 64
 TOLERANCE = 1e-5
 Rows = Mapping[str, list[Any]]
 Items = list[dict[str, Any]]
 Reference = Callable[[Head, Network, dict[str, Any], Tokenizer], tuple[float, float]]
-"""(head, net, row, tokenizer) -> (total, count): the loss of one row by plain means."""
-
-CONTEXTS = [
-    "Ann is in Rome.",
-    "Bob is in Oslo.",
-    "Ann Lee sleeps. Bob does not sleep, he reads a book about foxes. The lazy dog is in the garden. It sleeps too.",
-    "我爱北京。",
-    "The dog sleeps.",
-]
-FIELDS: dict[str, list[Any]] = {
-    "text": ["a [MASK]", "b [MASK]", "one [MASK] step", "Zwölf 狐 [MASK]", "one text, longer than all [MASK] others"],
-    "label": ["neg", "pos", "neg", "meh", "pos"],
-    "source": ["a b", "c d", "ein Schritt", "我爱学习", "ein Satz, länger als alle anderen"],
-    "target": ["A B", "C D", "a step", "I love to learn", "one sentence, longer than all others"],
-    "document": [
-        "a b. c",
-        "d e. f",
-        "The fox jumps. It is quick.",
-        "我爱学习。狐狸。",
-        "A text of three. Sentences. All short.",
-    ],
-    "summary": ["a b", "d e", "A fox jumps", "学习", "three short sentences"],
-    "tokens": [
-        ["Ann"],
-        ["Bob"],
-        ["Ann", "Lee", "is", "in", "Rome"],
-        ["我", "爱", "北", "京"],
-        ["the", "dog", "of", "Bob", "Stone", "barks", "at", "us", "in", "Oslo"],
-    ],
-    "tags": [
-        ["B-PER"],
-        ["B-PER"],
-        ["B-PER", "I-PER", "O", "O", "B-LOC"],
-        ["O", "O", "B-LOC", "I-LOC"],
-        ["O", "O", "O", "B-PER", "I-PER", "O", "O", "O", "O", "B-LOC"],
-    ],
-    "question": ["Where is Ann?", "Where is Bob?", "What sleeps in the garden?", "哪里？", "Who sleeps?"],
-    "context": CONTEXTS,
-    "answers": [
-        {"text": [answer], "answer_start": [text.index(answer)]}
-        for text, answer in zip(CONTEXTS, ["Rome", "Oslo", "The lazy dog", "北京", "The dog"], strict=True)
-    ],
-}
-"""Rows for the fields that heads usually have, the smallest first; two of a kind are equally long."""
+"""(head, net, row, tokenizer) -> (total, count): the loss of one row, computed in an obvious way."""
 
 
 class Bytes(Tokenizer):
-    """One id a byte, behind the special ones."""
+    """One id for each byte, after the special ones."""
 
     pad_id, bos_id, eos_id, unk_id, mask_id, sep_id = range(6)
     vocab_size = 262
@@ -82,7 +42,7 @@ class Bytes(Tokenizer):
         """Do nothing: the bytes are the vocabulary."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return six more than each byte."""
+        """Return the value of each byte plus six."""
         return [[byte + 6 for byte in text.encode()] for text in texts]
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
@@ -101,7 +61,7 @@ TOKENIZER = Bytes()
 
 
 class ContractNetwork(Network):
-    """What the contract lets a head see of a network, and nothing else. It watches the context."""
+    """A network that offers a head only what the contract promises, and checks that inputs fit the context."""
 
     def __init__(self, net: Backbone, output_weight_VD: Tensor | None = None) -> None:
         self._net = net
@@ -135,11 +95,11 @@ class ContractNetwork(Network):
 
     def _watch(self, ids_BT: Tensor) -> None:
         if ids_BT.shape[1] > CONTEXT:
-            raise Violation(f"the network is given {ids_BT.shape[1]} columns at once, and the context is {CONTEXT}")
+            raise Violation(f"the network received {ids_BT.shape[1]} columns at once; the context is {CONTEXT}")
 
 
 class Column:
-    """A column that can be read again and again, but has no length and no index: training rows need not fit memory."""
+    """A column that can be read repeatedly, but has neither length nor index: training rows need not fit in memory."""
 
     def __init__(self, values: list[Any]) -> None:
         self._values = values
@@ -150,14 +110,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Subject:
-    """A head under examination.
+    """A head under test.
 
     Attributes:
         factory: builds it.
         dim: width of the network.
         seed: of weights.
-        rows: a few rows by field, or None for those that fit the usual fields.
-        reference: the loss of one row by plain means, if there is one.
+        rows: a few rows by field; None: the example rows above.
+        reference: the loss of one row computed in an obvious way, or None.
     """
 
     factory: functools.partial[Any]
@@ -178,33 +138,46 @@ class Subject:
 
     @functools.cached_property
     def columns(self) -> dict[str, list[Any]]:
-        """The rows. Raises NotApplicable where a field is not known."""
+        """The rows. Raises NotApplicable for a field without example rows."""
         known = FIELDS if self.rows is None else self.rows
         missing = [name for name in self.fields if name not in known]
         if missing:
-            raise NotApplicable(f"rows for {', '.join(missing)} are needed: give rows={{field: [values]}}")
+            raise NotApplicable(f"no example rows for {', '.join(missing)}: pass rows={{field: [values]}}")
         return {name: list(known[name]) for name in self.fields}
 
-    def head(self, dtype: torch.dtype = torch.float64) -> Head:
-        """Return a head as the framework makes it, in eval mode, with weights that hide nothing."""
-        with seeded(self.seed):
-            found: Head = self.factory()
+    def raw(self, info: str = "") -> Head:
+        """Return a head as the framework builds it, after training rows or, with ``info``, from a checkpoint."""
+        found: Head = self.factory()
+        if info:
+            found.set_info(json.loads(info))
+        else:
             found.learn({name: Column(values) for name, values in self.columns.items()})
-            found.set_tokenizer(TOKENIZER)
-            found.build(self.dim, TOKENIZER.vocab_size)
-            disturb(found)
+        found.set_tokenizer(TOKENIZER)
+        found.build(self.dim, TOKENIZER.vocab_size)
         found.decoding = self.decoding(found)
+        return found
+
+    def head(self, dtype: torch.dtype = torch.float64, seed: int = 0, info: str = "") -> Head:
+        """Return a head in eval mode without constant weights; another ``seed`` gives other weights."""
+        with seeded(self.seed + seed):
+            found = self.raw(info)
+            disturb(found)
         return found.to(dtype).eval()
+
+    @property
+    def usages(self) -> list[Together]:
+        """The one way it is used: together with a network."""
+        return [Together(self)]
 
     @staticmethod
     def decoding(head: Head) -> DecodingOptions:
-        """Return its way to generate, without chance and quickly done."""
+        """Return its decoding options made deterministic and short."""
         beams = min(head.decoding.num_beams, 2)
         return dataclasses.replace(head.decoding, temperature=0.0, max_new_tokens=4, num_beams=beams)
 
-    def backbone(self, dtype: torch.dtype = torch.float64) -> Backbone:
+    def backbone(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Backbone:
         """Return a small network of the head's topology, in eval mode."""
-        with seeded(self.seed):
+        with seeded(self.seed + seed):
             net = Backbone(
                 vocab_size=TOKENIZER.vocab_size,
                 dim=self.dim,
@@ -220,7 +193,7 @@ class Subject:
             disturb(net)
             for parameter in net.parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(8)  # far from the even distribution that a new network predicts
+                    parameter.mul_(8)  # a new network predicts all tokens alike, which would hide differences
         return net.to(dtype).eval()
 
     @functools.cached_property
@@ -230,7 +203,7 @@ class Subject:
 
     @functools.cached_property
     def ready(self) -> Head:
-        """A head that all properties may use, as long as they do not change it."""
+        """A head shared by all properties, which must not change it."""
         return self.head()
 
     @functools.cached_property
@@ -243,8 +216,8 @@ class Subject:
         """The rows without their targets."""
         return {name: copy.deepcopy(self.columns[name]) for name in self.cls.inputs}
 
-    def told(self, *indices: int) -> str:
-        """Return rows as they are named in messages."""
+    def shown(self, *indices: int) -> str:
+        """Return rows as messages show them."""
         rows = []
         for index in indices:
             values = [f"{name} {self.columns[name][index]!r:.60}" for name in self.inputs]
@@ -298,12 +271,79 @@ class Subject:
         with torch.inference_mode():
             self.ready.evaluate(self.net, self.batch([self.items[index] for index in indices]), metrics, TOKENIZER)
 
-    def predict(self, columns: Rows, head: Head | None = None) -> list[dict[str, Any]]:
+    def predict(self, columns: Rows, head: Head | None = None, net: Network | None = None) -> list[dict[str, Any]]:
         """Return the answers to rows as one batch."""
         head = self.ready if head is None else head
         with torch.inference_mode():
             items = items_of(head.encode(copy.deepcopy(dict(columns)), TOKENIZER, CONTEXT))
-            return head.predict(self.net, head.collate(items, TOKENIZER), TOKENIZER, head.decoding)
+            return head.predict(net or self.net, head.collate(items, TOKENIZER), TOKENIZER, head.decoding)
+
+
+class FirstRows(int):
+    """This many of the rows, as inputs: they have a length and a dtype of their own, and no gradient."""
+
+    def to(self, kind: torch.dtype | str) -> Self:
+        """Return the same."""
+        return self
+
+    def leaves(self) -> list[Tensor]:
+        """Return nothing."""
+        return []
+
+    def select(self, y: Tensor) -> Tensor:
+        """Return all of it."""
+        return y
+
+
+@dataclass(frozen=True)
+class Together(Usage[FirstRows]):
+    """A head together with its network, as they are trained and saved."""
+
+    tolerance: ClassVar[float] = TOLERANCE
+    allows_zero_gradients: ClassVar[bool] = True  # what is added to all scores alike changes no probability
+
+    subject: Subject
+
+    def raw(self) -> nn.ModuleDict:
+        """Return a head as the framework builds it, and a network."""
+        return nn.ModuleDict({"head": self.subject.raw(), "net": self.subject.backbone()})
+
+    def build(self, dtype: torch.dtype = torch.float64, seed: int = 0, info: str = "") -> nn.ModuleDict:
+        """Return head and network in eval mode without constant weights."""
+        return nn.ModuleDict(
+            {"head": self.subject.head(dtype, seed, info), "net": self.subject.backbone(dtype, seed)}
+        ).eval()
+
+    def restored(self, module: Any) -> nn.ModuleDict:
+        """Return a new head and network from what a checkpoint holds."""
+        fresh = self.build(seed=1, info=json.dumps(module["head"].info()))
+        fresh.load_state_dict(module.state_dict())
+        return fresh
+
+    def inputs(self, batch: int, length: int, number: int = 0) -> FirstRows:
+        """Return the first ``batch`` rows, or all where there are fewer."""
+        return FirstRows(min(batch, len(self.subject.items)))
+
+    def kinds(self) -> list[FirstRows]:
+        """Return a few rows, some of them padded."""
+        return [self.inputs(3, 0)]
+
+    def low_precision(self) -> tuple[Usage[FirstRows], list[FirstRows]]:
+        """Return all rows: the error of a loss is an average over them."""
+        return self, [FirstRows(len(self.subject.items))]
+
+    def outputs(self, module: Any, inputs: FirstRows) -> dict[str, Tensor]:
+        """Return the loss, and its count as a whole number."""
+        head, net = module["head"], ContractNetwork(module["net"])
+        found = head.loss(net, self.subject.batch(self.subject.items[:inputs], head=head))
+        return {"loss": found.total.reshape(1), "count": found.count.detach().reshape(1).round().long()}
+
+    def results(self, module: Any, inputs: FirstRows) -> dict[str, Any]:
+        """Return the loss, its count, and the answers."""
+        rows = {name: values[:inputs] for name, values in self.subject.inputs.items()}
+        answers = self.subject.predict(rows, module["head"], ContractNetwork(module["net"]))
+        named = {f"answer to {self.subject.shown(index)}": answer for index, answer in enumerate(answers)}
+        return {**super().results(module, inputs), **named}
 
 
 def subject(
@@ -314,7 +354,7 @@ def subject(
     rows: Rows | None = None,
     reference: Reference | None = None,
 ) -> Subject:
-    """Return what is examined."""
+    """Return the subject."""
     return Subject(factory, dim or 16, seed, rows, reference)
 
 
@@ -323,22 +363,13 @@ def items_of(features: Mapping[str, list[Any]]) -> Items:
     return [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Return whether two answers are the same but for rounding."""
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) or (a != a and b != b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return bool(a == b)
-
-
 def close_to(found: tuple[float, float], expected: tuple[float, float]) -> bool:
+    """Return whether total and count of two losses are equal up to rounding."""
     return abs(found[1] - expected[1]) < 1e-6 * max(1, expected[1]) and math.isclose(
         found[0], expected[0], rel_tol=TOLERANCE, abs_tol=1e-7
     )
 
 
 def sums(loss: tuple[float, float]) -> str:
+    """Return total and count of a loss as messages show them."""
     return f"{loss[0]:.6g} over {loss[1]:g}"
