@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from llmkit.contracts import Attention, Position, Role
 from llmkit.errors import UserError
 from llmkit.sequence import Memory, Sequence
-from llmkit_plugins.attention import recurrent
+from llmkit_plugins.attention import recurrent, softmax
 from llmkit_plugins.attention.recurrent import GRU, LSTM, Recurrent
 from llmkit_plugins.attention.softmax import GroupedQuery, MultiHead, Standard
 from llmkit_plugins.position import Alibi, Rotary
@@ -383,6 +385,24 @@ def test_sizes() -> None:
     assert build("multi_head", "bidirectional").mixing_flops(10) == 2 * (2 * 10 * 8)
     assert build("multi_head").mixing_flops(10) == 2 * (2 * 5 * 8)
     assert build("lstm").mixing_flops(10) == 0
+
+
+@torch.no_grad()
+def test_the_file_can_be_copied(tmp_path: Path) -> None:
+    """A copy with scores of its own is a variant that decodes; masks, padding and the cache come with it."""
+    assert softmax.__file__ is not None
+    text = Path(softmax.__file__).read_text()
+    changed = text.replace("is_causal=is_causal,\n", "is_causal=is_causal,\n            scale=0.1,\n")
+    (tmp_path / "mine.py").write_text(changed)
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    assert changed != text and spec is not None and spec.loader is not None
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    module, seq, x = mine.MultiHead(DIM, "causal"), sequence("packed", "alibi"), torch.randn(2, 7, DIM)
+    assert_real_equal(decode(module, x, seq, CUTS[1])[0], module(x, seq), seq)
+    usual = MultiHead(DIM, "causal")
+    usual.load_state_dict(module.state_dict())
+    assert not torch.allclose(usual(x, seq), module(x, seq))
 
 
 def test_lstm_forget_gate_starts_open() -> None:

@@ -77,13 +77,14 @@ class GroupedQuery(Attention):
         """
         H, K = self.num_heads, self.num_kv_heads
         if self.role == "cross":
-            q_BHTE = self.norm(split(self.q(x_BTD), H))  # project: (B, H, T, E); a memory's order is in its values
+            q_BHTE = self.norm(split(self.q(x_BTD), H))  # project: (B, H, T, E)
             (k, v), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: (B, K, S, E) each
         else:
             qk, v = split(self.qkv(x_BTD), H + 2 * K).split_with_sizes([H + K, K], 1)  # project: (B, H + K or K, T, E)
             q_BHTE, k = seq.rotate(self.norm(qk)).split_with_sizes([H, K], 1)  # rotate: (B, H or K, T, E)
             (k, v), mask, is_causal = self.lookup(q_BHTE, seq, state, k=k, v=v)  # cache: (B, K, S, E) each
-        y: Tensor = self.out(join(self.attend(q_BHTE, k, v, mask, is_causal)))  # out: (B, H, T, E) to (B, T, D)
+        y_BHTE = self.attend(q_BHTE, k, v, mask, is_causal)  # attend: (B, H, T, E)
+        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
         return y
 
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
