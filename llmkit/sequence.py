@@ -200,3 +200,10 @@ def segments_of(lengths: list[int]) -> Tensor | None:
 def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the first rows of a batch of tensors and lists; tensors with a single number stay."""
     return {name: value[:count] if isinstance(value, list) or value.dim() else value for name, value in batch.items()}
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device."""
+    ahead = device.type == "cuda"
+    moved = {name: value.to(device, non_blocking=ahead) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {**batch, **moved}

@@ -100,6 +100,7 @@ def runs(data: Path) -> dict[str, Run]:
         "classification accumulated": Run(labels, (23, 1), (5, 3)),
         "classification sharded": Run(labels, (23, 1), (5, 3), FSDP2),
         "translation accumulated": Run([*pairs, "--model.head=translation"], (7, 1), (2, 2)),
+        "translation sharded": Run([*pairs, "--model.head=translation"], (7, 1), (2, 2), FSDP2),
     }
 
 

@@ -88,6 +88,16 @@ def test_the_run_stops_after_too_many(words: list[str], tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
+def test_a_bad_batch_with_texts_is_saved(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "a b c\tä ☃\n" * 8)
+    files = [f"--data.{part}={tmp_path / 'pairs.tsv'}" for part in ("train", "validation")]
+    own = ("--imports", "faults", "--model.head", "translation", *poison([1]), "--model.max_bad_steps", "1")
+    assert llmkit("fit", *files, *TINY, *own, "--output", str(tmp_path / "runs")).code == 2
+    (path,) = (tmp_path / "runs").rglob("bad_step_1.pt")
+    batch = torch.load(path, weights_only=True)
+    assert batch["reference"] == ["ä ☃"] * len(batch["ids"])
+
+
 def test_single_bad_steps_do_not_stop_it(words: list[str]) -> None:
     result = done(*words, *poison([3, 6]))
     assert result.err.count("left out") == 2

@@ -174,6 +174,11 @@ def halved(batches: Sequence[Index], count: int) -> list[Index]:
     return found
 
 
+def _unchanged(batch: Any) -> Any:
+    """Return the batch: torch's own ``collate_fn`` would visit every string in it."""
+    return batch
+
+
 class Loader(DataLoader[Any]):
     """A loader of finished batches. Its own generator keeps it from touching the global random state.
 
@@ -184,7 +189,7 @@ class Loader(DataLoader[Any]):
     position: Position | None = None
 
     def __init__(self, dataset: Any, num_workers: int = 0, **kwargs: Any) -> None:
-        kwargs = {"batch_size": None, "generator": torch.Generator(), **kwargs}
+        kwargs = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **kwargs}
         super().__init__(dataset, num_workers=num_workers, **kwargs)
 
     def __iter__(self) -> Any:

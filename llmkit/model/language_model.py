@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -30,7 +29,7 @@ from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
-from llmkit.sequence import DecodingOptions
+from llmkit.sequence import DecodingOptions, on_device
 
 
 class LanguageModel(pl.LightningModule):
@@ -190,6 +189,10 @@ class LanguageModel(pl.LightningModule):
             raise UserError("the network is not built yet: fit the model, or load a checkpoint with llmkit.load")
         return self.net
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move the tensors of a batch; Lightning's own way takes 3 us for each string in it."""
+        return on_device(batch, device)
+
     # Training
 
     def on_train_start(self) -> None:
@@ -299,7 +302,7 @@ class LanguageModel(pl.LightningModule):
         features = self.head.encode(columns, self.tokenizer, self.context)
         note_truncated(self.head, features.get("truncated"), len(rows), self.context)
         items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
-        batch = move_data_to_device(self.head.collate(items, self.tokenizer), self.device)
+        batch = on_device(self.head.collate(items, self.tokenizer), self.device)
         return self.head.predict(self.network, batch, self.tokenizer, options or self.head.decoding, **extra)
 
     # Checkpoints

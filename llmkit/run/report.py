@@ -9,13 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.lightning import set_validation_interval
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
 from llmkit.run.saving import run_folder
+from llmkit.sequence import on_device
 
 DEFAULT_VAL_INTERVAL = 500
 """Batches between two validations, at most, when the config does not set them."""
@@ -103,7 +103,7 @@ class RunReport(Callback):
         batch = next(iter(loader), None) if loader else None
         if batch is None:
             return None
-        batch = move_data_to_device(batch, model.device)
+        batch = on_device(batch, model.device)
         model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             return model.head.sample(model.network, batch, model.tokenizer)

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
@@ -33,6 +32,7 @@ from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
+from llmkit.sequence import on_device
 from llmkit.testing.head.subject import items_of
 from llmkit.testing.numerics import alike
 
@@ -232,11 +232,7 @@ class Examined:
 
     def batch(self, rows: Index) -> Batch:
         """Return rows as one batch on the device."""
-        return self._moved(self.source[rows])
-
-    def _moved(self, batch: Batch) -> Batch:
-        moved: Batch = move_data_to_device(batch, self.device)
-        return moved
+        return on_device(self.source[rows], self.device)
 
     def losses(self, ways: Ways) -> list[Finding]:
         """Compare the training loss, in eval mode, and what it counts, batch by batch with the sums of their rows."""
@@ -324,7 +320,7 @@ class Examined:
             texts = [ids[: 1 + row % 13] for row, ids in zip(rows.tolist(), batch["ids"].tolist(), strict=True)]
             features["ids"] = [[*(i for i in ids if i != pad), mask][-self.net.max_length :] for ids in texts]
             batch = self.head.collate(items_of(features), self.tokenizer)
-        return self.head.predict(self.net, self._moved(batch), self.tokenizer, self.head.decoding)
+        return self.head.predict(self.net, on_device(batch, self.device), self.tokenizer, self.head.decoding)
 
     def gradient(self, rows: Index) -> Finding:
         """Compare the gradient of the mean loss, accumulated over several batches, with that of the rows one by one."""
