@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmkit.contracts import IGNORE
 from llmkit.ops import losses
@@ -56,3 +58,29 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
     low.backward()
     assert low.dtype == torch.float32 and weight.grad is not None and weight.grad.dtype == torch.float32
     torch.testing.assert_close(low, exact, rtol=2e-2, atol=0)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 30),
+    dim=st.integers(1, 9),
+    vocab=st.integers(2, 20),
+    ignored=st.integers(0, 30),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    autocast=st.booleans(),
+)
+def test_agrees_with_its_plain_definition(
+    rows: int, dim: int, vocab: int, ignored: int, smoothing: float, autocast: bool
+) -> None:
+    results = []
+    for function in (losses.linear_cross_entropy, losses.plain_linear_cross_entropy):
+        hidden, weight, targets = inputs(rows, dim, vocab, torch.float32)
+        targets[:ignored] = IGNORE
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = function(hidden, weight, targets, smoothing)
+        loss.total.backward()
+        assert loss.count == max(0, rows - ignored)
+        results.append((loss.total, hidden.grad, weight.grad))
+    # Under autocast both round scores and gradients to bfloat16, at different places.
+    tolerance = {"rtol": 3e-2, "atol": 5e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(*results, **tolerance)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmkit.model import optim
 from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
 
 
@@ -55,6 +56,18 @@ def test_orthogonalise_against_svd(shape: tuple[int, int]) -> None:
     assert (got - u @ torch.diag_embed(values) @ vh).abs().max() < 0.05
 
 
+def test_orthogonalise_leaves_the_smallest_values_of_a_square_matrix_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optim, "fast_bf16", lambda device: False)  # without rounding
+    matrices = torch.randn(20, 64, 64, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices).float())
+    assert ((values > 0.65) & (values < 1.22)).float().mean() > 0.97
+    before = torch.linalg.svdvals(matrices) / matrices.norm(dim=(1, 2), keepdim=True).squeeze(-1)
+    assert (values[:, -1] <= 485.1 * before[:, -1]).all() and values[:, -1].min() < 0.3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim has no Muon before torch 2.9")
 def test_muon_agrees_with_torchs_muon_on_one_matrix() -> None:
     torch.manual_seed(3)
     start = torch.randn(16, 8)

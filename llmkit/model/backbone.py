@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
-from llmkit.errors import UserError
-from llmkit.ops.cpu import use_cpu_layers
+from llmkit.errors import Problem, UserError
+from llmkit.ops.elementwise import Dropout
 from llmkit.registry import target_of
 from llmkit.sequence import Memory, Sequence, State
 
@@ -31,10 +31,11 @@ def check_roles(topology: Topology, attention: Callable[..., Attention], cross: 
         variant = target_of(factory)
         roles: frozenset[Role] = getattr(variant, "roles", frozenset())
         if role not in roles:
-            raise UserError(
-                f"{key}: {getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's "
-                f"topology '{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
+            text = (
+                f"{getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's topology "
+                f"'{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
             )
+            raise UserError(Problem(key, text))
 
 
 def can_cross(attention: Callable[..., Attention]) -> bool:
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         self.cross = cross
         self.feedforward_norm = norm(dim)
         self.feedforward = feedforward
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.norm_first = norm_first
 
     def forward(
@@ -93,7 +94,7 @@ class Backbone(nn.Module, Network):
         topology: ``decoder``, ``encoder`` or ``encoder_decoder``.
         max_length: most positions of one sequence.
         attention: builds the variant of a layer from ``(dim, role)``.
-        cross_attention: builds the cross-attention of a decoder layer likewise.
+        cross_attention: builds the cross-attention of a decoder layer in the same way.
         position: builds the position encoding from ``(dim, max_length)``.
         feedforward: builds the feedforward from ``dim``.
         norm: builds a norm from ``dim``.
@@ -140,7 +141,7 @@ class Backbone(nn.Module, Network):
 
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = position(dim, max_length)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
         two_sided = topology == "encoder_decoder"
         # A post-norm stack ends in a norm already.
         final = norm if norm_first else lambda _: nn.Identity()
@@ -150,7 +151,6 @@ class Backbone(nn.Module, Network):
             self.decoder, self.decoder_norm = stack("causal", two_sided), final(dim)
         self.output = nn.Linear(dim, vocab_size, bias=False) if not tie_embeddings and topology != "encoder" else None
         self._initialise(num_layers * (3 if two_sided else 2))
-        use_cpu_layers(self)
 
     def _initialise(self, residual_parts: int) -> None:
         """Set N(0, 0.02), with residual outputs scaled down by their number (GPT-2: Radford et al. 2019)."""
@@ -203,7 +203,7 @@ class Backbone(nn.Module, Network):
     ) -> Tensor:
         """Return the hidden states of ``encode`` or ``decode``: what ``compile`` has compiled, for training.
 
-        Only tensors go in, for torch.compile would look at other objects anew in every step.
+        Only tensors go in: torch.compile would guard other objects again in every step.
 
         Args:
             part: which of the two.

@@ -44,7 +44,9 @@ class Muon(Optimizer):
     """Orthogonalised momentum for hidden matrices, AdamW for everything else.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
-    Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast.
+    Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast. It gives the
+    same weights, to the bit in bf16, as ``torch.optim.Muon``, which was not used because torch 2.6 to 2.8 lack it, it
+    takes 2-D matrices only, and it always computes in bf16: twenty times slower on a CPU without such products.
 
     Args:
         params: groups that say their ``kind`` (``matrix``, ``embedding`` or ``vector``).
@@ -129,7 +131,9 @@ class Muon(Optimizer):
 def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """Return approximately U V^T of each matrix U S V^T, (K, rows, columns), by a quintic Newton-Schulz iteration.
 
-    The singular values land near 1 (about 0.7 to 1.2), which is all that Muon needs.
+    Most singular values end between 0.68 and 1.21, which is all that Muon needs. The smallest ones do not get there:
+    each iteration multiplies a value s, relative to the matrix's Frobenius norm, by at most 3.44, so that five leave it
+    below 485 s. A square random matrix always has a few: one of 64 x 64 often ends with a smallest value below 0.3.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16 if fast_bf16(matrices.device) else torch.float32)
@@ -177,7 +181,7 @@ class WarmupCosine(LambdaLR):
         return {name: state[name] for name in ("last_epoch", "_step_count", "_last_lr") if name in state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where ``state_dict`` was taken."""
+        """Resume from where ``state_dict`` was taken."""
         self.__dict__.update(state_dict)
 
     def _factor(self, step: int) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmkit.contracts import IGNORE, Loss
-from llmkit.ops.cpu import times
 
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
 CHUNK_ELSEWHERE = 2**26  # an accelerator wants large products: 1,334 rows at a vocabulary of 50304
@@ -38,11 +38,21 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     # Skipping padded rows saves their arithmetic; on an accelerator the row count would force a synchronisation.
     if hidden_ND.device.type == "cpu" and int(count) < len(targets_N):
         hidden_ND, targets_N = hidden_ND[keep], targets_N[keep]
-    # Inside an autograd function gradients always look switched off, so it is told.
+    # Inside an autograd function gradients always look switched off, so pass on whether they are.
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled()
     )
     return Loss(total, count)
+
+
+def plain_linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0
+) -> Loss:
+    """Define ``linear_cross_entropy``: torch's cross-entropy of the whole scores, (N, V)."""
+    scores_NV = F.linear(hidden_ND, weight_VD)
+    scores_NV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32))
+    total = F.cross_entropy(scores_NV, targets_N, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+    return Loss(total, (targets_N != IGNORE).sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -61,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = rows_at_once(weight)
             for start in range(0, len(targets), rows):
                 span = slice(start, start + rows)
-                scores = times(hidden_low[span], weight_low).to(exact)
+                scores = (hidden_low[span] @ weight_low.T).to(exact)
                 kept = targets[span] != IGNORE
                 wanted = targets[span].clamp(min=0)[:, None]
                 # The softmax is one pass of a fast kernel, and its largest value tells the logarithm of its sum.
@@ -79,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(-1, wanted, torch.full_like(norm, smoothing - 1))
                 grad_low = grad.mul_(kept[:, None]).to(low)
                 if grad_hidden is not None:
-                    grad_hidden[span] = times(grad_low, weight_low.T).to(hidden.dtype)
+                    grad_hidden[span] = (grad_low @ weight_low).to(hidden.dtype)
                 if grad_weight is not None:
                     if low == exact:
                         grad_weight.addmm_(grad_low.T, hidden_low[span])

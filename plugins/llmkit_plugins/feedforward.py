@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward
-from llmkit.ops.elementwise import squared_relu
+from llmkit.ops.elementwise import Dropout
 
 
 class _TwoLayers(Feedforward):
@@ -20,7 +20,7 @@ class _TwoLayers(Feedforward):
         hidden = round(hidden_multiple * dim)
         self.inner = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
 
     @abstractmethod
     def activate(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class SquaredReLU(_TwoLayers):
 
     def activate(self, x: Tensor) -> Tensor:
         """Return max(x, 0) squared."""
-        return squared_relu(x)
+        return F.relu(x).square()
 
 
 class SwiGLU(Feedforward):
@@ -102,7 +102,7 @@ class SwiGLU(Feedforward):
         hidden = 8 * math.ceil(hidden_multiple * dim / 12)
         self.inner = nn.Linear(dim, 2 * hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the new values, position by position."""

@@ -1,0 +1,26 @@
+"""The one rule for which implementation of a function in ``llmkit.ops`` computes a call."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["plain", "cpu"]
+
+
+def backend(x: Tensor) -> Backend:
+    """Return ``cpu`` for training on a CPU in float32 or bfloat16, ``plain`` for everything else.
+
+    Autograd's own CPU kernels make several passes over memory where one would do; a gradient written by hand saves
+    them. Without a gradient there is nothing to save, and torch.compile fuses the plain form itself.
+    """
+    fast = (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
+    )
+    return "cpu" if fast else "plain"
