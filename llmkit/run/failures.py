@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import llmkit
-from llmkit import registry
+from llmkit import imports, registry
 
 CORE = Path(llmkit.__file__).resolve().parent
 HELPERS = (CORE / "contracts.py", CORE / "sequence.py", CORE / "ops")
@@ -117,9 +117,8 @@ def _plugin_report(frames: list[Frame], message: str) -> str | None:
 
 def plugin_roots() -> list[Path]:
     """Return the files and package folders of plugins: the installed ones, and the user's own modules."""
-    config = sys.modules.get("llmkit.imports")
     names = {entry.target.partition(".")[0].partition(":")[0] for entry in _entries()}
-    modules = [sys.modules.get(name) for name in {*names, *(config.imported if config else ())}]
+    modules = [sys.modules.get(name) for name in {*names, *imports.imported}]
     paths = [getattr(module, "__path__", None) or [getattr(module, "__file__", None)] for module in modules]
     return [Path(path).resolve() for path in chain.from_iterable(paths) if path]
 
