@@ -19,7 +19,7 @@ from llmkit.ops.elementwise import Dropout, plain_rms_norm, rms_norm, rotate
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.sequence import Sequence
 
-EXACT, LOW = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 2e-2, "atol": 2e-2}
+EXACT, LOW = (1e-5, 1e-6), (2e-2, 2e-2)  # relative and absolute tolerances
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
 
@@ -32,7 +32,7 @@ def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tenso
     return [value, *[leaf.grad for leaf in leaves if leaf.grad is not None]]
 
 
-def agree(actual: list[Tensor], expected: list[Tensor], rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def agree(actual: list[Tensor], expected: list[Tensor], rtol: float, atol: float) -> None:
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
@@ -68,13 +68,13 @@ def test_rms_norm(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):  # the backward pass runs under it too
         fast = outcome(lambda x, w: rms_norm(x, w, 1e-6), [x, weight])
     exact = outcome(lambda x, w: plain_rms_norm(x, w, 1e-6), [x.double(), weight.double()])
-    low = torch.bfloat16 in dtypes
+    rtol, atol = LOW if torch.bfloat16 in dtypes else EXACT
     # The terms of the input's gradient, which nearly cancel each other in narrow inputs, are as large as weight / rms.
     term = weight.double().abs().max() * (x.double().square().mean(-1) + 1e-6).rsqrt().max()
     for one, other, dtype, least in zip(fast, exact, (dtypes[0], *dtypes), (0.0, float(term), 1.0), strict=True):
         assert one.dtype == dtype
         scale = other.abs().max().clamp_min(max(least, 1e-6))
-        torch.testing.assert_close(one.double() / scale, other / scale, **(LOW if low else EXACT))
+        torch.testing.assert_close(one.double() / scale, other / scale, rtol=rtol, atol=atol)
 
 
 def test_rms_norm_of_zeros_has_no_nan() -> None:
@@ -109,7 +109,7 @@ def test_rotation(shape: list[int], half: int, dtype: torch.dtype, compiling: bo
     tolerance = EXACT if dtype == torch.float32 else LOW
     with mock.patch("torch.compiler.is_compiling", return_value=compiling):
         actual = outcome(lambda x: rotate(x, *tables), [x])
-    agree(actual, outcome(turned, [x]), **tolerance)
+    agree(actual, outcome(turned, [x]), *tolerance)
 
 
 def test_what_the_rule_chooses() -> None:
