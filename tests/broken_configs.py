@@ -467,3 +467,78 @@ def write_data(folder: Path) -> None:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content + "\n", encoding="utf-8")
+
+
+class Several(NamedTuple):
+    """Two config files and a command line with several mistakes."""
+
+    name: str
+    base: str
+    overlay: str
+    words: tuple[str, ...]
+    says: tuple[tuple[str, ...], ...]
+    """For each mistake what must stand in one line of the message."""
+
+
+MISTAKES: list[tuple[str, str, str]] = [
+    ("model.dim", "wide", "model.dim: expected a whole number, got 'wide'"),
+    ("data.batch_size", "many", "data.batch_size: expected a whole number, got 'many'"),
+    ("trainer.max_steps", "often", "trainer.max_steps: expected a whole number, got 'often'"),
+    ("model.norm", "rsm", meant("rms")),
+    ("data.shufle_buffer", "8", "unknown key 'data.shufle_buffer'. Did you mean 'shuffle_buffer'?"),
+    ("trainer.precision", "bf16-mixd", meant("bf16-mixed")),
+    ("model.dropout", "a lot", "model.dropout: expected a number, got 'a lot'"),
+    ("data.documents", "lines", meant("line")),
+    ("trainer.callbacks", "EarlyStoping", meant("EarlyStopping")),
+    ("model.widht", "8", "unknown key 'model.widht'"),
+    ("data.num_workers", "two", "data.num_workers: expected a whole number, got 'two'"),
+    ("trainer.benchmark", "mostly", "trainer.benchmark: expected true or false, got 'mostly'"),
+    ("model.feedforward", "{name: gelu, multiple: 2}", "GELU has no argument 'multiple'"),
+    ("data.encoding", "[a]", "data.encoding: expected text"),
+    ("trainer.log_every_n_step", "5", "unknown key 'trainer.log_every_n_step'. Did you mean 'log_every_n_steps'?"),
+    ("model.tie_embeddings", "null", "model.tie_embeddings: expected true or false, got 'null'"),
+    ("data.dim", "8", "unknown key 'data.dim'. Did you mean 'model.dim'?"),
+    ("trainer.logger", "TensorBoardLoger", meant("TensorBoardLogger")),
+    ("model.position", "rotery", meant("rotary")),
+    ("data.validation_share", "a tenth", "data.validation_share: expected a number, got 'a tenth'"),
+    ("trainer.detect_anomaly", "3", "trainer.detect_anomaly: expected true or false, got '3'"),
+    (
+        "model.cross_attention",
+        "{name: multi_head, num_heads: two}",
+        "model.cross_attention.num_heads: expected a whole",
+    ),
+]
+"""Key, wrong value, and what the message says of it."""
+ABOVE: list[tuple[str, str, str]] = [
+    ("checkpoint.keep", "[1]", "checkpoint.keep: expected a whole number, got '[1]'"),
+    ("seed_everything", "lucky", "seed_everything: expected true or false or a whole number, got 'lucky'"),
+    ("outptu", "x", "unknown key 'outptu'. Did you mean 'output'?"),
+    ("checkpoint.every_n_step", "5", "unknown key 'checkpoint.every_n_step'. Did you mean 'every_n_steps'?"),
+    ("model.init_from", "[a]", "model.init_from: expected text"),
+    ("name", "[a]", "name: expected text"),
+    ("model.max_bad_steps", "few", "model.max_bad_steps: expected a whole number, got 'few'"),
+]
+"""More of them, for the second file and the command line, which need not have the group."""
+
+
+def several_mistakes() -> list[Several]:
+    """Two mistakes in a shipped config, one in a file above it, one on the command line; all must be reported."""
+    configs = [config for config in shipped() if not config.has("model.init_from")]
+    found = []
+    for turn in range(44):
+        config = configs[turn % len(configs)]
+        two = [MISTAKES[(2 * turn) % len(MISTAKES)], MISTAKES[(2 * turn + 3) % len(MISTAKES)]]
+        above, word = ABOVE[turn % len(ABOVE)], MISTAKES[(2 * turn + 8) % len(MISTAKES)]
+        base, says = config, []
+        for key, value, text in two:
+            base = Shipped(config.name, with_value(base, key, value)[0].splitlines())
+            says.append((key, text))
+        numbers = [base.line(key) for key, _ in says]  # the second mistake may have moved the first
+        expected = [(f"base.yaml:{number + 1}: ", text) for number, (_, text) in zip(numbers, says, strict=True)]
+        names = above[0].split(".")
+        overlay = "\n".join(f"{'  ' * depth}{name}:" for depth, name in enumerate(names)) + f" {above[1]}\n"
+        expected.append((f"overlay.yaml:{len(names)}: ", above[2]))
+        expected.append(("command line: ", word[2]))
+        words = (f"--{word[0]}", word[1])
+        found.append(Several(config.name, base.text, overlay, words, tuple(expected)))
+    return found

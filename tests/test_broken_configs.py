@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from broken_configs import Broken, corpus, shipped, write_data
+from broken_configs import Broken, corpus, several_mistakes, shipped, write_data
 from command import Result, llmkit
 from test_cli_errors import JARGON
 
@@ -78,3 +78,23 @@ def test_every_mistake_is_told_by_key_place_and_remedy(folder: Path) -> None:
     print(f"{len(CORPUS) - len(bad)} of {len(CORPUS)} told by key, place and remedy: {dict(kinds)}")
     assert not [text for text in bad.values() if not text.startswith("UNCLEAR")]
     assert len(bad) <= 0.05 * len(CORPUS)
+
+
+SEVERAL = several_mistakes()
+
+
+def test_mistakes_in_several_places_are_reported_together(folder: Path) -> None:
+    """In one line each, with the place of each: two files and the command line are layers of one tree."""
+    assert len(SEVERAL) >= 30
+    bad = []
+    for case in SEVERAL:
+        Path("base.yaml").write_text(case.base, encoding="utf-8")
+        Path("overlay.yaml").write_text(case.overlay, encoding="utf-8")
+        result = llmkit("fit", "--config", "base.yaml", "--config", "overlay.yaml", *case.words)
+        lines = [line for line in result.err.splitlines() if line.startswith("llmkit: error: ")]
+        found = [sum(all(text in line for text in says) for line in lines) for says in case.says]
+        if result.code != 2 or len(lines) != len(case.says) or set(found) != {1}:
+            bad.append(f"{case.name} {case.words} {case.says}\n    {result.err}")
+        assert not any(word in result.err for word in JARGON), result.err
+    print("\n".join(bad))
+    assert not bad
