@@ -189,9 +189,10 @@ class _Walk:
         before = len(self.problems)
         value = self.classes(kind, value, key)
         if len(self.problems) == before and not fits(kind, value):
-            allowed = expected(kind)
-            text = f"expected {' or '.join(allowed)}, got '{shown(value)}'.{nearest(shown(value), allowed)}"
-            self.report(key, text)
+            allowed, got = expected(kind), shown(value)
+            either = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
+            hint = nearest(got, allowed)
+            self.report(key, f"expected {either}, got '{got}'{'.' if hint else ''}{hint}")
         return value
 
     def typed(self, kind: Any, text: Raw, key: str) -> Any:

@@ -29,8 +29,7 @@ def read(file: Path) -> Any:
             than plain data, or claims sizes that it does not have.
     """
     if not file.is_file():
-        last = " It is a folder." if file.is_dir() else ""
-        raise UserError(f"checkpoint {file} does not exist.{last}")
+        raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}")
     try:
         _check_members(file)
         content = torch.load(file, map_location="cpu", weights_only=True)

@@ -66,7 +66,7 @@ def layer(options: Options, problems: list[Problem]) -> Layer:
     for option, text in options:
         key = option.removeprefix("--")
         if text is None:
-            problems.append(Problem(option, "expected one argument", key))
+            problems.append(Problem("", f"{COMMAND_LINE}: {option} needs a value"))
             continue
         group, _, rest = key.replace(".init_args.", ".").partition(".")
         name, _, inner = rest.partition(".")

@@ -107,7 +107,7 @@ class Stack:
         key = problem.key
         if not problem.place_of and (key in registry.FAMILY_OF or (key and "." not in key)):
             # The part is known to be wrong; its message may name the argument that the user set.
-            named = (f"{key}.{word}" for word in re.findall(r"\w+", problem.text))
+            named = (f"{key}.{word}" for word in re.findall(r"\w+", problem.text) if word not in ("name", "class_path"))
             key = next((name for name in named if self.of(name) != DEFAULT), key)
         place_of = problem.place_of or key
         text = str(problem._replace(key=key))

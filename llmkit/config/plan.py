@@ -202,7 +202,7 @@ def _check_values(tree: Tree) -> Iterator[Problem]:
     if not 0 <= seed < 2**32:
         yield Problem("seed_everything", f"expected 0 or more and below 2**32, got {seed}")
     try:
-        DecodingOptions(**tree["model"]["decoding"])
+        DecodingOptions(**(tree["model"]["decoding"] or {}))
     except ValueError as error:
         name, _, text = str(error).partition(" ")
         yield Problem(f"model.decoding.{name}", text)
