@@ -21,6 +21,7 @@ import importlib
 import inspect
 import json
 import os
+import pkgutil
 import re
 import types
 import typing
@@ -295,9 +296,8 @@ def _known_classes(kind: Any) -> Mapping[str, type]:
 
 
 def _load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name, None) if module else None
+        return pkgutil.resolve_name(path)
     except Exception:  # whatever the module raises is reported where the value is checked against its type
         return None
 

@@ -227,9 +227,7 @@ def expand(family: str, value: Any) -> Spec:
     if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
         raise UserError(f"expected a name, or {{name: ..., arguments}}, got {value!r}")
     if "." not in value["class_path"]:
-        raise UserError(
-            f"class_path must be a dotted path, got '{value["class_path"]}'; a short name is a 'name'"
-        )
+        raise UserError(f"class_path: expected a dotted path, got '{value['class_path']}'; a short name is a 'name:'")
     stray = [str(name) for name in value if name not in ("class_path", "init_args")]
     if stray:
         raise UserError(

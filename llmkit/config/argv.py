@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from llmkit import registry
 from llmkit.check import Raw
 from llmkit.config.files import parse_yaml
-from llmkit.config.layers import COMMAND_LINE, Layer, Tree
+from llmkit.config.layers import COMMAND_LINE, Layer
 from llmkit.errors import Problem, UserError
 
 Options = list[tuple[str, str | None]]
@@ -56,48 +57,27 @@ def raw(text: str) -> Raw:
     return word
 
 
-def layer(options: Options, problems: list[Problem]) -> Layer:
-    """Return the layer of the options that are config keys; later ones are above earlier ones.
+def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
+    """Yield a layer for each option that is a config key: later options are above earlier ones.
 
     ``--model.attention lstm`` chooses a plugin, ``--model.attention.num_heads 2`` sets an argument of it, and
     ``--trainer.callbacks+=NAME`` appends to a list.
     """
-    tree: Tree = {}
     for option, text in options:
         key = option.removeprefix("--")
         if text is None:
             problems.append(Problem("", f"{COMMAND_LINE}: {option} needs a value"))
             continue
-        group, _, rest = key.replace(".init_args.", ".").partition(".")
-        name, _, inner = rest.partition(".")
-        if inner == "class_path":
-            inner = ""
+        group, name, *inner = [part for part in key.split(".") if part not in ("init_args", "class_path")] + [""] * 2
         plugin = f"{group}.{name}"
-        if plugin in registry.FAMILY_OF and inner:
-            spec = _spec(tree, group, name)
-            spec.setdefault("init_args", {})[inner] = raw(text)
-            continue
-        node = tree
-        *above, last = key.removesuffix(".class_path").split(".")
-        for part in above:
-            if isinstance(node.get(part), str):  # a class by its name, which gets arguments now
-                node[part] = {"class_path": str(node[part]), "init_args": {}}
-            node = node.setdefault(part, {})
-            node = node.get("init_args", node) if last != "class_path" else node
-        node[last] = _plugin(plugin, text, problems) if plugin in registry.FAMILY_OF else raw(text)
-    return Layer(tree, COMMAND_LINE)
-
-
-def _spec(tree: Tree, group: str, name: str) -> Tree:
-    """Return the plugin at a key of the tree as a mapping that arguments can be put into."""
-    part = tree.setdefault(group, {})
-    value = part.get(name)
-    if isinstance(value, str | dict) and value:
-        try:
-            part[name] = registry.expand(registry.FAMILY_OF[f"{group}.{name}"], value)
-        except UserError:  # the check of the whole tree reports it
-            return {}
-    return part.setdefault(name, {}) if not isinstance(part.get(name), dict) else part[name]  # type: ignore[no-any-return]
+        value: Any = raw(text)
+        if plugin in registry.FAMILY_OF:
+            argument = ".".join(filter(None, inner))
+            value = {"init_args": {argument: value}} if argument else _plugin(plugin, text, problems)
+            key = plugin
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        yield Layer(value, COMMAND_LINE)
 
 
 def _plugin(key: str, text: str, problems: list[Problem]) -> Any:

@@ -91,7 +91,7 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
         for key, value in options
         if key not in ("--config", "-c", "--imports") and not PASSED_ON.match(key)
     ]
-    layers.append(command_line.layer(config_options, problems))
+    layers += command_line.layers(config_options, problems)
     named = Path(files[0]).stem if files else "run"
     stored = find(command, layers, named, bool(files), asked or command)
     if stored is not None:
@@ -112,12 +112,11 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     if _tokenizer_comes_along(stack):
         stack.tree["data"]["tokenizer"] = None
     problems += _check(stack)
-    stage = {"test": "test", "predict": "predict"}.get(command)
-    data = stack.tree["data"]
-    if not problems and stage and not (data.get(stage) or data.get("source")):
-        raise UserError(f"data.{stage} is not set: give --data.{stage} FILE")
     if problems:
         raise UserError(*dict.fromkeys(map(stack.placed, problems)))
+    data = stack.tree["data"]
+    if command in ("test", "predict") and not (data[command] or data["source"]):
+        raise UserError(f"data.{command} is not set: give --data.{command} FILE")
     passed_on = [key if value is None else f"{key}={value}" for key, value in options if PASSED_ON.match(key)]
     return Plan(command, stack, stored, passed_on)
 
