@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's answers for a data set"),
     "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
     "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
-    "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
+    "inspect": ("llmkit.commands.inspect:run", "show what a config would train: parameters, FLOPs, memory"),
     "config": ("llmkit.commands.config:run", "show a config in full, compare two, or print their schema"),
     "verify": ("llmkit.commands.verify:run", "prove on your config that resuming or batching changes no number"),
 }

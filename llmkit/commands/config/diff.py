@@ -8,9 +8,9 @@ from typing import Any
 
 from llmkit.checkpoint.content import read
 from llmkit.commands import Parser
-from llmkit.commands.config.show import effective
 from llmkit.commands.config.tree import Tree, flat, inline, shortened
 from llmkit.config.files import read_yaml
+from llmkit.config.plan import plan
 from llmkit.errors import UserError
 
 OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")
@@ -47,7 +47,7 @@ def load(path: Path) -> Tree:
         tree = part["config"] or {"model": part["model"], "data": {"tokenizer": part["tokenizer"]}}
         return {**tree, "versions": part.get("versions", {})}
     if not path.is_dir():
-        return effective([f"--config={path}"], "config diff")[0]
+        return plan("fit", [f"--config={path}"], "config diff").config.tree
     saved = path / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{path} is no run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")

@@ -12,7 +12,7 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmkit.commands import Parser, imported
+from llmkit.commands import Parser, columns, imported
 from llmkit.errors import UserError
 from llmkit.registry import DEFAULTS, Entry, check_family, entries
 
@@ -115,6 +115,4 @@ def table(found: list[dict[str, Any]]) -> str:
         where = f"{item['file']}:{item['line']}" if item["line"] else item["file"] or "?"
         text = f"ERROR: {item['error']}" if item["error"] else item["description"]
         rows.append((item["family"], item["name"] + " *" * item["default"], where, item["distribution"], text))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "* the default of its family"])
+    return "\n".join([*columns(rows), "", "* the default of its family"])
