@@ -198,7 +198,7 @@ def test_diff_of_runs(folder: Path, run: Result) -> None:
     ("words", "text"),
     [
         (("diff", "nowhere", "small.yaml"), "nowhere does not exist"),
-        (("diff", ".", "small.yaml"), "is no run folder"),
+        (("diff", ".", "small.yaml"), "is not a run folder"),
         (("diff", "small.yaml"), "RUN_B"),
         (("diff", "text.txt", "small.yaml"), "text.txt"),
         ((), "needs a command: show, diff, schema"),

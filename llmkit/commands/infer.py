@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,9 @@ def run(command: str, argv: list[str]) -> int:
     streams = "on_token" in inspect.signature(model.head.predict).parameters and options.num_beams == 1
     streaming = streams and sys.stdout.isatty() and not args.json
     if streaming:
-        for text in texts:
+        for text, row in zip(texts, rows, strict=True):
             print(text, end="", flush=True)
-            model.predict([text], options, on_token=_Printer(model.tokenizer))
+            model.predict([row], options, on_token=_Printer(model.tokenizer))
             print()
         return 0
     for start in range(0, len(rows), args.batch_size):
@@ -88,14 +87,12 @@ def _device(name: str) -> Any:
         raise UserError(f"infer: --device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _lines(source: str | None) -> Iterator[str]:
-    if source is None:
-        return
+def _lines(source: str | None) -> list[str]:
     try:
-        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8") if source else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"infer: --input {source}: {error}") from error
-    yield from (line for line in content.split("\n") if line.strip())
+    return [line for line in content.split("\n") if line.strip()]
 
 
 class _Printer:

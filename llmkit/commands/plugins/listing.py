@@ -29,11 +29,11 @@ def run(command: str, argv: list[str]) -> int:
     """List the plugins of one family or of all. A plugin that cannot be imported is listed with its error."""
     parser = Parser(
         command,
-        "List every plugin, where it is defined and which distribution provides it. See also: "
-        "'llmkit plugins show' describes one, 'check' tests one, 'new' writes one to start from.",
+        "List every plugin, where it is defined and which distribution provides it. See also 'llmkit plugins show' "
+        "(describe one), 'check' (test one) and 'new' (write one to start from).",
     )
     parser.add_argument("family", nargs="?", help=f"list only this family: {', '.join(DEFAULTS)}")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of objects instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_imports()
     options = parser.parse(argv)
     if options.family is not None:
