@@ -24,8 +24,8 @@ ROWS = """\
 def run(command: str, argv: list[str]) -> int:
     """Write a new plugin and print the next commands; returns the exit code."""
     parser = Parser(command, "Write a small working plugin to start from, with a test and a config.")
-    parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(DEFAULTS)}")
-    parser.add_argument("name", metavar="NAME", help="lower-case letters, digits and underscores")
+    parser.add_argument("family", help=f"one of {', '.join(DEFAULTS)}")
+    parser.add_argument("name", help="lower-case letters, digits and underscores")
     parser.add_argument("--package", action="store_true", help="write an installable package, not a single file")
     parser.add_argument("--folder", default=".", metavar="DIR", help="where to write it; default: the current folder")
     options = parser.parse(argv)
