@@ -11,15 +11,15 @@ from llmkit import __version__
 from llmkit.errors import Stopped, UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("llmkit.commands.fit:run", "train a model as a config says"),
-    "validate": ("llmkit.commands.fit:run", "measure a checkpoint on the validation data"),
-    "test": ("llmkit.commands.fit:run", "measure a checkpoint on the test data"),
-    "predict": ("llmkit.commands.fit:run", "write a checkpoint's answers for a data set"),
-    "infer": ("llmkit.commands.infer:run", "ask a checkpoint: generate, classify or translate text"),
-    "plugins": ("llmkit.commands.plugins:run", "list every plugin and where it is defined"),
-    "inspect": ("llmkit.commands.inspect:inspect", "show what a config would train: parameters, FLOPs, memory"),
-    "config": ("llmkit.commands.config:run", "show a config in full, compare two, or print their schema"),
-    "verify": ("llmkit.commands.verify:run", "prove on your config that resuming or batching changes no number"),
+    "fit": ("llmkit.commands.fit:run", "train the model of a config"),
+    "validate": ("llmkit.commands.fit:run", "evaluate a checkpoint on the validation data"),
+    "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
+    "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
+    "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
+    "plugins": ("llmkit.commands.plugins:run", "list, describe, check or create plugins"),
+    "inspect": ("llmkit.commands.inspect:run", "describe the model of a config: parameters, FLOPs, memory"),
+    "config": ("llmkit.commands.config:run", "print a config in full, compare two, or print their schema"),
+    "verify": ("llmkit.commands.verify:run", "check on your config that resuming or batching changes no number"),
 }
 """Command -> where its ``run(command, argv) -> exit code`` is, and one line of help."""
 
@@ -32,9 +32,9 @@ commands:
 {commands}
 
 options:
-  -h, --help  this text; 'llmkit COMMAND --help' shows a command's own options
+  -h, --help  print this text; 'llmkit COMMAND --help' prints the options of a command
   --version   print the version
-  --debug     show the traceback of an error, whatever the command
+  --debug     print the traceback of an error; works with every command
 
 examples:
   llmkit fit --config configs/quickstart.yaml
@@ -53,8 +53,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    It is 2 for a user's mistake, told on stderr in a line for each problem, and 1 for a plugin that raised, told with
-    the frames of its own code. Any other exception is a bug of ours, and leaves with its traceback.
+    It is 2 for a user's mistake, reported on stderr with one line for each problem, and 1 for a plugin that raised,
+    reported with the frames of its own code. Any other exception is a bug of ours and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv

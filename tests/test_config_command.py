@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ import torch
 import yaml
 from command import TINY, Result, done, llmkit
 
-from llmkit import imports, registry
+from llmkit import imports, main, registry
 from llmkit.commands.config.tree import inline
 from llmkit.config.files import read_yaml
 from llmkit.run.cli import TRAINER_DEFAULTS
@@ -197,7 +198,7 @@ def test_diff_of_runs(folder: Path, run: Result) -> None:
     ("words", "text"),
     [
         (("diff", "nowhere", "small.yaml"), "nowhere does not exist"),
-        (("diff", ".", "small.yaml"), "is no run folder"),
+        (("diff", ".", "small.yaml"), "is not a run folder"),
         (("diff", "small.yaml"), "RUN_B"),
         (("diff", "text.txt", "small.yaml"), "text.txt"),
         ((), "needs a command: show, diff, schema"),
@@ -212,7 +213,9 @@ def test_mistakes(words: tuple[str, ...], text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("-h",), ("show", "--help")])
-def test_help(words: tuple[str, ...]) -> None:
-    text = done("config", *words).out
+def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # as argparse ends
+        main.main(["config", *words])
+    text = capsys.readouterr().out
     assert text.startswith("usage: llmkit config")
     assert all(word in text for word in (("--all", "--json") if "show" in words else ("show", "diff", "schema")))

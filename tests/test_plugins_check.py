@@ -117,7 +117,7 @@ def test_reference_from_a_file(folder: Path) -> None:
     result = llmkit(*words)
     assert result.code == 1 and "it differs by 0.5 of the largest value from the reference" in result.out
     result = llmkit(*words[:-1], "slow.py:right")
-    assert result.code == 2 and "slow.py has no function 'right'" in result.err
+    assert result.code == 2 and "slow.py: unknown function 'right'. Allowed: wrong." in result.err
 
 
 @pytest.mark.parametrize(

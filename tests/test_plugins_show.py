@@ -330,7 +330,7 @@ def test_papers() -> None:
         (("attention/multi_hed",), ("unknown attention 'multi_hed'", "'multi_head'")),
         (("multi_head",), ("'multi_head' does not name a plugin", "family/name")),
         (("attention/multi_head", "--init.heads", 3), ("no argument 'heads'", "num_heads")),
-        (("attention/multi_head", "--dim", 0), ("--dim must be at least 1",)),
+        (("attention/multi_head", "--dim", 0), ("argument --dim: must be at least 1, got 0",)),
         (("attention/multi_head", "--context", "x"), ("--context", "'x'")),
         (("shown_plugins:Nothing",), ("unknown class 'Nothing'",)),
         ((), ("TARGET",)),

@@ -240,7 +240,7 @@ def test_the_command_with_a_broken_plugin(folder: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes(folder: Path) -> None:
-    assert "--rows must be at least 2" in llmkit("verify", "metrics", "--config", "x", "--rows", 1).err
+    assert "argument --rows: must be at least 2, got 1" in llmkit("verify", "metrics", "--config", "x", "--rows", 1).err
     assert "needs --config FILE" in llmkit("verify", "metrics").err
     data = DataModule(train=str(folder / "labels.csv"), streaming=True, validation_share=0.0)
     with pytest.raises(UserError, match=r"data\.validation is needed"):

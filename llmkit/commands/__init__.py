@@ -1,4 +1,4 @@
-"""Commands that are not training: one module each, with ``run(command, argv) -> exit code``. Only they print."""
+"""The commands, one module each, with ``run(command, argv) -> exit code``; they print what they were asked for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from llmkit.errors import UserError, unknown
+from llmkit.imports import import_modules
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"llmkit {command}",
             description=description,
             usage="%(prog)s --config FILE [options]" if of_fit else None,
-            epilog="All other options are those of fit: see 'llmkit fit --help'." if of_fit else None,
+            epilog="All options of fit are accepted too: see 'llmkit fit --help'." if of_fit else None,
             allow_abbrev=False,
         )
         self.command = command
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             action="append",
             default=[],
             metavar="FILE_OR_MODULE",
-            help="import plugins first, from .py files or from a module; may be repeated",
+            help="import plugins from a .py file or a module first; may be repeated",
         )
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
@@ -71,11 +72,15 @@ def _one_import_each(argv: list[str]) -> Iterator[str]:
         previous = word
 
 
-def import_local(names: list[str]) -> None:
-    """Import local modules or ``.py`` files. Raises UserError for one that cannot be imported."""
-    from llmkit.imports import import_modules
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers of at least ``least``."""
 
-    import_modules(names)
+    def number(text: str) -> int:
+        if int(text) < least:  # argparse reports a ValueError as "invalid number value: 'x'"
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
 
 
 @contextlib.contextmanager
@@ -85,17 +90,22 @@ def imported(names: list[str]) -> Iterator[None]:
     What plugins print, now or within the block, goes to stderr: stdout is for the command's answer.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        if names:
-            import_local([name for value in names for name in value.split(",")])
+        import_modules([name for value in names for name in value.split(",")])
         yield
 
 
-def run_verb(command: str, verbs: Mapping[str, str], argv: list[str]) -> int:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines in which each column is as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def run_verb(verbs: Mapping[str, str], command: str, argv: list[str]) -> int:
     """Run ``llmkit COMMAND VERB ...`` and return its exit code.
 
     Args:
-        command: the command's name, which is its package's too.
-        verbs: one line of help for each verb; a verb is a module of the package.
+        verbs: one line of help for each verb; a verb is a module of the command's package.
+        command: the command's name, which is also that of its package.
         argv: the arguments after ``llmkit COMMAND``.
 
     Raises:

@@ -1,9 +1,10 @@
-"""``llmkit fit | validate | test | predict``: plan what a config asks for, and let LightningCLI run it."""
+"""``llmkit fit | validate | test | predict``: check the config, then let LightningCLI run it."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
 from llmkit.config.plan import plan
 from llmkit.run.cli import CLI
@@ -27,9 +28,9 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: the words after it.
-        cli: what is built and run.
-        asked: the command's name in messages.
+        argv: the arguments after it.
+        cli: what builds and runs it.
+        asked: the name in messages, if another command runs this one.
 
     Raises:
         UserError: every mistake in the config, with its place.
@@ -45,3 +46,15 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     with planned.placed():
         cli(command, planned.args, planned.stored)
     return 0
+
+
+def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:
+    """Build everything that ``fit`` would build, but run ``work`` on it instead of training; returns its exit code."""
+    codes = []
+
+    class Instead(CLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            codes.append(work(self))
+
+    run("fit", argv, Instead, asked)
+    return codes[0]

@@ -6,44 +6,36 @@ import dataclasses
 import inspect
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmkit.commands import Parser, imported
+from llmkit.commands import Parser, at_least, imported
 from llmkit.errors import UserError
-
-
-def parser() -> Parser:
-    """Return the parser of ``llmkit infer``."""
-    options = Parser("infer", "Get answers from a checkpoint: generated, classified, translated or tagged text.")
-    add = options.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of a run")
-    add("texts", metavar="TEXT", nargs="*", help="texts; or JSON objects, if the head reads several fields")
-    add("--input", metavar="FILE", help="a file with one text (or JSON object) per line; - for standard input")
-    add("--json", action="store_true", help="print one JSON object per line")
-    add("--max_new_tokens", type=int, help="maximum number of tokens to generate")
-    add("--temperature", type=float, help="sampling temperature; 0: greedy")
-    add("--greedy", action="store_true", help="always take the most probable token")
-    add("--top_k", type=int, help="sample from the k most probable tokens")
-    add("--top_p", type=float, help="sample from the smallest set of tokens with this total probability")
-    add("--num_beams", type=int, help="beam width; 1: no beam search")
-    add("--length_penalty", type=float, help="exponent of the length normalisation in beam search")
-    add("--seed", type=int, help="seed for sampling")
-    add("--device", default="cpu", help="cpu, cuda, mps, ...")
-    add("--batch_size", type=int, default=32, help="number of texts per batch")
-    options.add_imports()
-    return options
 
 
 def run(command: str, argv: list[str]) -> int:
     """Answer each text; returns the exit code."""
-    args = parser().parse(argv)
-    texts = list(args.texts) + list(_lines(args.input))
+    parser = Parser(command, "Run a checkpoint on texts: generate, classify, translate or tag them.")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of a run")
+    add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object if the head reads several fields")
+    add("--input", metavar="FILE", help="a file with one text (or JSON object) per line; -: standard input")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add("--max_new_tokens", type=int, metavar="N", help="maximum number of tokens to generate")
+    add("--temperature", type=float, metavar="X", help="sampling temperature; 0: greedy")
+    add("--greedy", action="store_true", help="always take the most probable token")
+    add("--top_k", type=int, metavar="N", help="sample from the k most probable tokens")
+    add("--top_p", type=float, metavar="X", help="sample from the smallest set of tokens with this probability")
+    add("--num_beams", type=int, metavar="N", help="beam width; 1: no beam search")
+    add("--length_penalty", type=float, metavar="X", help="exponent of the length normalisation in beam search")
+    add("--seed", type=int, metavar="N", help="seed for sampling")
+    add("--device", default="cpu", help="cpu, cuda, mps, ...; default: cpu")
+    add("--batch_size", type=at_least(1), default=32, metavar="N", help="texts per batch; default: 32")
+    parser.add_imports()
+    args = parser.parse(argv)
+    texts = [*args.texts, *_lines(args.input)]
     if not texts:
         raise UserError("infer: no text given: add it to the command line, or use --input FILE (- for standard input)")
-    if args.batch_size < 1:
-        raise UserError(f"infer: --batch_size must be at least 1, got {args.batch_size}")
     from llmkit.model.language_model import load
 
     with imported(args.imports):
@@ -61,17 +53,15 @@ def run(command: str, argv: list[str]) -> int:
     rows: list[Any] = texts if len(model.head.inputs) == 1 else [_row(text, model.head.inputs) for text in texts]
     streams = "on_token" in inspect.signature(model.head.predict).parameters and options.num_beams == 1
     streaming = streams and sys.stdout.isatty() and not args.json
-    step = 1 if streaming else args.batch_size
-    for start in range(0, len(rows), step):
-        extra: dict[str, Any] = {}
-        if streaming:
-            print(texts[start], end="", flush=True)
-            extra["on_token"] = _Printer(model.tokenizer)
-        for answer in model.predict(rows[start : start + step], options, **extra):
-            if streaming:
-                print()
-            else:
-                print(json.dumps(answer, ensure_ascii=False) if args.json else model.head.show(answer), flush=True)
+    if streaming:
+        for text, row in zip(texts, rows, strict=True):
+            print(text, end="", flush=True)
+            model.predict([row], options, on_token=_Printer(model.tokenizer))
+            print()
+        return 0
+    for start in range(0, len(rows), args.batch_size):
+        for answer in model.predict(rows[start : start + args.batch_size], options):
+            print(json.dumps(answer, ensure_ascii=False) if args.json else model.head.show(answer), flush=True)
     return 0
 
 
@@ -97,14 +87,12 @@ def _device(name: str) -> Any:
         raise UserError(f"infer: --device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _lines(source: str | None) -> Iterator[str]:
-    if source is None:
-        return
+def _lines(source: str | None) -> list[str]:
     try:
-        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8") if source else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"infer: --input {source}: {error}") from error
-    yield from (line for line in content.split("\n") if line.strip())
+    return [line for line in content.split("\n") if line.strip()]
 
 
 class _Printer:

@@ -9,42 +9,33 @@ import torch
 from torch import nn
 
 from llmkit.commands import Parser
-from llmkit.commands.fit import run
+from llmkit.commands.fit import run_instead
 from llmkit.contracts import Batch
 from llmkit.model.backbone import parameter_groups
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI
+from llmkit.testing.invariance import build
 
 DESCRIPTION = (
-    "Build the model of a config, read one training batch, and print modules, parameters, FLOPs per token, and the "
-    "memory that training takes. Nothing is trained."
+    "Build the model of a config, read one training batch, and print the modules, parameters, FLOPs per token, and the "
+    "memory that training needs. Nothing is trained."
 )
 
 
-class InspectCLI(CLI):
-    """Builds everything that ``fit`` would, and describes it instead of training."""
-
-    as_json = False
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        model, data = self.model, self.datamodule
-        data.bind(model.head, model.context, model.tokenizer, model.head_ready)
-        data.prepare_data()
-        data.setup("fit")
-        model.tokenizer = data.tokenizer
-        model.configure_model()
-        batch = next(iter(data.train_dataloader()))
-        facts = describe(model, batch, self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        print(json.dumps(facts, indent=2) if self.as_json else _table(facts))
-
-
-def inspect(command: str, argv: list[str]) -> int:
+def run(command: str, argv: list[str]) -> int:
     """Describe the model of a config; returns the exit code."""
     parser = Parser(command, DESCRIPTION, of_fit=True)
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options, argv = parser.parse_known_args(argv)
-    InspectCLI.as_json = options.json
-    return run("fit", argv, InspectCLI, command)
+
+    def show(cli: CLI) -> int:
+        build(cli.model, cli.datamodule)
+        batch = next(iter(cli.datamodule.train_dataloader()))
+        facts = describe(cli.model, batch, cli.trainer.accumulate_grad_batches * cli.trainer.world_size)
+        print(json.dumps(facts, indent=2) if options.json else _table(facts))
+        return 0
+
+    return run_instead(show, argv, command)
 
 
 def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[str, Any]:
@@ -77,18 +68,17 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
 
 def tree(module: nn.Module, name: str = "", depth: int = 0) -> list[str]:
     """Return the module tree as indented lines with parameter counts; a stack shows its first layer only."""
-    size = sum(p.numel() for p in module.parameters())
-    label = f"{name}: " if name else ""
-    lines = [f"{'  ' * depth}{label}{type(module).__name__}  {size:,}"]
+    kind, part = type(module).__name__, module
     if isinstance(module, nn.ModuleList) and len(module):
-        lines[0] = f"{'  ' * depth}{label}{len(module)} x {type(module[0]).__name__}  {size:,}"
-        return lines + [line for child, part in module[0].named_children() for line in tree(part, child, depth + 1)]
-    return lines + [line for child, part in module.named_children() for line in tree(part, child, depth + 1)]
+        kind, part = f"{len(module)} x {type(module[0]).__name__}", module[0]
+    size = sum(p.numel() for p in module.parameters())
+    lines = [f"{'  ' * depth}{f'{name}: ' if name else ''}{kind}  {size:,}"]
+    return lines + [line for child, inner in part.named_children() for line in tree(inner, child, depth + 1)]
 
 
 def optimizer_bytes(model: LanguageModel) -> int:
     """Return the bytes of the optimizer's state, measured by one step on a tiny tensor of each parameter group."""
-    total = 0.0
+    total = 0
     for group in parameter_groups(model, model.kinds):
         matrix = group["kind"] != "vector"
         probe = nn.Parameter(torch.zeros(2, 2) if matrix else torch.zeros(2))
@@ -98,7 +88,7 @@ def optimizer_bytes(model: LanguageModel) -> int:
         kept = [v for v in optimizer.state[probe].values() if torch.is_tensor(v) and v.shape == probe.shape]
         per_element = sum(value.element_size() for value in kept)
         total += per_element * sum(p.numel() for p in group["params"])
-    return int(total)
+    return total
 
 
 def activation_bytes(model: LanguageModel, batch: Batch) -> int:
@@ -114,8 +104,7 @@ def activation_bytes(model: LanguageModel, batch: Batch) -> int:
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = model.head.loss(model.network, batch)
-    del loss
+        model.head.loss(model.network, batch)
     return sum(kept.values())
 
 

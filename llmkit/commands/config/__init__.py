@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from llmkit.commands import run_verb
 
 VERBS = {
-    "show": "print the effective config, and where each value comes from",
-    "diff": "print what differs between the configs of two runs",
+    "show": "print the effective config and where each value comes from",
+    "diff": "print how the configs of two runs differ",
     "schema": "print a JSON schema of configs, for editors",
 }
-
-
-def run(command: str, argv: list[str]) -> int:
-    """Run one of ``VERBS``; returns the exit code."""
-    return run_verb(command, VERBS, argv)
+run = functools.partial(run_verb, VERBS)

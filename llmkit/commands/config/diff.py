@@ -8,9 +8,9 @@ from typing import Any
 
 from llmkit.checkpoint.content import read
 from llmkit.commands import Parser
-from llmkit.commands.config.show import effective
 from llmkit.commands.config.tree import Tree, flat, inline, shortened
 from llmkit.config.files import read_yaml
+from llmkit.config.plan import plan
 from llmkit.errors import UserError
 
 OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")
@@ -20,10 +20,10 @@ ABSENT = "(none)"
 
 def run(command: str, argv: list[str]) -> int:
     """Print what differs, a line for each key; returns the exit code, which is 0 in both cases."""
-    parser = Parser(command, "Print what differs between the configs of two runs, a line for each key.")
+    parser = Parser(command, "Print how the configs of two runs differ, one line per key.")
     for name in ("RUN_A", "RUN_B"):
-        parser.add_argument(name, help="a run folder, a checkpoint, or a config, which is taken as fit would take it")
-    parser.add_argument("--json", action="store_true", help="print a JSON object: for each key the two values")
+        parser.add_argument(name, help="a run folder, a checkpoint, or a config as for fit")
+    parser.add_argument("--json", action="store_true", help="print JSON instead: for each key the two values")
     options = parser.parse(argv)
     a, b = (load(Path(name)) for name in (options.RUN_A, options.RUN_B))
     found = differences(a, b)
@@ -47,10 +47,10 @@ def load(path: Path) -> Tree:
         tree = part["config"] or {"model": part["model"], "data": {"tokenizer": part["tokenizer"]}}
         return {**tree, "versions": part.get("versions", {})}
     if not path.is_dir():
-        return effective([f"--config={path}"], "config diff")[0]
+        return plan("fit", [f"--config={path}"], "config diff").config.tree
     saved = path / "config.yaml"
     if not saved.is_file():
-        raise UserError(f"{path} is no run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
+        raise UserError(f"{path} is not a run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
     return read_yaml(saved).tree
 
 

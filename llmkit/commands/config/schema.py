@@ -15,12 +15,13 @@ import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
 import torch
 
 from llmkit import registry
+from llmkit.check import hints
 from llmkit.commands import Parser, imported
 from llmkit.errors import UserError, note
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
@@ -40,8 +41,8 @@ DOTTED = r"^\w+(\.\w+)+$"
 
 def run(command: str, argv: list[str]) -> int:
     """Print the schema, or write it to a file; returns the exit code."""
-    parser = Parser(command, "Print a JSON schema of configs, with every plugin that is registered, for editors.")
-    parser.add_argument("--output", metavar="FILE", help="write it to this file")
+    parser = Parser(command, "Print a JSON schema of configs, including every registered plugin, for editors.")
+    parser.add_argument("--output", metavar="FILE", help="write the schema to this file instead")
     parser.add_imports()
     options = parser.parse(argv)
     with imported(options.imports):
@@ -49,32 +50,30 @@ def run(command: str, argv: list[str]) -> int:
     if options.output is None:
         print(text)
         return 0
-    file = Path(options.output)
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"--output {file}: {'it is a folder' if file.is_dir() else 'its folder does not exist'}")
-    file.write_text(f"{text}\n", encoding="utf-8")
-    print(
-        f"{file}: for the YAML language server, begin a config with\n# yaml-language-server: $schema={file.resolve()}"
-    )
+    file = Path(options.output).resolve()
+    try:
+        file.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {file}: {error.strerror}") from error
+    print(f"{file}: for the YAML language server, begin a config with\n# yaml-language-server: $schema={file}")
     return 0
 
 
 def schema() -> Schema:
-    """Return the schema of a whole config. A plugin that cannot be imported is told and left out."""
+    """Return the schema of a whole config. A plugin that cannot be imported is left out, with a note."""
     top = {key: {**of_type(kind), "description": text} for key, (kind, _, text) in TOP.items()}
     definitions: dict[str, Schema] = {}
     for group, cls in GROUPS.items():
-        found = arguments(cls)
-        for name, argument in found["properties"].items():
-            family = registry.FAMILY_OF.get(f"{group}.{name}")
-            if family:
-                found["properties"][name] = {**argument, "$ref": f"#/$defs/{family}"}
-                if name != "cross_attention":
-                    found["properties"][name]["default"] = registry.default(family)
-                definitions.setdefault(family, choice(family))
-            elif group == "trainer" and name in TRAINER_DEFAULTS:
-                argument["default"] = TRAINER_DEFAULTS[name]
-        top[group] = {**found, "type": ["object", "null"], "description": summary(cls)}
+        top[group] = {**arguments(cls), "type": ["object", "null"], "description": summary(cls)}
+    for key, family in registry.FAMILY_OF.items():
+        group, _, name = key.partition(".")
+        argument = top[group]["properties"][name]
+        argument["$ref"] = f"#/$defs/{family}"
+        if name != "cross_attention":
+            argument["default"] = registry.default(family)
+            definitions[family] = choice(family)
+    for name, value in TRAINER_DEFAULTS.items():
+        top["trainer"]["properties"][name]["default"] = value
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "llmkit config",
@@ -90,47 +89,34 @@ def choice(family: str) -> Schema:
     plain: list[str] = []
     forms: list[Schema] = []
     paths: list[str] = []
-    for names, path, cls in _members(family):
+    for entry in registry.entries(family).values():
+        try:
+            cls = entry.load()
+        except UserError as error:
+            note(f"left out of the schema: {error}")
+            continue
+        names = sorted({entry.name, cls.__name__}) if family in registry.TORCH else [entry.name]
         own = arguments(cls, registry.PASSED)
         plain += [] if own["required"] else names
-        paths.append(path)
+        paths.append(entry.class_path)
         named = {"name": {"enum": names}, **own["properties"]}
         needs = ["name", *own["required"]]
         forms.append({**own, "description": summary(cls), "properties": named, "required": needs})
-        full = {"class_path": {"const": path}, "init_args": own}
+        full = {"class_path": {"const": entry.class_path}, "init_args": own}
         forms.append(_object(full, ["class_path", *(["init_args"] if own["required"] else [])]))
     other = {"class_path": {"type": "string", "pattern": DOTTED, "not": {"enum": paths}}, "init_args": {}}
     short = [{"enum": plain}, {"type": "string", "pattern": DOTTED}]
     return {"anyOf": [*short, *forms, _object(other, ["class_path"]), {"type": "null"}]}
 
 
-def _members(family: str) -> Iterable[tuple[list[str], str, type]]:
-    """Yield the spellings of the short name, the class path and the class of each member of a family."""
-    for entry in registry.entries(family).values():
-        try:
-            cls = entry.load()
-            yield (
-                sorted({entry.name, cls.__name__} if family in registry.TORCH else {entry.name}),
-                entry.class_path,
-                cls,
-            )
-        except UserError as error:
-            note(f"left out: {error}")
-
-
 def arguments(cls: type, leave_out: Iterable[str] = ()) -> Schema:
     """Return the schema of the arguments of a class as keys with values."""
-    try:
-        types_of = get_type_hints(cls.__init__)  # type: ignore[misc]
-    except Exception:  # a name that only type checkers import: such a class is described without types
-        types_of = {}
-    described = _descriptions(cls)
+    types_of, described = hints(cls), _descriptions(cls)
     properties: dict[str, Schema] = {}
     required: list[str] = []
     anything = False
     for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            anything = True
+        anything = anything or parameter.kind is parameter.VAR_KEYWORD
         if name in leave_out or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         properties[name] = of_type(types_of.get(name, Any))
@@ -149,33 +135,26 @@ def _object(properties: dict[str, Schema], required: list[str]) -> Schema:
 
 
 def of_type(kind: Any) -> Schema:
-    """Return the schema of the values of a type; of what it does not know, any value is right."""
+    """Return the schema of the values of a type; of a type that it does not know, any value is right."""
     origin, inner = get_origin(kind), get_args(kind)
-    if kind in SIMPLE:
-        return dict(SIMPLE[kind])
-    if origin in SIMPLE:  # PathLike[str]
-        return dict(SIMPLE[origin])
+    cls = origin or kind
+    if cls in SIMPLE:
+        return dict(SIMPLE[cls])
     if origin is Literal:
         return {"enum": list(inner)}
     if origin in (Union, types.UnionType):
         return _any_of([of_type(item) for item in inner if item is not torch.Tensor])
     if origin is tuple and Ellipsis not in inner:
-        return {
-            "type": "array",
-            "prefixItems": [of_type(item) for item in inner],
-            "minItems": len(inner),
-            "maxItems": len(inner),
-        }
-    if origin is Callable or not isinstance(origin or kind, type):
+        items = [of_type(item) for item in inner]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if origin is Callable or not isinstance(cls, type):
         return {}
-    if issubclass(origin or kind, Mapping):
+    if issubclass(cls, Mapping):
         return {"type": "object", "additionalProperties": of_type(inner[1]) if inner else {}}
-    if issubclass(origin or kind, Iterable) and inner:
+    if issubclass(cls, Iterable) and inner:
         return {"type": "array", "items": of_type(inner[0])}
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return arguments(kind)
     # Any other class: jsonargparse takes its name, or {class_path, init_args}.
-    return {"type": ["string", "object"]}
+    return arguments(cls) if dataclasses.is_dataclass(cls) else {"type": ["string", "object"]}
 
 
 def _any_of(found: list[Schema]) -> Schema:

@@ -6,22 +6,16 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from llmkit.commands import Parser
 from llmkit.commands.config.tree import Tree, flat, inline, plugin_key, shortened
 from llmkit.config.layers import DEFAULT, Stack
 from llmkit.config.plan import plan
 from llmkit.run.cli import filled_in
 
-USAGE = """\
-usage: llmkit config show --config FILE [options of fit] [--all] [--json]
-
-Print the config that 'llmkit fit' would run with, and where each value comes from. It is a config itself.
-Nothing is built and no data is read.
-
-options:
-  --config FILE, --ckpt_path FILE, --model.dim 64, ...  as for fit
-  --all   the trainer's defaults too, which are Lightning's
-  --json  a JSON object instead: for each key its value and its origin
-"""
+DESCRIPTION = (
+    "Print the config that 'llmkit fit' would run with, and where each value comes from. The output is a config "
+    "itself. Nothing is built and no data is read."
+)
 
 OPEN = {
     "model.scheduler.total_steps": "computed: the run's number of steps",
@@ -36,62 +30,46 @@ COMPUTED = {"precision": "computed: what this machine does fast", "max_epochs": 
 
 def run(command: str, argv: list[str]) -> int:
     """Print the effective config of the options in ``argv``; returns the exit code."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0
-    tree, origins = effective([word for word in argv if word not in ("--all", "--json")], command)
-    trainer = _trainer(tree.pop("trainer"), origins, "--all" in argv)
-    tree = shortened({**{key: value for key, value in tree.items() if value is not None}, "trainer": trainer})
-    if "--json" in argv:
-        found = {key: {"value": value, "origin": _origin(key, value, origins)} for key, value in flat(tree).items()}
+    parser = Parser(command, DESCRIPTION, of_fit=True)
+    parser.add_argument("--all", action="store_true", help="print the defaults of Lightning's trainer too")
+    text = "print JSON instead: for each key its value and its origin"
+    parser.add_argument("--json", action="store_true", help=text)
+    options, argv = parser.parse_known_args(argv)
+    config = plan("fit", argv, command).config
+    for key, value in filled_in(config.tree["trainer"]).items():
+        config.put(f"trainer.{key}", value, COMPUTED[key])
+    tree = {key: value for key, value in config.tree.items() if value is not None}
+    if not options.all:
+        given = {key: item for key, item in tree["trainer"].items() if _is_set(f"trainer.{key}", item, config)}
+        tree["trainer"] = given
+    tree = shortened(tree)
+    if options.json:
+        found = {key: {"value": value, "origin": _origin(key, value, config)} for key, value in flat(tree).items()}
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
-    lines = list(_lines(tree, origins))
+    lines = list(_lines(tree, config))
     width = min(max(len(text) for text, _ in lines), 50)
     for text, origin in lines:
         print(f"{text:<{width}}  # {origin}" if origin else text)
     return 0
 
 
-def effective(argv: list[str], asked: str) -> tuple[Tree, Stack]:
-    """Return the config that ``llmkit fit`` would run with, and where its values come from.
-
-    Args:
-        argv: the options of ``fit``.
-        asked: the command's name in messages.
-
-    Raises:
-        UserError: all mistakes that can be seen before anything is built.
-    """
-    config = plan("fit", argv, asked).config
-    return config.tree, config
+def _is_set(key: str, value: Any, config: Stack) -> bool:
+    """Return whether the user or llmkit set a value, or a part of it."""
+    return any(config.of(part) != DEFAULT for part in flat({key: value}))
 
 
-def _trainer(given: Tree, origins: Stack, everything: bool) -> Tree:
-    """Return the trainer's settings that the user or llmkit made; their places are added to ``origins``."""
-    computed = filled_in(given)
-    for key, value in computed.items():
-        origins.put(f"trainer.{key}", value, COMPUTED[key])
-    shown = {**given, **computed}
-    return {key: value for key, value in shown.items() if everything or _is_set(f"trainer.{key}", value, origins)}
-
-
-def _is_set(key: str, value: Any, origins: Stack) -> bool:
-    keys = flat(value, f"{key}.") if isinstance(value, dict) else [key]
-    return any(origins.of(one) != DEFAULT for one in keys)
-
-
-def _origin(key: str, value: Any, origins: Stack) -> str:
-    place = origins.of(key)
+def _origin(key: str, value: Any, config: Stack) -> str:
+    place = config.of(key)
     return OPEN[key] if value is None and place == DEFAULT and key in OPEN else place
 
 
-def _lines(tree: Tree, origins: Stack, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+def _lines(tree: Tree, config: Stack, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yield the lines of a config, each with the origin of its value."""
     for name, value in tree.items():
         key, indent = f"{prefix}{name}", "  " * depth
         if isinstance(value, dict) and value:
             yield f"{indent}{name}:", ""
-            yield from _lines(value, origins, f"{key}.", depth + 1)
+            yield from _lines(value, config, f"{key}.", depth + 1)
         else:
-            yield f"{indent}{name}: {inline(value)}", _origin(plugin_key(key), value, origins)
+            yield f"{indent}{name}: {inline(value)}", _origin(plugin_key(key), value, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import json
 import re
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llmkit import registry
 from llmkit.commands.plugins import listing
-from llmkit.contracts import Attention, Head, Position, Role
+from llmkit.contracts import Attention, Head, Position, Role, Tokenizer
 from llmkit.errors import UserError
 from llmkit.registry import Entry, Factory
 from llmkit.sequence import Sequence, State
@@ -60,7 +59,12 @@ def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
     }
     if not facts["limits"]:
         with _refusals(facts):
-            FAMILIES[entry.family](factory, dim, length, facts)
+            if entry.family == "tokenizer":
+                facts["supports"] = _tokenizer(factory())
+            elif entry.family == "head":
+                facts["supports"] = _head(factory())
+            else:
+                _module(factory, entry.family, dim, length, facts)
     return facts
 
 
@@ -97,28 +101,81 @@ def _arguments(cls: type, described: dict[str, str]) -> list[Facts]:
     return found
 
 
-# Abilities and cost, by family. An odd width is tried too: many plugins refuse it, and say so under "limits".
+def _tokenizer(tokenizer: Tokenizer) -> Facts:
+    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("pad", "bos", "eos", "unk", "mask", "sep")}
+    return {
+        "trained": tokenizer.trained,
+        "vocab_size": tokenizer.vocab_size if tokenizer.trained else None,
+        "lossless": tokenizer.lossless,
+        "special_ids": {name: number for name, number in ids.items() if number is not None},
+    }
 
 
-def _attention(factory: Factory, dim: int, length: int, facts: Facts) -> None:
-    roles = [role for role in ROLES if role in registry.target_of(factory).roles]
-    facts["supports"] = {"roles": roles}
-    for width in (dim, _odd(dim)):
-        for role in roles:
+def _head(head: Head) -> Facts:
+    return {
+        **{name: getattr(head, name) for name in ("topology", "layout")},
+        **{name: list(getattr(head, name)) for name in ("inputs", "targets", "texts", "monitor")},
+        "metrics": _metrics(head),
+    }
+
+
+def _metrics(head: Head) -> list[str] | None:
+    """Return the names of the metrics on test data, or None if they depend on more of the data."""
+    for columns in ({}, {field: ["a", "b"] for field in head.targets}):
+        with contextlib.suppress(Exception):  # the head may need other labels than these
+            if columns:
+                head.learn(columns)
+            return list(head.metrics("test"))
+    return None
+
+
+def _module(factory: Factory, family: str, dim: int, length: int, facts: Facts) -> None:
+    """Add what a module supports, the widths that it refuses, and its cost; an attention variant's by role."""
+
+    def in_role(role: Role) -> Build:
+        return lambda dim, length: factory(dim, role)
+
+    cls: Any = registry.target_of(factory)
+    builds: dict[str, Build] = {"": lambda dim, length: factory(dim)}
+    if family == "attention":
+        builds = {role: in_role(role) for role in ROLES if role in cls.roles}
+        facts["supports"]["roles"] = list(builds)
+    elif family == "position":
+        builds = {"": factory}
+        facts["supports"]["positions"] = [way for way in WAYS if getattr(cls, way) is not getattr(Position, way)]
+    # The next odd width is tried too: many plugins refuse it, and say so.
+    for width in (dim, dim + 1 + dim % 2):
+        for build in builds.values():
             with _refusals(facts):
-                factory(width, role)
-    for role in roles:
-        build = _of_role(factory, role)
+                module = build(width, length)
+                if isinstance(module, Position):
+                    seq = Sequence.dense(1)
+                    module.add(torch.zeros(1, 1, width), seq.positions_BT)
+                    module.rotate(torch.zeros(1, 1, 1, width), seq)
+    for role, build in builds.items():
         with _refusals(facts):
-            facts["cost"].append({"role": role, **_cost(build, dim, length)})
-            if role != "cross" and "positions" not in facts["supports"]:
+            cost: Facts = {"role": role} if role else {}
+            cost["parameters"] = _quantity(build, _parameters, dim, length)
+            if family in ("attention", "feedforward"):
+                cost["flops_per_token"] = _quantity(build, _flops, dim, length)
+            facts["cost"].append(cost)
+            if role in ("causal", "bidirectional") and "positions" not in facts["supports"]:
                 facts["supports"]["positions"] = _measured(build, _positions, dim, 2)
             if role == "causal":
                 facts["supports"]["decoding_state"] = _state(build, dim, length)
 
 
-def _of_role(factory: Factory, role: Role) -> Build:
-    return lambda dim, length: factory(dim, role)
+# Measuring
+
+
+def _parameters(module: Any, length: int) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _flops(module: Any, length: int) -> float:
+    """Return forward FLOPs per position: two per weight of each matrix, plus the mixing."""
+    weights: int = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+    return 2.0 * weights + (module.mixing_flops(length) if isinstance(module, Attention) else 0.0)
 
 
 def _positions(module: Any, length: int) -> list[str]:
@@ -174,72 +231,6 @@ def _feed(module: Any, length: int, state: State | None, position: Position | No
         module(x_BTD, seq, state=state)
 
 
-def _position(factory: Factory, dim: int, length: int, facts: Facts) -> None:
-    cls: Any = registry.target_of(factory)
-    facts["supports"] = {"positions": [way for way in WAYS if getattr(cls, way) is not getattr(Position, way)]}
-    for width in (dim, _odd(dim)):
-        with _refusals(facts):
-            position, seq = factory(width, length), Sequence.dense(1)
-            position.add(torch.zeros(1, 1, width), seq.positions_BT)
-            position.rotate(torch.zeros(1, 1, 1, width), seq)
-    facts["cost"].append(_cost(factory, dim, length, flops=False))
-
-
-def _by_width(factory: Factory, dim: int, length: int, facts: Facts, flops: bool) -> None:
-    for width in (dim, _odd(dim)):
-        with _refusals(facts):
-            factory(width)
-    facts["cost"].append(_cost(lambda dim, length: factory(dim), dim, length, flops))
-
-
-def _tokenizer(factory: Factory, dim: int, length: int, facts: Facts) -> None:
-    tokenizer = factory()
-    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("pad", "bos", "eos", "unk", "mask", "sep")}
-    facts["supports"] = {
-        "trained": tokenizer.trained,
-        "vocab_size": tokenizer.vocab_size if tokenizer.trained else None,
-        "lossless": tokenizer.lossless,
-        "special_ids": {name: number for name, number in ids.items() if number is not None},
-    }
-
-
-def _head(factory: Factory, dim: int, length: int, facts: Facts) -> None:
-    head = factory()
-    facts["supports"] = {
-        **{name: getattr(head, name) for name in ("topology", "layout")},
-        **{name: list(getattr(head, name)) for name in ("inputs", "targets", "texts", "monitor")},
-        "metrics": _metrics(head),
-    }
-
-
-def _metrics(head: Head) -> list[str] | None:
-    """Return the names of the metrics on test data, or None if they depend on more of the data."""
-    for columns in ({}, {field: ["a", "b"] for field in head.targets}):
-        with contextlib.suppress(Exception):  # the head may need other labels than these
-            if columns:
-                head.learn(columns)
-            return list(head.metrics("test"))
-    return None
-
-
-# Measuring
-
-
-def _cost(build: Build, dim: int, length: int, flops: bool = True) -> Facts:
-    found = {"parameters": _quantity(build, _parameters, dim, length)}
-    return {**found, "flops_per_token": _quantity(build, _flops, dim, length)} if flops else found
-
-
-def _parameters(module: Any, length: int) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _flops(module: Any, length: int) -> float:
-    """Return forward FLOPs per position: two per weight of each matrix, plus the mixing."""
-    weights: int = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
-    return 2.0 * weights + (module.mixing_flops(length) if isinstance(module, Attention) else 0.0)
-
-
 def _quantity(build: Build, measure: Measure, dim: int, length: int) -> Facts:
     """Measure at a width and at twice that width, which shows the growth; None if the plugin refuses the latter."""
     quantity: Facts = {"at_dim": _number(_measured(build, measure, dim, length)), "at_twice_dim": None}
@@ -278,18 +269,3 @@ def _refusals(facts: Facts) -> Iterator[None]:
         line = " ".join(str(error).split())
         if line not in facts["limits"]:
             facts["limits"].append(line)
-
-
-def _odd(dim: int) -> int:
-    """Return the next odd width above ``dim``."""
-    return dim + 1 + dim % 2
-
-
-FAMILIES: dict[str, Callable[[Factory, int, int, Facts], None]] = {
-    "tokenizer": _tokenizer,
-    "attention": _attention,
-    "position": _position,
-    "feedforward": functools.partial(_by_width, flops=True),
-    "norm": functools.partial(_by_width, flops=False),
-    "head": _head,
-}

@@ -12,7 +12,7 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmkit.commands import Parser, imported
+from llmkit.commands import Parser, columns, imported
 from llmkit.errors import UserError
 from llmkit.registry import DEFAULTS, Entry, check_family, entries
 
@@ -29,11 +29,11 @@ def run(command: str, argv: list[str]) -> int:
     """List the plugins of one family or of all. A plugin that cannot be imported is listed with its error."""
     parser = Parser(
         command,
-        "List every plugin, where it is defined and which distribution provides it. See also: "
-        "'llmkit plugins show' describes one, 'check' tests one, 'new' writes one to start from.",
+        "List every plugin, where it is defined and which distribution provides it. See also 'llmkit plugins show' "
+        "(describe one), 'check' (test one) and 'new' (write one to start from).",
     )
     parser.add_argument("family", nargs="?", help=f"list only this family: {', '.join(DEFAULTS)}")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of objects instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_imports()
     options = parser.parse(argv)
     if options.family is not None:
@@ -115,6 +115,4 @@ def table(found: list[dict[str, Any]]) -> str:
         where = f"{item['file']}:{item['line']}" if item["line"] else item["file"] or "?"
         text = f"ERROR: {item['error']}" if item["error"] else item["description"]
         rows.append((item["family"], item["name"] + " *" * item["default"], where, item["distribution"], text))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "* the default of its family"])
+    return "\n".join([*columns(rows), "", "* the default of its family"])

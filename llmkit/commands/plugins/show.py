@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
-from llmkit.commands import Parser, imported
+from llmkit.commands import Parser, at_least, columns, imported
 from llmkit.commands.plugins.facts import Facts, describe
-from llmkit.commands.plugins.target import init_args, locate
-from llmkit.errors import UserError
+from llmkit.commands.plugins.target import add_target, init_args, locate
 
 
 def run(command: str, argv: list[str]) -> int:
     """Describe one plugin; returns the exit code."""
     arguments, argv = init_args(argv)
     parser = Parser(command, "Describe a plugin: its arguments, abilities, limits and cost.")
-    add = parser.add_argument
-    add("target", metavar="TARGET", help="family/name, file.py:Class or package.module:Class")
-    add("--init.ARGUMENT", metavar="VALUE", help="an argument of the plugin, such as --init.num_heads 4")
-    add("--dim", type=int, default=256, help="the width D at which it is measured (and at twice that); default: 256")
-    add("--context", type=int, default=256, help="the length T at which it is measured; default: 256")
+    add_target(parser)
+    add_size = functools.partial(parser.add_argument, type=at_least(1), default=256, metavar="N")
+    add_size("--dim", help="the width D to measure at (and at twice that); default: 256")
+    add_size("--context", help="the length T to measure at; default: 256")
     parser.add_imports()
-    add("--json", action="store_true", help="print a JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse(argv)
-    for name in ("dim", "context"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{command}: --{name} must be at least 1, got {getattr(options, name)}")
     with imported(options.imports):
         facts = describe(locate(options.target), arguments, options.dim, options.context)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else text(facts))
@@ -50,10 +46,10 @@ def text(facts: Facts) -> str:
     lines += _section("supports", [[name.replace("_", " "), _ability(name, value, twice)] for name, value in supports])
     lines += _section("limits", [[limit] for limit in facts["limits"]])
     if facts["cost"]:
-        columns = [name for name in facts["cost"][0] if name != "role"]
-        rows = [["", *(title for name in columns for title in (TITLES[name], f"at {twice}"))]]
+        quantities = [name for name in facts["cost"][0] if name != "role"]
+        rows = [["", *(title for name in quantities for title in (TITLES[name], f"at {twice}"))]]
         for cost in facts["cost"]:
-            numbers = [number for name in columns for number in cost[name].values()]
+            numbers = [number for name in quantities for number in cost[name].values()]
             rows.append([cost.get("role", ""), *map(_number, numbers)])
         lines += _section(f"cost, at width D = {facts['dim']:,} and length T = {facts['length']:,}", rows)
     return "\n".join(lines)
@@ -61,11 +57,7 @@ def text(facts: Facts) -> str:
 
 def _section(title: str, rows: list[list[str]]) -> list[str]:
     """Return a title and rows below it in aligned columns; nothing when there are no rows."""
-    if not rows:
-        return []
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return ["", title, *(f"  {line}".rstrip() for line in cells)]
+    return ["", title, *(f"  {line}".rstrip() for line in columns(rows))] if rows else []
 
 
 def _indented(text: str) -> list[str]:

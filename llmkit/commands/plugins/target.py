@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmkit import registry
-from llmkit.commands import import_local
+from llmkit.commands import Parser
+from llmkit.config.argv import raw
 from llmkit.errors import UserError, unknown
+from llmkit.imports import import_modules
 from llmkit.registry import Entry
 
 
 class NoContract(UserError):  # noqa: N818
-    """The named class derives from no contract.
+    """The named class derives from no contract."""
 
-    Attributes:
-        cls: the class.
-    """
 
-    def __init__(self, message: str, cls: type) -> None:
-        super().__init__(message)
-        self.cls = cls
+def add_target(parser: Parser) -> None:
+    """Add the plugin and its arguments: ``locate`` finds the one, ``init_args`` reads the others."""
+    parser.add_argument("target", metavar="TARGET", help="family/name, file.py:Class or package.module:Class")
+    text = "an argument of the plugin, such as --init.num_heads 4; may be repeated"
+    parser.add_argument("--init.ARGUMENT", metavar="VALUE", help=text)
 
 
 def locate(text: str) -> Entry:
@@ -41,51 +41,49 @@ def locate(text: str) -> Entry:
                 "module:Class."
             )
         return registry.find(family, name)
+    cls = find("class", text)
+    if not isinstance(cls, type):
+        raise UserError(f"{text} is not a class")
+    for family in registry.DEFAULTS:
+        if issubclass(cls, registry.contract(family)):
+            registry.check_contract(family, cls.__name__, cls)
+            return Entry(family, cls.__name__, f"{cls.__module__}:{cls.__qualname__}", "(local)")
+    contracts = ", ".join(registry.CONTRACTS[family].partition(":")[2] for family in registry.DEFAULTS)
+    raise NoContract(f"{text} derives from no contract of llmkit.contracts; a plugin is one of: {contracts}")
+
+
+def find(kind: str, text: str) -> Any:
+    """Return the class or function (``kind``) that ``file.py:name`` or ``package.module:name`` names.
+
+    Raises UserError if there is none.
+    """
     where, _, name = text.rpartition(":")
-    if where.endswith(".py"):
-        import_local([where])
-        where = Path(where).stem
-    entry = Entry("class", name, f"{where}:{name}", "(local)")
-    found = _class(entry)
-    families = [family for family in registry.DEFAULTS if issubclass(found, registry.contract(family))]
-    if not families:
-        contracts = ", ".join(registry.CONTRACTS[family].partition(":")[2] for family in registry.DEFAULTS)
-        raise NoContract(f"{text} derives from no contract of llmkit.contracts; a plugin is one of: {contracts}", found)
-    entry = Entry(families[0], name, entry.target, entry.distribution)
-    entry.load()  # raises if the class is abstract
-    return entry
-
-
-def _class(entry: Entry) -> type:
-    module, _, name = entry.target.partition(":")
+    if not where:
+        raise UserError(f"{text}: expected file.py:{kind} or module:{kind}")
     try:
-        found = entry.find()
+        import_modules(where)
     except UserError as error:
-        if isinstance(error.__cause__, AttributeError):
-            classes = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
-            own = [key for key in classes if vars(sys.modules[module])[key].__module__ == module]
-            raise UserError(f"in {module}: {unknown('class', name, own)}") from error
-        raise
-    if not isinstance(found, type):
-        raise UserError(f"{entry.target} is not a class")
-    return found
+        raise UserError(f"{text}: {error.problems[0].text}") from error
+    module = sys.modules[Path(where).stem if where.endswith(".py") else where]
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError as error:
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        raise UserError(f"{where}: {unknown(kind, name, own)}") from error
 
 
 def init_args(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of ``--init.KEY VALUE`` and ``--init.KEY=VALUE``, read as YAML, and the remaining arguments."""
     found: dict[str, Any] = {}
     rest: list[str] = []
-    iterator = iter(argv)
-    for word in iterator:
+    words = iter(argv)
+    for word in words:
         if not word.startswith("--init."):
             rest.append(word)
             continue
-        key, equals, value = word.removeprefix("--init.").partition("=")
-        given = value if equals else next(iterator, None)
+        option, equals, value = word.partition("=")
+        given = value if equals else next(words, None)
         if given is None:
-            raise UserError(f"--init.{key} needs a value")
-        try:
-            found[key] = yaml.safe_load(given)
-        except yaml.YAMLError as error:
-            raise UserError(f"--init.{key}: '{given}' is not valid YAML") from error
+            raise UserError(f"{option} needs a value")
+        found[option.removeprefix("--init.")] = raw(given).value
     return found, rest

@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-from llmkit.commands import Parser
-from llmkit.commands.fit import run as launch
-from llmkit.errors import UserError
+from llmkit.commands import Parser, at_least, columns
+from llmkit.commands.fit import run_instead
 from llmkit.run.cli import CLI
 from llmkit.testing.invariance import Finding, build, compare
 
 DESCRIPTION = (
-    "Compute loss, metrics, answers and gradients of a config's model on some rows, one row at a time and in many "
-    "kinds of batches (sizes 1 to 64, other orders, more padding, by batch_tokens, accumulated), and compare. The "
-    "weights are new, or those of --ckpt_path. Exit code 0: no number depends on the batches, 1: some do."
+    "Compute the loss, metrics, answers and gradients of a config's model on some rows, one row at a time and in many "
+    "kinds of batches (sizes 1 to 64, other orders, more padding, by batch_tokens, accumulated), and compare them. The "
+    "weights are new, or those of --ckpt_path. Exit code 0: no number depends on batching; 1: some do."
 )
 
 
-class MetricsCLI(CLI):
-    """Builds everything that ``fit`` would, and compares its numbers instead of training."""
-
-    rows = 64
-    failed = False
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        model, data = self.model, self.datamodule
-        model.spec["compile"] = False  # else each batch width is compiled again
-        build(model, data)
-        weights = "new weights"
-        if self.stored is not None:
-            model.load_state_dict(self.stored.content["state_dict"])
-            weights = f"weights of {self.stored.path}"
-        model.to(self.trainer.strategy.root_device)
-        findings = compare(model, data, self.rows)
-        print(f"{weights}, at most {self.rows} rows, in single precision on {model.device.type}\n\n{table(findings)}")
-        type(self).failed = not all(finding.passed for finding in findings)
-
-
 def run(command: str, argv: list[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the check. Returns 0 if every number passes, else 1."""
     parser = Parser(command, DESCRIPTION, of_fit=True)
-    parser.add_argument("--rows", type=int, default=64, help="number of rows, or of blocks of text; default: 64")
+    text = "number of rows, or of blocks of text; default: 64"
+    parser.add_argument("--rows", type=at_least(2), default=64, metavar="N", help=text)
     options, argv = parser.parse_known_args(argv)
-    if options.rows < 2:
-        raise UserError(f"{command}: --rows must be at least 2, got {options.rows}")
-    MetricsCLI.rows, MetricsCLI.failed = options.rows, False
-    launch("fit", argv, MetricsCLI, command)
-    return int(MetricsCLI.failed)
+    return run_instead(functools.partial(_check, options.rows), argv, command)
+
+
+def _check(rows: int, cli: CLI) -> int:
+    model, data = cli.model, cli.datamodule
+    model.spec["compile"] = False  # otherwise each batch width would be compiled again
+    build(model, data)
+    weights = "new weights"
+    if cli.stored is not None:
+        model.load_state_dict(cli.stored.content["state_dict"])
+        weights = f"weights of {cli.stored.path}"
+    model.to(cli.trainer.strategy.root_device)
+    findings = compare(model, data, rows)
+    print(f"{weights}, at most {rows} rows, in single precision on {model.device.type}\n\n{table(findings)}")
+    return int(not all(finding.passed for finding in findings))
 
 
 def table(findings: Sequence[Finding]) -> str:
     """Return findings as a table for people."""
     titles = ("number", "row by row", "largest difference", "verdict")
-    rows = [titles, *((f.what, f.reference, f"{f.difference:.1e}", verdict(f)) for f in findings)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows]
+    lines = columns([titles, *((f.what, f.reference, f"{f.difference:.1e}", verdict(f)) for f in findings)])
     failed = [finding for finding in findings if not finding.passed]
     lines += ["", *(f"FAIL {finding.what}: first at {finding.first}" for finding in failed)]
     passed = len(findings) - len(failed)

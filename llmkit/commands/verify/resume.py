@@ -7,26 +7,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmkit.commands import Parser
+from llmkit.commands import Parser, at_least
 from llmkit.errors import UserError
 from llmkit.testing import resume
 
 DESCRIPTION = (
-    "Run the first steps of a config once undisturbed, and once more with SIGKILL at random moments (training steps, "
-    "validations, the writing of checkpoints), resuming each time with --ckpt_path last. Compare every loss, metric, "
-    "weight, optimizer and scheduler state bit by bit. Exit code 0: identical, 1: different."
+    "Run the first steps of a config twice: undisturbed, and killed by SIGKILL at random moments (in training steps, "
+    "in validations, while a checkpoint is written) and resumed each time with --ckpt_path last. Compare every loss, "
+    "metric, weight, optimizer and scheduler state bit by bit. Exit code 0: identical; 1: different."
 )
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run the check; returns the exit code."""
+    """Run the check. Returns 0 if the runs are identical, else 1."""
     parser = Parser(command, DESCRIPTION, of_fit=True)
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run; default: 40")
-    parser.add_argument("--kills", type=int, default=6, help="how often the second run is killed; default: 6")
-    parser.add_argument("--kill_seed", type=int, default=0, help="seed for the moments of the kills; default: 0")
+    add = functools.partial(parser.add_argument, metavar="N")
+    add("--steps", type=at_least(4), default=40, help="optimizer steps of a run; default: 40")
+    add("--kills", type=at_least(1), default=6, help="how often the second run is killed; default: 6")
+    add("--kill_seed", type=int, default=0, help="seed for the moments of the kills; default: 0")
     options, argv = parser.parse_known_args(argv)
-    if options.steps < 4 or options.kills < 1:
-        raise UserError(f"{command}: --steps must be at least 4, and --kills at least 1")
     log = functools.partial(print, flush=True)
     with tempfile.TemporaryDirectory(prefix="llmkit_verify_", ignore_cleanup_errors=True) as folder:
         try:

@@ -88,8 +88,9 @@ class Template(Head):
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the cross-entropy as a sum and the number of rows."""
-        label_B = batch["label"]
-        total = F.cross_entropy(self.scores(net, batch).float(), label_B, reduction="sum")
+        label_B, scores_BL = batch["label"], self.scores(net, batch)
+        exact_BL = scores_BL.to(torch.promote_types(scores_BL.dtype, torch.float32))  # bfloat16 would round the sum
+        total = F.cross_entropy(exact_BL, label_B, reduction="sum")
         return Loss(total, torch.tensor(len(label_B), device=label_B.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
