@@ -145,7 +145,7 @@ class CLI(LightningCLI):
             own.append(self._get(self.config_init, "checkpoint"))
         kwargs["callbacks"] = [*callbacks, *own]
         if given.get("default_root_dir") is None:
-            # A requeued SLURM job looks here for its checkpoint: no other run's must be found.
+            # A requeued SLURM job looks here for its checkpoint, so no other run may write here.
             job = os.environ.get("SLURM_JOB_ID")
             kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
         try:
@@ -211,13 +211,13 @@ def validate_last_step(trainer: pl.Trainer, model: pl.LightningModule) -> None:
 
     1,200 batches are validated every 400 (not at 500 and 1,000, with the last 200 unseen).
     """
-    batches, default = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches, DEFAULT_VAL_INTERVAL
-    if trainer.val_check_interval == default and batches not in (0, float("inf")):
-        set_validation_interval(trainer, max(1, int(batches / math.ceil(batches / default))))
+    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if trainer.val_check_interval == DEFAULT_VAL_INTERVAL and batches not in (0, float("inf")):
+        set_validation_interval(trainer, max(1, int(batches / math.ceil(batches / DEFAULT_VAL_INTERVAL))))
 
 
 def filled_in(given: Any) -> dict[str, Any]:
-    """Return the trainer's settings that llmkit makes where a config leaves them open."""
+    """Return the trainer settings that llmkit chooses where a config leaves them open."""
     filled: dict[str, Any] = {}
     if given.get("precision") is None:
         filled["precision"] = fast_precision(given.get("accelerator", "auto"))
@@ -228,20 +228,20 @@ def filled_in(given: Any) -> dict[str, Any]:
 
 def fast_precision(accelerator: str) -> str:
     """Return the precision that the hardware does fast: bf16 mixed where it multiplies bf16 natively, else fp32."""
-    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if accelerator not in ("auto", "gpu", "cuda", "cpu"):
         return "32-true"
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
 
 
 def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:
     """Return whether an error comes from the training state in a checkpoint.
 
-    It does when it came up while Lightning took the state over, or over a value in the first step after that.
+    It does if it was raised while Lightning restored that state, or by a value in the first step after that.
 
     Args:
         stored: the checkpoint that a command began with.
-        error: what was raised, by no plugin.
+        error: what was raised, and not by a plugin.
         step: the optimizer step that it was raised in; -1: the command does not train.
     """
     begun = stored.content.get("global_step")
