@@ -149,7 +149,7 @@ def test_weights_that_are_not_finite_are_not_saved(words: list[str], tmp_path: P
 def test_numbers_out_of_range(key: str, value: str, words: list[str]) -> None:
     result = llmkit(*words, f"--checkpoint.{key}", value)
     assert result.code == 2
-    assert f"checkpoint.{key} must be" in result.err
+    assert f"checkpoint.{key}: must be" in result.err
 
 
 def test_from_python(tmp_path: Path) -> None:
