@@ -36,12 +36,12 @@ def log_interval(trainer: pl.Trainer) -> int:
 
 
 def batches_begun(trainer: pl.Trainer) -> int:
-    """Return how many training batches the run has begun, before it was resumed too; the present one counts."""
+    """Return how many training batches the run has begun, the present one and those before a resume included."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def batches_done(trainer: pl.Trainer) -> int:
-    """Return how many training batches the run has trained on, before it was resumed too."""
+    """Return how many training batches the run has trained on, those before a resume included."""
     count: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
     return count
 
@@ -49,11 +49,6 @@ def batches_done(trainer: pl.Trainer) -> int:
 def ends_step(trainer: pl.Trainer) -> bool:
     """Return whether the present batch is the last one of an optimizer step, accumulated or cut short by an epoch."""
     return not trainer.fit_loop._should_accumulate()
-
-
-def ends_epoch(trainer: pl.Trainer) -> bool:
-    """Return whether the present batch is the last one of an epoch of several."""
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
 
 
 def logs_this_step(trainer: pl.Trainer) -> bool:
@@ -64,14 +59,20 @@ def logs_this_step(trainer: pl.Trainer) -> bool:
     return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % log_interval(trainer) == 0
 
 
+def can_resume_here(trainer: pl.Trainer) -> bool:
+    """Return whether a checkpoint written in ``on_train_batch_end`` of the present batch resumes exactly.
+
+    It does not where a validation follows, which the resumed run would skip, nor after the last of several batches of
+    an epoch: Lightning miscounts epochs when it resumes between the last batch of one and its end.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
+    ends_epoch = loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
+    return not validates and not ends_epoch
+
+
 # Validation
-
-
-def validation_follows(trainer: pl.Trainer) -> bool:
-    """Return whether a validation follows the training batch that ends now (for ``on_train_batch_end``)."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not loop.epoch_loop.val_loop.skip
 
 
 def set_validation_interval(trainer: pl.Trainer, batches: int) -> None:

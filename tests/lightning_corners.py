@@ -73,7 +73,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
         counts = (corners.batches_begun(trainer), corners.batches_done(trainer))
-        pl_module.seen.append(("batch", *counts, corners.ends_epoch(trainer), corners.validation_follows(trainer)))
+        pl_module.seen.append(("batch", *counts, corners.can_resume_here(trainer)))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validating = True
@@ -131,7 +131,7 @@ def expected(interval: int = INTERVAL) -> list[Any]:
         last = batch + 1 == EPOCH
         seen.append(("in a batch", number, number - 1))
         seen.append(("step", last or (batch + 1) % ACCUMULATE == 0, step % LOGGED == 0))
-        seen.append(("batch", number, number, last, number % interval == 0))
+        seen.append(("batch", number, number, not last and number % interval != 0))
         if number % interval == 0:
             seen += [("validation",), *(("validation batch", i) for i in range(VALIDATION))]
     return seen
@@ -144,7 +144,7 @@ def check_counts(folder: Path) -> None:
     assert rows.steps == [step - 1 for step in range(1, 2 * STEPS + 1) if step % LOGGED == 0]
     assert fit(trainer(folder, Watch(interval=4)), Tiny()) == expected(4)
     seen = fit(trainer(folder, Watch(), limit_val_batches=0), Tiny())
-    assert not any(row[-1] for row in seen if row[0] == "batch")
+    assert all(can == (number % EPOCH != 0) for name, number, *_, can in seen if name == "batch")
 
 
 def check_resume(folder: Path) -> None:

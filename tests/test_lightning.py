@@ -18,9 +18,8 @@ from lightning_corners import CLI_HOOKS
 
 from llmkit.data import DataModule
 from llmkit.model.language_model import LanguageModel
-from llmkit.run.cli import CLI, Parser, SaveConfig
+from llmkit.run.cli import CLI
 from llmkit.run.progress import Progress
-from llmkit.run.report import RunReport
 from llmkit.run.saving import Checkpoints, WholeFileIO
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
@@ -67,8 +66,8 @@ def test_one_module_knows_the_private_corners() -> None:
 
 
 CLASSES = (
-    *(CLI, Parser, SaveConfig, LanguageModel, DataModule, WholeFileIO),
-    *(Checkpoints, GracefulShutdown, Progress, RunReport, Throughput, Trace),
+    *(CLI, LanguageModel, DataModule, WholeFileIO),
+    *(Checkpoints, GracefulShutdown, Progress, Throughput, Trace),
 )
 
 
@@ -91,7 +90,7 @@ def test_all_classes_are_looked_at() -> None:
         if isinstance(node, ast.ClassDef)
         and {ast.unparse(base).split(".")[-1] for base in node.bases} & {"Callback", "Checkpoint", "ProgressBar"}
     }
-    assert names == {cls.__name__ for cls in CLASSES if issubclass(cls, Callback)} - {"SaveConfig"}
+    assert names == {cls.__name__ for cls in CLASSES if issubclass(cls, Callback)}
 
 
 @pytest.mark.parametrize("version", ["oldest", "newest"])

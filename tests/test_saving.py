@@ -88,7 +88,7 @@ def test_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt.part", "last.ckpt"]
 
 
-WORSE = ("--model.optimizer", "{name: SGD, lr: 3.0}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
+WORSE = ("--model.optimizer", "{name: SGD, lr: 6.0}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
 """A rate at which the loss soon gets worse, so that the best checkpoint is an early one."""
 
 

@@ -53,6 +53,15 @@ def test_the_count_ends_with_a_good_step() -> None:
     assert told == [(2, 1), (3, 2), (5, 1), (6, 2), (7, 3)]
 
 
+def test_steps_that_are_read_together_are_counted_one_by_one() -> None:
+    """As on an accelerator: the third step is the third in a row, whichever were read with it."""
+    guard, optimizer = BadSteps(3), torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    for step, norm in enumerate([float("nan"), 1.0, float("inf"), float("nan")], 1):
+        guard.add(step, {}, torch.tensor(norm), optimizer, 4)
+        assert step == 4 or not list(guard.settle(4))
+    assert [(number, guard.in_a_row) for number, _ in guard.settle(4)] == [(1, 1), (3, 1), (4, 2)]
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
@@ -74,7 +83,7 @@ def test_the_run_stops_after_too_many(words: list[str], tmp_path: Path) -> None:
     result: Result = llmkit(*words, *poison([2, 4, 5, 6, 7]), "--model.max_bad_steps", "3")
     assert result.code == 2
     assert [line for line in result.err.splitlines() if "note" in line] == [
-        f"llmkit: note: step {step}: the loss or its gradient is NaN or infinite; the step is left out"
+        f"llmkit: note: step {step}: the loss or its gradient is NaN or infinite; the step is skipped"
         for step in (2, 4, 5)
     ]
     error = result.err.splitlines()[-1]
@@ -100,7 +109,7 @@ def test_a_bad_batch_with_texts_is_saved(tmp_path: Path) -> None:
 
 def test_single_bad_steps_do_not_stop_it(words: list[str]) -> None:
     result = done(*words, *poison([3, 6]))
-    assert result.err.count("left out") == 2
+    assert result.err.count("is skipped") == 2
 
 
 def test_a_resumed_run_goes_on_counting(words: list[str], tmp_path: Path) -> None:

@@ -503,4 +503,4 @@ def test_a_compiler_that_fails_is_told_in_one_line(data: Path, tmp_path: Path, m
     result = llmkit("fit", *words)
     assert result.code == 2
     assert "model.compile: torch.compile failed: " in result.err and "no compiler found" in result.err
-    assert "Traceback" not in result.err and "It can be left out." in result.err
+    assert "Traceback" not in result.err and "Training works without it." in result.err

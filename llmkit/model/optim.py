@@ -12,6 +12,9 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
+FUSED = {"cpu", "cuda", "xpu", "mps"}
+"""Device types with a fused AdamW."""
+
 
 class AdamW(torch.optim.AdamW):
     """AdamW in its fused form (Loshchilov and Hutter 2019, arXiv:1711.05101).
@@ -34,7 +37,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         groups = list(params)
         devices = {p.device.type for g in groups for p in (g["params"] if isinstance(g, dict) else [g])}
-        fused = devices <= {"cpu", "cuda", "xpu", "mps"}
+        fused = devices <= FUSED
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         # Unscaling is left to the gradient scaler, so that gradients can be clipped under mixed precision.
         self._step_supports_amp_scaling = False
@@ -44,12 +47,12 @@ class Muon(Optimizer):
     """Orthogonalised momentum for hidden matrices, AdamW for everything else.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
-    Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast. It gives the
-    same weights, to the bit in bf16, as ``torch.optim.Muon``, which was not used because torch 2.6 to 2.8 lack it, it
-    takes 2-D matrices only, and it always computes in bf16: twenty times slower on a CPU without such products.
+    Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast. The weights equal
+    those of ``torch.optim.Muon``, in bf16 to the bit. That one is not used because torch 2.6 to 2.8 lack it, it takes
+    2-D matrices only, and it always computes in bf16, which is twenty times slower on a CPU without bf16 matmuls.
 
     Args:
-        params: groups that say their ``kind`` (``matrix``, ``embedding`` or ``vector``).
+        params: groups, each with its ``kind``: ``matrix``, ``embedding`` or ``vector``.
         lr: learning rate of the matrices.
         momentum: decay of the matrices' momentum (Nesterov).
         weight_decay: decay of the matrices and embeddings.
@@ -70,7 +73,7 @@ class Muon(Optimizer):
     ) -> None:
         groups: list[dict[str, Any]] = [g if isinstance(g, dict) else {"params": [g]} for g in params]
         for group in groups:
-            # Matrices of a group without a kind (plain parameters) cannot be told from embeddings: AdamW takes them.
+            # In a group without a kind (plain parameters) matrices look like embeddings, so AdamW takes them.
             group["lr"] = lr if group.get("kind") == "matrix" else adam_lr
         super().__init__(
             groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": 1e-8}
@@ -117,7 +120,7 @@ class Muon(Optimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
-            fused=parameters[0].device.type in {"cpu", "cuda", "xpu", "mps"},
+            fused=parameters[0].device.type in FUSED,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -171,12 +174,11 @@ class WarmupCosine(LambdaLR):
             raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
         if not 0 <= min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must be from 0 to 1, got {min_lr_ratio}")
-        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
-        self.total_steps = total_steps
+        self.warmup_steps, self.min_lr_ratio, self.total_steps = warmup_steps, min_lr_ratio, total_steps
         super().__init__(optimizer, self._factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the schedule stands; its settings are the config's, also when a run is resumed."""
+        """Return the position in the schedule only: a resumed run takes the settings from its config."""
         state: dict[str, Any] = super().state_dict()
         return {name: state[name] for name in ("last_epoch", "_step_count", "_last_lr") if name in state}
 

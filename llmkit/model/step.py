@@ -1,8 +1,8 @@
-"""From the loss to the weights: gradients accumulated over batches, their norm, and steps that are not finite."""
+"""From the loss to the weights: gradients accumulated over batches, clipping, and steps that are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ class GradientAccumulator:
         self.sums = new if self.sums is None else self.sums + new
         return summed.total / UNIT, (self.sums[0] / self.sums[1].clamp(min=1)).float()
 
-    def close(self, batches: int) -> Tensor | None:
-        """End the step and return the factor that its gradient needs; None when it needs none."""
+    def close(self, batches: int) -> Tensor | float:
+        """End the step and return the factor that its gradient needs; the number 1.0 when it needs none."""
         if self.sums is None:
-            return None
+            return 1.0
         sums, self.sums = self.sums, None
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
@@ -75,16 +75,16 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def multiply(gradients: Sequence[Tensor], factor: Tensor | None) -> None:
-    """Multiply gradients in place; None leaves them as they are."""
-    if factor is not None and gradients:
+def multiply(gradients: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply gradients in place. A number that is not a tensor can only be 1.0: it costs no pass over them."""
+    if isinstance(factor, Tensor) and gradients:
         torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
 
 
 class BadSteps:
     """Skips steps whose gradient is NaN or infinite, and counts them.
 
-    Reading the outcome of each step would make the host wait for an accelerator. There a fused optimizer skips the
+    Reading the outcome of each step would make the host wait for an accelerator. There, a fused optimizer skips the
     step on the device (``found_inf``), and the outcomes of several steps are read at once.
 
     Args:
@@ -110,24 +110,21 @@ class BadSteps:
         if wait > 1 and optimizer.defaults.get("fused"):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bool(bad):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            optimizer.zero_grad()
         self._pending.append((step, batch, bad))
 
-    def settle(self, wait: int = 1) -> list[tuple[int, Batch]]:
-        """Return the bad ones of the added steps, with their batches, once ``wait`` steps were added."""
-        if len(self._pending) < wait or not self._pending:
-            return []
-        steps, self._pending = self._pending, []
-        found = []
-        for (step, batch, _), bad in zip(steps, torch.stack([bad for *_, bad in steps]).tolist(), strict=True):
-            self.in_a_row = self.in_a_row + 1 if bad else 0
-            if bad:
-                found.append((step, batch))
-            if self.in_a_row >= self.limit:
-                break
-        return found
+    def settle(self, wait: int = 1) -> Iterator[tuple[int, Batch]]:
+        """Yield the bad ones of the added steps, with their batches, once ``wait`` steps were added.
+
+        While a step is yielded, ``in_a_row`` counts the bad steps up to it.
+        """
+        if self._pending and len(self._pending) >= wait:
+            steps, self._pending = self._pending, []
+            outcomes = torch.stack([bad for *_, bad in steps]).tolist()
+            for (step, batch, _), bad in zip(steps, outcomes, strict=True):
+                self.in_a_row = self.in_a_row + 1 if bad else 0
+                if bad:
+                    yield step, batch
 
 
 class OptimizerStep:
@@ -164,12 +161,9 @@ class OptimizerStep:
             multiply(gradients, scale)
             norm = root.clip_grad_norm_(limit or float("inf"))
         else:
-            norm = gradient_norm(gradients)
-            if scale is not None:
-                norm = norm * scale
+            norm = gradient_norm(gradients) * scale
             if limit:
-                clip = (limit / (norm + 1e-6)).clamp(max=1.0)
-                scale = clip if scale is None else clip * scale
+                scale = scale * (limit / (norm + 1e-6)).clamp(max=1.0)
             multiply(gradients, scale)
         # A gradient scaler meets infinite gradients while it looks for its scale, and skips those steps itself.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
@@ -178,11 +172,11 @@ class OptimizerStep:
             self.report(trainer, wait)
 
     def report(self, trainer: pl.Trainer, wait: int = 1) -> None:
-        """Report bad steps. Raises UserError, and saves the last batch, when there were too many in a row."""
+        """Report bad steps. Too many in a row: save the batch of the last one, and raise UserError."""
         for step, batch in self.bad_steps.settle(wait):
             row = self.bad_steps.in_a_row
             if row < self.bad_steps.limit:
-                note(f"step {step}: the loss or its gradient is NaN or infinite; the step is left out")
+                note(f"step {step}: the loss or its gradient is NaN or infinite; the step is skipped")
                 continue
             path = Path(trainer.log_dir or trainer.default_root_dir) / f"bad_step_{step}.pt"
             if trainer.is_global_zero:
@@ -190,9 +184,9 @@ class OptimizerStep:
                 torch.save(batch, path)
             raise UserError(
                 f"step {step}: the loss or its gradient is NaN or infinite, {row} step(s) in a row "
-                f"(model.max_bad_steps). They have changed no weights and no checkpoint. The step's last batch, "
-                f"number {batches_begun(trainer)} of the run, is in {path}. A lower model.optimizer.lr or "
-                f"trainer.precision 32-true may help"
+                f"(model.max_bad_steps). Weights and checkpoints are unaffected. The step's last batch, "
+                f"number {batches_begun(trainer)} of the run, is in {path}. Try a lower model.optimizer.lr or "
+                f"trainer.precision 32-true"
             )
 
     def state(self, model: pl.LightningModule) -> dict[str, Any]:
@@ -206,7 +200,7 @@ class OptimizerStep:
         gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
         sharded = any(hasattr(gradient, "to_local") for gradient in gradients.values())
         if sharded or isinstance(trainer.strategy, FSDPStrategy):
-            note("sharded checkpoint in the middle of a step: a run that resumes it misses the gradients so far")
+            note("sharded checkpoint in the middle of a step: a resumed run loses the gradients accumulated so far")
             return state
         if trainer.world_size > 1:
             # Each process will resume with the mean gradient, and the first process with all of the sums.

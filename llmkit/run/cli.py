@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import os
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError
-from llmkit.lightning import is_debug_run, raised_while_resuming
+from llmkit.lightning import is_debug_run, raised_while_resuming, set_validation_interval
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
 from llmkit.run.progress import Progress
-from llmkit.run.report import DEFAULT_VAL_INTERVAL, RunReport
+from llmkit.run.report import report_evaluation, report_fit, write_predictions
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
 
+DEFAULT_VAL_INTERVAL = 500
+"""Batches between two validations, at most, when the config does not set them."""
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
     "check_val_every_n_epoch": None,  # val_check_interval counts steps, whatever an epoch is
-    "val_check_interval": DEFAULT_VAL_INTERVAL,
+    "val_check_interval": DEFAULT_VAL_INTERVAL,  # lowered by validate_last_step
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
@@ -54,28 +59,17 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 """The other keys of a config: type, default and description."""
 
 
-class Parser(LightningArgumentParser):
-    """A parser that takes no abbreviations and answers a mistake with one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise UserError: the tree was checked before, so this is an argument that jsonargparse alone knows of."""
-        raise UserError(" ".join(message.split())[:400]) from ex
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder of a fit; other commands leave the folder's config alone."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save the effective config at the start of a fit."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
 class CLI(LightningCLI):
-    """LightningCLI for one command, with llmkit's logger, callbacks and closing report."""
+    """LightningCLI for one command, with llmkit's logger, callbacks and closing report.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        args: the checked tree, as the words of a command line.
+        stored: the checkpoint that the command starts from.
+
+    Raises:
+        UserError: the config cannot be built, memory does not suffice, or the checkpoint's training state is damaged.
+    """
 
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
@@ -83,10 +77,10 @@ class CLI(LightningCLI):
         super().__init__(
             LanguageModel,
             DataModule,
-            save_config_callback=SaveConfig,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_class=Parser,
+            parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -94,8 +88,7 @@ class CLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the one command that runs, so that only its parser is built."""
-        skip = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "return_predictions"}
-        return {self.command: skip}
+        return {self.command: super().subcommands()[self.command] | {"return_predictions", "verbose"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add llmkit's own top-level keys."""
@@ -104,62 +97,47 @@ class CLI(LightningCLI):
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(Checkpoints, "checkpoint")
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand in ("validate", "test"):
-            parser.set_defaults(verbose=False)  # llmkit prints the results itself
-        return parser
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the checked tree."""
-        self.config = parser.parse_args(args)
+        """Parse the checked tree. Raises UserError for an option of jsonargparse's own, ``--model.x.help``, say."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(" ".join(str(error).split())[:400]) from error
 
     def _parse_ckpt_path(self) -> None:
         """The checkpoint's config is a layer of the tree already."""
 
-    def before_instantiate_classes(self) -> None:
-        """Let a model that comes from a checkpoint do without the one that its training began with."""
-        if self.stored is not None:
-            self.config[self.command].model.init_from = None
-
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, and give the model what the checkpoint carries."""
+        if self.stored is not None:  # its weights replace those that its training began with
+            self.config[self.command].model.init_from = None
         try:
             super().instantiate_classes()
-        except UserError:
-            raise
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             # Nothing has run yet: what fails here are the values of the config, or the code of a plugin.
-            if not isinstance(error, ValueError) and explain(error):
+            if isinstance(error, UserError) or (not isinstance(error, ValueError) and explain(error)):
                 raise
             raise UserError(str(error)) from error
-        self._dump_config()
-        drop = ("config", "ckpt_path", "weights_only", "verbose")
-        self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
         if self.stored is None:
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
-            own = self.model.config
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
             self.model.restore(self.stored)
-            self.model.config = own
+        self._dump_config()
+        drop = ("config", "ckpt_path", "weights_only")
+        self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self._get(self.config_init, "trainer")
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
-        loggers = given.get("logger")
-        folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
-        if loggers in (None, True):
-            kwargs["logger"] = [folder_logger]
-        elif isinstance(loggers, (list, Logger)):
-            kwargs["logger"] = [folder_logger, *(loggers if isinstance(loggers, list) else [loggers])]
-        callbacks = given.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        self.report = RunReport()
+        if given.get("logger") is not False:
+            folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
+            kwargs["logger"] = [folder_logger, *_listed(given.get("logger"))]
+        callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
-        own: list[pl.Callback] = [self.report, GracefulShutdown(), throughput]
+        own: list[pl.Callback] = [LambdaCallback(on_train_start=validate_last_step), GracefulShutdown(), throughput]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
@@ -167,7 +145,7 @@ class CLI(LightningCLI):
             own.append(self._get(self.config_init, "checkpoint"))
         kwargs["callbacks"] = [*callbacks, *own]
         if given.get("default_root_dir") is None:
-            # A requeued SLURM job looks here for its checkpoint: no other run's must be found.
+            # A requeued SLURM job looks here for its checkpoint, so no other run may write here.
             job = os.environ.get("SLURM_JOB_ID")
             kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
         try:
@@ -178,7 +156,6 @@ class CLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command. Raises UserError, with the sizes that set it, where memory does not suffice."""
         try:
             super()._run_subcommand(subcommand)
         except UserError:
@@ -194,7 +171,7 @@ class CLI(LightningCLI):
             batch = "data.batch_tokens" if data.batch_tokens else "data.batch_size"
             spec = ", ".join(f"model.{key} {model.spec[key]}" for key in ("dim", "num_layers", "context"))
             raise UserError(
-                f"out of memory ({' '.join(str(error).split())[:160]}). What sets it: {batch} "
+                f"out of memory ({' '.join(str(error).split())[:160]}). It depends on {batch} "
                 f"{data.batch_tokens or data.batch_size}{model.batch_shape}, {spec}{model.size}, precision "
                 f"{self.trainer.precision}. Lower {batch} first (trainer.accumulate_grad_batches makes up for it), "
                 f"then model.context or model.dim"
@@ -205,26 +182,42 @@ class CLI(LightningCLI):
         trainer, model = self.trainer, self.model
         if is_debug_run(trainer) or trainer.interrupted:
             return
-        saver = trainer.checkpoint_callback
-        best = getattr(saver, "best_model_path", "")
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)
-        self.report.finish_fit(trainer, model)
+        report_fit(trainer, model)
 
-    def after_validate(self) -> None:
-        """Write and show the validation results."""
-        self.report.finish(self.trainer, self.model, "val")
+    def validate(self, model: LanguageModel, **kwargs: Any) -> None:
+        """Write and print the validation results."""
+        self.trainer.validate(model, verbose=False, **kwargs)
+        report_evaluation(self.trainer, model, "val")
 
-    def after_test(self) -> None:
-        """Write and show the test results."""
-        self.report.finish(self.trainer, self.model, "test")
+    def test(self, model: LanguageModel, **kwargs: Any) -> None:
+        """Write and print the test results."""
+        self.trainer.test(model, verbose=False, **kwargs)
+        report_evaluation(self.trainer, model, "test")
 
-    def predict(self, model: LanguageModel, datamodule: DataModule, **kwargs: Any) -> None:
+    def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
-        self.report.write_predictions(self.trainer, self.trainer.predict(model, datamodule, **kwargs) or [])
+        write_predictions(self.trainer, self.trainer.predict(model, **kwargs) or [])
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the loggers or callbacks that a config names: none, one, or several."""
+    return value if isinstance(value, list) else [] if value in (None, True) else [value]
+
+
+def validate_last_step(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Fit the default validation interval to the run, so that the last step is validated.
+
+    1,200 batches are validated every 400 (not at 500 and 1,000, with the last 200 unseen).
+    """
+    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if trainer.val_check_interval == DEFAULT_VAL_INTERVAL and batches not in (0, float("inf")):
+        set_validation_interval(trainer, max(1, int(batches / math.ceil(batches / DEFAULT_VAL_INTERVAL))))
 
 
 def filled_in(given: Any) -> dict[str, Any]:
-    """Return the trainer's settings that llmkit makes where a config leaves them open."""
+    """Return the trainer settings that llmkit chooses where a config leaves them open."""
     filled: dict[str, Any] = {}
     if given.get("precision") is None:
         filled["precision"] = fast_precision(given.get("accelerator", "auto"))
@@ -235,20 +228,20 @@ def filled_in(given: Any) -> dict[str, Any]:
 
 def fast_precision(accelerator: str) -> str:
     """Return the precision that the hardware does fast: bf16 mixed where it multiplies bf16 natively, else fp32."""
-    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if accelerator not in ("auto", "gpu", "cuda", "cpu"):
         return "32-true"
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
 
 
 def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:
     """Return whether an error comes from the training state in a checkpoint.
 
-    It does when it came up while Lightning took the state over, or over a value in the first step after that.
+    It does if it was raised while Lightning restored that state, or by a value in the first step after that.
 
     Args:
         stored: the checkpoint that a command began with.
-        error: what was raised, by no plugin.
+        error: what was raised, and not by a plugin.
         step: the optimizer step that it was raised in; -1: the command does not train.
     """
     begun = stored.content.get("global_step")

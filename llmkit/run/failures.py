@@ -50,7 +50,7 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(f"llmkit: error: {what}{file}. Checkpoints that were written before are intact.", 2)
         if type(cause).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             text = " ".join(str(cause).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
-            return Failure(f"llmkit: error: model.compile: torch.compile failed: {text}. It can be left out.", 2)
+            return Failure(f"llmkit: error: model.compile: torch.compile failed: {text}. Training works without it.", 2)
     for cause in causes:
         report = _plugin_report(_frames(cause), f"{type(cause).__name__}: {cause}")
         report = report or _plugin_report(*_quoted_frames(str(cause)))
@@ -83,17 +83,11 @@ def _frames(error: BaseException) -> list[Frame]:
 
 
 def _quoted_frames(message: str) -> tuple[list[Frame], str]:
-    """Return the frames and the error of a traceback within a message: torch's way to pass on an error of a worker."""
-    lines = message.rpartition("Traceback (most recent call last):\n")[2].splitlines(keepends=True)
-    end = next((i for i, line in enumerate(lines) if not line.startswith(" ")), len(lines))
-    frames: list[Frame] = []
-    for line in lines[:end]:
-        head = re.match(r' +File "(.+)", line (\d+), in ', line)
-        if head:
-            frames.append(Frame(Path(head[1]), int(head[2]), line))
-        elif frames:
-            frames[-1] = frames[-1]._replace(text=frames[-1].text + line)
-    return frames, "".join(lines[end:])
+    """Return the frames and the error of a traceback within a message: how torch passes on an error of a worker."""
+    trace = message.rpartition("Traceback (most recent call last):\n")[2]
+    found = list(re.finditer(r'  File "(.+)", line (\d+), in .*\n(?:    .*\n)*', trace))
+    frames = [Frame(Path(match[1]), int(match[2]), match[0]) for match in found]
+    return frames, trace[found[-1].end() :] if found else trace
 
 
 def _plugin_report(frames: list[Frame], message: str) -> str | None:

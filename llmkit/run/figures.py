@@ -22,23 +22,19 @@ def read_metrics(csv_file: Path) -> dict[str, Curve]:
 
 
 def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
-def loss_curve(csv_file: Path, png_file: Path) -> bool:
-    """Draw training and validation loss against the step; returns whether there was anything to draw."""
+def loss_curve(csv_file: Path, png_file: Path) -> None:
+    """Draw training and validation loss against the step; no file where neither was logged."""
     curves = read_metrics(csv_file)
-    lines = {"train_loss": "training", "val_loss": "validation"}
-    found = {label: curves[name] for name, label in lines.items() if name in curves}
-    if not found:
-        return False
-    comparison_curves(found, png_file)
-    return True
+    names = {"train_loss": "training", "val_loss": "validation"}
+    found = {label: curves[name] for name, label in names.items() if name in curves}
+    if found:
+        comparison_curves(found, png_file)
 
 
 def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str = "loss (nats)") -> None:

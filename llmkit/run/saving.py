@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import read
 from llmkit.errors import Problem, UserError
-from llmkit.lightning import ends_epoch, is_debug_run, validation_follows
+from llmkit.lightning import can_resume_here, is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.step import local_shard
 
@@ -32,15 +32,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write ``path`` atomically: ``write`` fills a temporary file next to it, which then replaces it.
 
     Whenever the process or the machine stops, ``path`` is the old file or the new one. Raises what ``write`` raises,
-    with the old file untouched.
-
-    Args:
-        write: fills the file that it is given, and flushes it to the disk (``os.fsync``).
+    with the old file untouched; an OSError, the disk being full, say, names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
     try:
         write(part)
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
         if os.name == "posix":  # flush the new name as well
             folder = os.open(path.parent, os.O_RDONLY)
@@ -48,6 +47,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what the file raised
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -57,24 +61,15 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint. Raises OSError, with the file's name, when the disk is full."""
-        if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
 
         def write(part: Path) -> None:
-            with open(part, "wb") as file:
-                try:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except (OSError, RuntimeError) as error:
-                    # torch wraps what the file raised.
-                    cause = error if isinstance(error, OSError) else error.__context__
-                    if isinstance(cause, OSError):
-                        raise OSError(cause.errno, cause.strerror, str(path)) from error
-                    raise
+            with part.open("wb") as file:  # given a path, torch would hide the number of an OSError
+                torch.save(checkpoint, file)
 
-        write_whole(Path(path), write)
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_whole(Path(path), write)
 
 
 def use_whole_files(trainer: pl.Trainer) -> None:
@@ -110,7 +105,6 @@ class Checkpoints(Checkpoint):
         self.best_score = float("nan")
         self._stored_folder = ""
         self._saved_step = -1
-        self._waiting = False
 
     @property
     def best_model_path(self) -> str:
@@ -142,7 +136,6 @@ class Checkpoints(Checkpoint):
         best = self.folder / "best.ckpt"
         if self.best_step is None or best.exists():
             return
-        found = False
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             resumed = Path(trainer.ckpt_path)
             sources = [folder / "best.ckpt" for folder in (resumed.parent, Path(self._stored_folder))]
@@ -151,21 +144,16 @@ class Checkpoints(Checkpoint):
             source = next((path for path in sources if _step_of(path) == self.best_step), None)
             if source is not None:
                 _link(source, best)
-                found = True
-        if not trainer.strategy.broadcast(found):
+        if not trainer.strategy.broadcast(best.exists()):
             self.best_step = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Save between validations. A validation that is due now saves anyway, and the end of an epoch waits a batch.
+        """Save between validations: once a multiple of ``every_n_steps`` was passed since the last save.
 
-        Lightning miscounts epochs when it resumes a run that was saved between the last batch of an epoch and its end.
+        With 3, and the last save at step 4: at step 6, or one batch later if no run can be resumed there.
         """
-        step, every = trainer.global_step, self.every_n_steps
-        due = every is not None and step != self._saved_step and (step % every == 0 or self._waiting)
-        if not due or validation_follows(trainer):
-            return
-        self._waiting = ends_epoch(trainer)
-        if not self._waiting:
+        every = self.every_n_steps
+        if every and trainer.global_step // every > self._saved_step // every and can_resume_here(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,21 +175,20 @@ class Checkpoints(Checkpoint):
         if trainer.global_step != self._saved_step and not is_debug_run(trainer):
             self.save(trainer)
 
-    def save(self, trainer: pl.Trainer, best: bool = False) -> Path:
-        """Write ``last.ckpt`` and its links; returns its path."""
+    def save(self, trainer: pl.Trainer, best: bool = False) -> None:
+        """Write ``last.ckpt`` and its links. Raises UserError, with the old file untouched, for infinite weights."""
         last, step = self.folder / "last.ckpt", trainer.global_step
         finite = all(bool(torch.isfinite(local_shard(p)).all()) for p in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
-            raise UserError(f"step {step}: the weights are not finite any more; {last} was left as it was")
+            raise UserError(f"step {step}: the weights are not finite; {last} was not overwritten")
         trainer.save_checkpoint(last)
-        self._saved_step, self._waiting = step, False
+        self._saved_step = step
         if trainer.is_global_zero:
             if best:
                 _link(last, self.folder / "best.ckpt")
             if self.keep:
                 _link(last, self.folder / f"step_{step}.ckpt")
                 self._prune(step)
-        return last
 
     def _prune(self, newest: int) -> None:
         names = (re.fullmatch(r"step_(\d+)\.ckpt", path.name) for path in self.folder.iterdir())
@@ -239,8 +226,6 @@ def _link(path: Path, name: Path) -> None:
             os.link(path, part)
         except OSError:
             shutil.copyfile(path, part)
-            with open(part, "r+b") as copy:
-                os.fsync(copy.fileno())
 
     write_whole(name, write)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,10 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.lightning import ends_epoch, log_interval, requeue_signal, restart_validation, validation_follows
+from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation
 from llmkit.run.saving import Checkpoints, run_folder
-
-Handler = Callable[[int, FrameType | None], Any]
 
 
 class GracefulShutdown(Callback):
@@ -27,34 +24,31 @@ class GracefulShutdown(Callback):
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self._requeue: Handler | None = None
+        self._received = 0
         self._previous: dict[int, Any] = {}
         self._validating = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers."""
-        self._received = None
-        requeue = requeue_signal(trainer)
-        for number in filter(None, (signal.SIGINT, signal.SIGTERM, requeue)):
+        self._received = 0
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, requeue_signal(trainer))):
             with contextlib.suppress(ValueError):  # not in the main thread: whoever runs the trainer handles signals
                 self._previous[number] = signal.signal(number, self._receive)
-        self._requeue = self._previous.get(requeue or 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._received == signal.SIGINT:
                 raise KeyboardInterrupt
-            print("\nllmkit: stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            print("\nllmkit: stopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
         self._received = number
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after the step; where a validation is due, at its beginning; at the end of an epoch, one batch later."""
-        # Several processes have to agree on a signal that one of them received: that costs time, so now and then only.
+        """Stop after the step; at the start of the validation if one is due, one batch later at the end of an epoch."""
+        # Processes have to agree on a signal that one of them received. That takes time, so they do it rarely.
         every = log_interval(trainer) if trainer.world_size > 1 else 1
-        if (batch_idx + 1) % every == 0 and not ends_epoch(trainer) and not validation_follows(trainer):
+        if (batch_idx + 1) % every == 0 and can_resume_here(trainer):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,14 +67,15 @@ class GracefulShutdown(Callback):
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         received = self._received
         if trainer.world_size > 1:
-            number = torch.tensor(received or 0, device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
-        if received is None:
+            number = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if not received:
             return
-        self._received = None
+        self._received = 0
         if received not in (signal.SIGINT, signal.SIGTERM):
-            if callable(self._requeue):
-                self._requeue(received, None)
+            requeue = self._previous.get(received)
+            if callable(requeue):
+                requeue(received, None)
             return
         path, saver = run_folder(trainer) / "checkpoints" / "last.ckpt", trainer.checkpoint_callback
         if isinstance(saver, Checkpoints):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ LOGGED = ("tokens_per_second", "mfu", "memory_gib")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOPs per second of a large matrix product: the most the device reaches in this precision.
+    """Return the FLOPs per second of a large matmul: the most the device reaches in this precision.
 
-    Measured in about 0.1 s, so it holds for any device, number of threads and clock.
+    Measured in about 0.1 s, so it holds for any device, number of threads and clock. (Lightning's table of data sheets
+    has no CPU, and no entry for a GPU that calls itself "NVIDIA H200".)
     """
     size = 1024 if device.type == "cpu" else 8192
     # Not random: that would shift the run's random numbers. Not constant: some devices multiply equal numbers faster.
@@ -64,8 +66,8 @@ class Meter:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._network = model.meta_network()  # the whole network, even where its weights are sharded
-        self._costs: dict[int, float] = {}
+        network = model.meta_network()  # the whole network, even where its weights are sharded
+        self._cost = functools.cache(network.flops_per_position)
         self._start = time.monotonic()
         self._tokens = self._flops = 0.0
 
@@ -78,11 +80,6 @@ class Meter:
         for side in sides:
             # The cost of an encoder-decoder is that of one position on each side, so each side counts half of it.
             self._flops += 3 * side.numel() * self._cost(side.shape[-1]) / len(sides)
-
-    def _cost(self, length: int) -> float:
-        if length not in self._costs:
-            self._costs[length] = self._network.flops_per_position(length)
-        return self._costs[length]
 
     def pause(self, seconds: float) -> None:
         """Exclude time that was not spent on training."""
