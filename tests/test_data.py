@@ -695,10 +695,10 @@ def test_unbound_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, r"data\.batch_size must be at least 1"),
-        ({"batch_tokens": 0}, r"data\.batch_tokens must be at least 1"),
-        ({"validation_share": 1.0}, r"data\.validation_share must be"),
-        ({"num_workers": -1}, r"data\.num_workers must be"),
+        ({"batch_size": 0}, r"data\.batch_size: must be at least 1"),
+        ({"batch_tokens": 0}, r"data\.batch_tokens: must be at least 1"),
+        ({"validation_share": 1.0}, r"data\.validation_share: must be"),
+        ({"num_workers": -1}, r"data\.num_workers: must be"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
