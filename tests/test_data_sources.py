@@ -370,7 +370,7 @@ def test_parallel_files_that_do_not_fit(tmp_path: Path) -> None:
     told = r"data\.train: parallel files have unequal numbers of lines \(.*a\.en: 2, .*a\.de: 3\)"
     fails(tmp_path, told, head=Translating(), train=files)
     several: Any = {"source": str(tmp_path / "a.*")}
-    fails(tmp_path, r"data\.train\.source: parallel files come one by field", head=Translating(), train=several)
+    fails(tmp_path, r"data\.train\.source: parallel files are given one per field", head=Translating(), train=several)
     fails(tmp_path, r"a\.en:1 has no column 'target' ", head=Translating(), train={"source": files["source"]})
 
 

@@ -40,13 +40,9 @@ class Fields:
 
     @classmethod
     def of(cls, head: Head, columns: Mapping[str, str], predict: bool, single: bool) -> Fields:
-        """Return the fields of a head, without targets when predicting. Raises UserError for unknown ones.
+        """Return the fields of a head, without targets when predicting. Raises UserError for unknown ``columns``.
 
-        Args:
-            head: the head.
-            columns: the setting ``data.columns``.
-            predict: whether the rows are to be predicted.
-            single: whether the rows are plain text, whose column serves as the only field that a head asks for.
+        If the rows are plain text (``single``), their column serves as the only field that a head asks for.
         """
         known = tuple(dict.fromkeys((*head.inputs, *head.targets)))
         for name in columns:
@@ -54,9 +50,8 @@ class Fields:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
                 raise UserError(Problem("data.columns", f"the head has no field '{name}'.{hint}"))
         needed = head.inputs if predict else known
-        found = {name: columns.get(name, name) for name in needed}
-        if single and len(needed) == 1:
-            found = {needed[0]: "text"}
+        plain_text = single and len(needed) == 1
+        found = {name: "text" if plain_text else columns.get(name, name) for name in needed}
         return cls(found, frozenset(head.texts), frozenset(head.words))
 
     def items(self, rows: RawRows, skipped: Skipped) -> Iterator[Item]:
@@ -247,7 +242,8 @@ class Encoder:
 
     def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:
         """Return the tokens of each item, with the bytes of its texts."""
-        sizes = [
-            sum(len(item.fields[name].encode()) for name in self.head.texts if name in item.fields) for item in group
+        names = [name for name in self.head.texts if name in group[0].fields]
+        return [
+            Piece(tokens, sum(len(item.fields[name].encode()) for name in names), item.document)
+            for item, tokens in zip(group, ids, strict=True)
         ]
-        return [Piece(tokens, size, item.document) for tokens, size, item in zip(ids, sizes, group, strict=True)]

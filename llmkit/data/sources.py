@@ -69,10 +69,9 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
             text = "'lines' needs data.pattern, a regular expression with named groups"
             raise UserError(Problem("data.format", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
-        names = [Path(path).name for path in files]
-        identity = [names, formats, options.pattern, options.column_names, options.encoding, options.chunks]
-    single = set(formats) == {"text"}
-    return Source(key, [Path(path).name for path in files], partial(_read, key, readers), single, files, identity)
+        identity = [formats, options.pattern, options.column_names, options.encoding, options.chunks]
+    names = [Path(path).name for path in files]
+    return Source(key, names, partial(_read, key, readers), set(formats) == {"text"}, files, [names, *identity])
 
 
 def _format_of(path: str, options: Options) -> Format:
