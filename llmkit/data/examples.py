@@ -79,10 +79,6 @@ class Features:
         """Return the file of each text: of each feature that has ends and is not among the numbers."""
         return {name: folder / f"text{i}.bin" for i, name in enumerate(self.ends) if name not in numbers}
 
-    def list_lengths(self) -> list[NDArray[np.int64]]:
-        """Return the lengths of the lists of ints, feature by feature."""
-        return [np.diff(ends) for name, ends in self.ends.items() if self.values[name].dtype != np.uint8]
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the features of one example, as the head's ``encode`` returned them."""
         found: dict[str, Any] = {}
@@ -127,7 +123,9 @@ class Examples:
         self.features, self.head, self.tokenizer = features, head, tokenizer
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.training_rows = features.count
-        lists = features.list_lengths() or [np.zeros(len(self), np.int64)]
+        # The lengths of each feature that is a list of ints; a text (bytes) has none.
+        lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
+        lists = lists or [np.zeros(len(self), np.int64)]
         lengths = features.values.get("length", sum(lists))
         # Batches are planned with lengths rounded up to multiples of a power of two, 1/32 to 1/16 of the length:
         # 31 stays 31, 33 becomes 34, 130 becomes 136.

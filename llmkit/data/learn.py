@@ -10,7 +10,7 @@ from llmkit import registry
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data import cache
 from llmkit.data.corpus import Reader
-from llmkit.data.prepare import Columns, texts
+from llmkit.data.prepare import Column, texts
 from llmkit.errors import Problem, UserError, blame
 
 
@@ -43,12 +43,11 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
     def write(path: Path) -> None:
         nonlocal learned
         reader.check()
-        columns = Columns(reader.read, dict.fromkeys((*head.inputs, *head.targets)))
+        place: list[str] = []
         try:
-            head.learn(columns)
+            head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
         except UserError as error:
-            place = f"{columns.at}: " if columns.at else ""
-            raise UserError(Problem(reader.source.key, f"{place}{error}")) from error
+            raise UserError(Problem(reader.source.key, ": ".join([*place, str(error)]))) from error
         cache.write_text(path / "info.json", json.dumps(head.info()))
         learned = True
 

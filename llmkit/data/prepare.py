@@ -148,38 +148,23 @@ def cut(
             yield item
 
 
-class Columns(Mapping[str, Iterable[Any]]):
-    """Columns of a split, read again by every iteration, so that none has to fit into memory.
+@dataclass(frozen=True)
+class Column:
+    """A column of a split, read again by every iteration, so that it need not fit into memory.
 
-    Attributes:
-        at: the place of the row that was read last; empty before the first and after the last one.
+    ``place`` is shared by the columns of a split. It holds ``file:number`` of the row that was read last in any of
+    them, and is empty before the first row and after the last one.
     """
 
-    def __init__(self, read: ReadItems, names: Iterable[str]) -> None:
-        self._columns = {name: _Column(self, read, name) for name in names}
-        self.at = ""
-
-    def __getitem__(self, name: str) -> Iterable[Any]:
-        return self._columns[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
-
-    def __len__(self) -> int:
-        return len(self._columns)
-
-
-@dataclass(frozen=True)
-class _Column:
-    owner: Columns
     read: ReadItems
     name: str
+    place: list[str]
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.read():
-            self.owner.at = f"{item.file}:{item.number}"
+            self.place[:] = [f"{item.file}:{item.number}"]
             yield item.fields[self.name]
-        self.owner.at = ""
+        self.place.clear()
 
 
 def texts(read: ReadItems, head: Head) -> Iterator[str]:

@@ -201,11 +201,12 @@ class Blocks:
             targets_BT = np.where(index_BU[:, 1:] > last, IGNORE, ids_BU[:, 1:])
             ids_BT = np.where(index_BU[:, :-1] > last, self.pad_id, ids_BU[:, :-1])
             count = int((targets_BT != IGNORE).sum())
-        return {
-            "ids": torch.from_numpy(np.ascontiguousarray(ids_BT)),
-            "targets": torch.from_numpy(np.ascontiguousarray(targets_BT)),
-            "bytes": torch.tensor(count * self.bytes_per_token, dtype=torch.float32),
-        }
+        return self._batch(count, ids=ids_BT, targets=targets_BT)
+
+    def _batch(self, count: int, **columns: NDArray[Any]) -> Batch:
+        """Return a batch of these columns, with the bytes of text that its ``count`` targets stand for."""
+        batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return {**batch, "bytes": torch.tensor(count * self.bytes_per_token, dtype=torch.float32)}
 
 
 class Packed(Blocks):
@@ -271,12 +272,8 @@ class Packed(Blocks):
         ids[place], targets[place] = tokens[source], tokens[source + 1]
         segments[place] = segment.repeat(length)
         shape = (rows.size, self.context)
-        return {
-            "ids": torch.from_numpy(ids.reshape(shape)),
-            "targets": torch.from_numpy(targets.reshape(shape)),
-            "segments": torch.from_numpy(segments.reshape(shape)),
-            "bytes": torch.tensor(source.size * self.bytes_per_token, dtype=torch.float32),
-        }
+        columns = {"ids": ids, "targets": targets, "segments": segments}
+        return self._batch(source.size, **{name: column.reshape(shape) for name, column in columns.items()})
 
 
 def best_fit(lengths: NDArray[Any], capacity: int, pool: int = 4096) -> Index:
