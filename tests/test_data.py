@@ -81,7 +81,7 @@ def test_evaluation_blocks_hold_every_target_once(tmp_path: Path, length: int) -
 
 @pytest.mark.parametrize("length", [2, 5, 9, 20, 24, 100, 1001])
 def test_training_blocks(tmp_path: Path, length: int) -> None:
-    """Each block is a piece of the text; the blocks of an epoch do not overlap; epochs are cut and ordered anew."""
+    """Each block is a piece of the text; the blocks of an epoch do not overlap; every epoch is cut and ordered differently."""
     path = write(tmp_path / "a.txt", prose(length))
     data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=4)
     split = data.split("train")
@@ -695,10 +695,10 @@ def test_unbound_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, r"data\.batch_size must be at least 1"),
-        ({"batch_tokens": 0}, r"data\.batch_tokens must be at least 1"),
-        ({"validation_share": 1.0}, r"data\.validation_share must be"),
-        ({"num_workers": -1}, r"data\.num_workers must be"),
+        ({"batch_size": 0}, r"data\.batch_size: must be at least 1"),
+        ({"batch_tokens": 0}, r"data\.batch_tokens: must be at least 1"),
+        ({"validation_share": 1.0}, r"data\.validation_share: must be"),
+        ({"num_workers": -1}, r"data\.num_workers: must be"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Training goes on exactly where it stopped, whatever it was stopped by."""
+"""Training resumes exactly where it stopped, whatever stopped it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_resume_after_a_failure(tmp_path: Path, layout: str, settings: dict[str,
 
 
 def test_steps_then_epochs(tmp_path: Path) -> None:
-    """Lightning counts the epoch that max_steps cut short; the data still goes on with the next batch."""
+    """Lightning counts the epoch that max_steps cut short; the data still continues with the next batch."""
     whole = run(tmp_path, "examples", {}, max_epochs=3)
     run(tmp_path, "examples", {}, max_steps=7, max_epochs=-1)
     rest = run(tmp_path, "examples", {}, resume=str(tmp_path / "stopped.ckpt"), max_epochs=3)

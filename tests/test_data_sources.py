@@ -92,7 +92,7 @@ def rows_of(path: Path, format: Any, pattern: str | None = None) -> list[Row]:
 
 def bad_of(path: Path, format: Any, pattern: str | None = None) -> list[str]:
     rows = local("data.train", str(path), Options(format, pattern)).read()
-    return [row.told(Path(row.file).name) for row in rows if isinstance(row, Bad)]
+    return [row.message(Path(row.file).name) for row in rows if isinstance(row, Bad)]
 
 
 def test_conll(tmp_path: Path) -> None:
@@ -343,8 +343,8 @@ def test_malformed_files(tmp_path: Path) -> None:
         name="a",
         pattern=r"(?P<label>.) (?P<text>.)",
     )
-    fails(tmp_path, r"data\.pattern is not a regular expression", "x", name="a", pattern="(")
-    fails(tmp_path, r"data\.pattern has no named group", "x", name="a", pattern="(.)")
+    fails(tmp_path, r"data\.pattern: is not a regular expression", "x", name="a", pattern="(")
+    fails(tmp_path, r"data\.pattern: has no named group", "x", name="a", pattern="(.)")
     fails(tmp_path, r"data\.format: 'lines' needs data\.pattern", "x", name="a", format="lines")
 
 
@@ -370,18 +370,18 @@ def test_parallel_files_that_do_not_fit(tmp_path: Path) -> None:
     told = r"data\.train: parallel files have unequal numbers of lines \(.*a\.en: 2, .*a\.de: 3\)"
     fails(tmp_path, told, head=Translating(), train=files)
     several: Any = {"source": str(tmp_path / "a.*")}
-    fails(tmp_path, r"data\.train\.source: parallel files come one by field", head=Translating(), train=several)
+    fails(tmp_path, r"data\.train\.source: parallel files are given one per field", head=Translating(), train=several)
     fails(tmp_path, r"a\.en:1 has no column 'target' ", head=Translating(), train={"source": files["source"]})
 
 
 def test_what_is_not_configured(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\na,x\nb,x\n")
-    fails(tmp_path, r"data\.train is not set", train=None)
+    fails(tmp_path, r"data\.train: is not set", train=None)
     data = bound(Labelling(), 16, tmp_path, train=str(path))
-    with pytest.raises(UserError, match=r"data\.test is not set"):
+    with pytest.raises(UserError, match=r"data\.test: is not set"):
         data.test_dataloader()
-    with pytest.raises(UserError, match=r"data\.predict is not set"):
+    with pytest.raises(UserError, match=r"data\.predict: is not set"):
         data.predict_dataloader()
 
 

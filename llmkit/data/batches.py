@@ -1,4 +1,4 @@
-"""The order of batches as a pure function of seed and epoch, shared out over ranks, and a loader that can resume it."""
+"""The order of batches as a pure function of seed and epoch, divided among ranks, and a loader that can resume it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def world() -> tuple[int, int]:
 
 
 class Position:
-    """Where training stands in its data: the epoch, and how many batches of it are done.
+    """Where training stands in its data: the epoch, and how many of its batches are done.
 
-    It counts the batches that the trainer has trained on, neither those that workers have fetched ahead nor the
-    epochs of Lightning: for Lightning an epoch that ``max_steps`` cuts short is over, and one that a resumed run begins
-    may be a single batch. Training continues with the next batch in all these cases.
+    It counts the batches that the trainer has trained on. Workers have fetched more than those, and Lightning counts
+    other epochs: for it an epoch that ``max_steps`` cuts short is over, and the first one of a resumed run may be a
+    single batch. Training continues with the next batch in all these cases.
 
     Args:
-        trainer: knows how many batches it has trained on; None: all that the loader has handed out.
+        trainer: knows how many batches it has trained on; None: every batch that the loader yields counts.
     """
 
     def __init__(self, trainer: Any = None) -> None:
@@ -43,27 +43,22 @@ class Position:
     def resume(self, epoch: int, batches: int) -> None:
         """Go to a batch of an epoch."""
         self._epoch, self._start = epoch, batches
-        self._trained: int | None = None  # before this iteration
+        self._trained: int | None = None  # batches trained on before this iteration
         self._delivered, self._exhausted = 0, False
 
-    def now(self) -> tuple[int, int]:
-        """Return the epoch and the number of its batches that are done."""
-        done = 0 if self._trained is None else self._count() - self._trained
-        if self.length is not None:
-            epochs, batches = divmod(self._start + done, self.length)
-            return self._epoch + epochs, batches
-        if self._exhausted and done >= self._delivered:
-            return self._epoch + 1, 0
-        return self._epoch, self._start + done
-
     def state(self) -> dict[str, int]:
-        """Return ``now`` as the arguments of ``resume``."""
-        epoch, batches = self.now()
+        """Return the epoch and the number of its batches that are done, as arguments of ``resume``."""
+        done = 0 if self._trained is None else self._count() - self._trained
+        epoch, batches = self._epoch, self._start + done
+        if self.length is not None:
+            epoch, batches = epoch + batches // self.length, batches % self.length
+        elif self._exhausted and done >= self._delivered:
+            epoch, batches = epoch + 1, 0
         return {"epoch": epoch, "batches": batches}
 
     def iterate(self, batches: Callable[[int, int], Iterator[Any]]) -> Iterator[Any]:
-        """Yield what ``batches(epoch, start)`` gives for the current position, and keep count."""
-        self.resume(*self.now())
+        """Yield ``batches(epoch, start)`` for the current position, and keep count."""
+        self.resume(**self.state())
         self._trained = self._count()
         for batch in batches(self._epoch, self._start):
             self._delivered += 1
@@ -71,17 +66,15 @@ class Position:
         self._exhausted = True
 
     def _count(self) -> int:
-        if self.trainer is None:
-            return self._delivered
-        return batches_done(self.trainer)
+        return self._delivered if self.trainer is None else batches_done(self.trainer)
 
 
 class TrainingOrder(SequentialSampler):
-    """The batches of each epoch for this rank: every rank gets equally many, and each row comes once an epoch.
+    """The batches of each epoch for this rank: each row comes once an epoch, and all ranks get equally many batches.
 
-    Where the ranks do not divide the number of batches, the last batches are split into smaller ones; where there are
-    not enough rows even for that, some batches take one row more. Only when an epoch has fewer rows than there are
-    ranks do rows repeat.
+    If the number of batches is not a multiple of the number of ranks, the last batches are split into smaller ones; if
+    there are not enough rows for that, some batches take an extra row. Rows repeat only when an epoch has fewer rows
+    than there are ranks.
 
     Batch n goes to rank n % ranks. With 2 ranks, batches of 4, 4 and 3 rows become 4, 4, 1 and 2: rank 0 trains on
     4 and on 1 row, rank 1 on 4 and on 2.
@@ -90,11 +83,11 @@ class TrainingOrder(SequentialSampler):
     Lightning replaces any other with one that counts rows when ``overfit_batches`` is set.)
 
     Args:
-        plan: gives the index arrays of an epoch, none of them empty.
+        plan: returns the index arrays of an epoch, none of them empty.
         count: number of index arrays, the same in every epoch.
-        rows: number of rows in all of them together.
+        rows: total number of rows in them.
         seed: seed of the order.
-        fixed: every iteration is like the first one (for ``overfit_batches``).
+        fixed: repeat the first iteration (for ``overfit_batches``).
     """
 
     def __init__(self, plan: Plan, count: int, rows: int, seed: int, fixed: bool = False) -> None:
@@ -116,11 +109,11 @@ class TrainingOrder(SequentialSampler):
             epoch += 1
 
     def _shared(self, batches: Sequence[Index], size: int) -> Sequence[Index]:
-        """Return the same rows in ``len(self)`` batches for each of ``size`` ranks; fewer than ``size`` stay single."""
+        """Return the same rows in ``len(self)`` batches per rank; fewer rows than ranks stay single."""
         if size == 1:
             return batches
-        # A round is one batch for each rank. 4, 4 and 3 rows for 2 ranks: two rounds, 4 batches. The first round
-        # stays, and the last batch is halved.
+        # A round is one batch for each rank. 4, 4 and 3 rows for 2 ranks: two rounds of 2 batches; the first round
+        # stays as it is, and the last batch is halved to fill the second.
         rounds, found = len(self), list(batches)
         count = rounds * size
         # Too few rows for another round: 1, 1 and 1 rows for 2 ranks become 2 and 1.
@@ -135,10 +128,10 @@ class TrainingOrder(SequentialSampler):
 
 
 class EvaluationOrder(SequentialSampler):
-    """The batches of an evaluation for this rank; each one is seen by exactly one rank.
+    """The batches of an evaluation for this rank; each row is seen by exactly one rank.
 
-    Batches are halved until every rank gets equally many, where there are enough rows: the other ranks would wait for
-    one that runs out early.
+    Batches are halved until every rank gets equally many, if there are enough rows: the other ranks would wait for a
+    rank that runs out early.
     """
 
     def __init__(self, plan: Callable[[], Sequence[Index]]) -> None:
@@ -159,10 +152,10 @@ class EvaluationOrder(SequentialSampler):
 
 
 def halved(batches: Sequence[Index], count: int) -> list[Index]:
-    """Halve the largest batch, again and again, until there are ``count``, or all are single rows.
+    """Halve the largest batch repeatedly until there are ``count`` batches, or all are single rows.
 
     Batches of 5 and 3 rows become, for a count of 4, 2, 1, 2 and 3 rows: 5 is cut into 2 and 3, that 3 into 1 and 2.
-    A part of a batch needs no more memory than the batch, whether it was planned by rows or by tokens.
+    Half a batch never needs more memory than the whole, whether it was planned by rows or by tokens.
     """
     found = list(batches)
     while len(found) < count:
@@ -189,6 +182,7 @@ class Loader(DataLoader[Any]):
     position: Position | None = None
 
     def __init__(self, dataset: Any, num_workers: int = 0, **kwargs: Any) -> None:
+        # Lightning may build the loader again with all of torch's arguments.
         kwargs = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **kwargs}
         super().__init__(dataset, num_workers=num_workers, **kwargs)
 
@@ -201,10 +195,10 @@ class Loader(DataLoader[Any]):
         return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that are done."""
+        """Return the position of training."""
         return {} if self.position is None else self.position.state()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume where ``state_dict`` was taken."""
+        """Resume at the position that ``state_dict`` returned."""
         if self.position is not None:
             self.position.resume(**state)

@@ -1,4 +1,4 @@
-"""Which rows belong to which stage, and how the head's fields of them are read."""
+"""Which rows belong to which stage, and how the head's fields are read from them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ from llmkit.data import cache
 from llmkit.data.formats import Options
 from llmkit.data.hub import Hub
 from llmkit.data.prepare import Fields, Item, cut, measure
-from llmkit.data.rows import OnBadRow, Rows, Skipped
+from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
 from llmkit.errors import Problem, UserError
 
 
 class Reader(NamedTuple):
-    """The rows of a stage, how to read their items (again and again), and what says that they are still the same."""
+    """Reads the items of a stage, any number of times."""
 
-    rows: Rows
+    source: Source
     read: Callable[..., Iterator[Item]]
-    """Takes (shard, number of shards) for training data; the default is everything."""
+    """Takes (shard, number of shards) for training data; without arguments it reads everything."""
     identity: list[Any]
+    """Changes whenever the items may have changed; part of the keys of the cache."""
+    joins: bool
+    """Whether the items become one stream of tokens."""
     skipped: Skipped
-    """What the latest reading left out."""
+    """The bad rows of the latest pass."""
 
     def check(self) -> None:
-        """Raise UserError when there is no row, or none that is good."""
+        """Raise UserError when there are no rows, or only bad ones."""
         if next(self.read(), None) is None:
             raise self.empty(self.skipped)
 
     def empty(self, skipped: Skipped) -> UserError:
-        """Return the error for a split without rows, because none are there or because these were skipped."""
-        told = skipped.told(self.skipped.seen)
-        because = f": {told}" if told else ""
-        return UserError(Problem(self.rows.key, f"no rows in {', '.join(self.rows.names)}{because}"))
+        """Return the error for a split without rows: the source has none, or all were ``skipped``."""
+        summary = skipped.summary(self.skipped.seen)
+        because = f": {summary}" if summary else ""
+        return UserError(Problem(self.source.key, f"no rows in {', '.join(self.source.names)}{because}"))
 
 
 @dataclass
 class Corpus:
-    """The rows of all stages; see the arguments of the same names of ``DataModule``."""
+    """The rows of all stages. Its arguments are those of ``DataModule``."""
 
     given: dict[Stage, Files]
     source: str | None
@@ -60,70 +63,61 @@ class Corpus:
     _sizes: dict[str | None, tuple[int, int]] = field(default_factory=dict, init=False)
 
     @cached_property
-    def hub(self) -> Hub:
-        """The data set that ``source`` names."""
-        assert self.source is not None
-        return Hub(self.source, self.subset, self.streaming)
+    def hub(self) -> Hub | None:
+        """The data set that ``data.source`` names."""
+        return None if self.source is None else Hub(self.source, self.subset, self.streaming)
 
     def has(self, stage: Stage) -> bool:
         """Whether there are rows for a stage."""
-        return self._given(stage) is not None or (stage == "validation" and self._cut() and self.has("train"))
-
-    def joins(self, stage: Stage, head: Head) -> bool:
-        """Whether rows become one stream of tokens."""
-        return head.layout == "blocks" and stage != "predict"
+        return self._given(stage) is not None or (stage == "validation" and self._shared() and self.has("train"))
 
     def reader(self, stage: Stage, head: Head) -> Reader:
         """Return the reader of a stage. Raises UserError when nothing is configured or files are missing."""
-        part = self._cut() and stage in ("train", "validation")
-        rows = self._rows("train" if part else stage, chunks=self.joins(stage, head) and self.documents == "file")
-        fields = Fields.of(head, self.columns, stage == "predict")
-        columns = [(name, fields.column(name, rows), name in fields.texts) for name in fields.needed]
-        # The content of files too large to be tokenized ahead is not read for a hash either.
-        files = [_stat(file) if self.streaming else cache.file_digest(file, self.folder) for file in rows.files]
-        identity: list[Any] = [files, rows.identity, columns, self.on_bad_row]
-        skipped = Skipped(rows.key, self.on_bad_row)
+        joins = head.layout == "blocks" and stage != "predict"
+        part = self._shared() and stage in ("train", "validation")
+        source = self._source("train" if part else stage, chunks=joins and self.documents == "file")
+        fields = Fields.of(head, self.columns or {}, stage == "predict", source.single)
+        columns = [(name, column, name in fields.texts) for name, column in fields.columns.items()]
+        # Files of a stream are too large to be read for a hash.
+        files = [_stat(file) if self.streaming else cache.file_digest(file, self.folder) for file in source.files]
+        identity: list[Any] = [files, source.identity, columns, self.on_bad_row]
+        skipped = Skipped(source.key, self.on_bad_row)
         if not part:
-            return Reader(rows, partial(_sharded, rows, fields, skipped), identity, skipped)
-        rows = replace(rows, sharded=None)  # what shards begin with is not what the whole begins with
-        read = partial(_sharded, rows, fields, skipped)
-        if self.streaming:
-            identity += [stage, HELD_OUT]
-            if stage == "validation":
-                return Reader(rows, lambda: take(read(), HELD_OUT), identity, skipped)
-            size = sum(1 for _ in take(read(), HELD_OUT))
-            if size and next(islice(read(), size, None), None) is None:
-                raise UserError(
-                    Problem(rows.key, f"all {size} rows would be set aside for validation. Set data.validation.")
-                )
-            return Reader(rows, partial(_sharded, rows, fields, skipped, skip=size), identity, skipped)
-        text = next((name for name in fields.needed if name in fields.texts), None) if self.joins(stage, head) else None
-        identity += [stage, self.validation_share]
-        share = self.validation_share
-        measured = partial(self._size, read, text)
-        return Reader(rows, lambda: cut(read, measured(), rows.key, share, stage, text), identity, skipped)
+            return Reader(source, partial(_sharded, source, fields, skipped), identity, joins, skipped)
+        source = replace(source, sharded=None)  # the rows set aside are the first of the whole, not of a shard
+        read = partial(_sharded, source, fields, skipped)
+        if not self.streaming:
+            share = self.validation_share
+            text = next((name for name in fields.columns if name in fields.texts), None) if joins else None
 
-    def _size(self, read: Callable[[], Iterator[Item]], text: str | None) -> tuple[int, int]:
-        """Return the size of the training rows, measured once for both of their parts."""
-        if text not in self._sizes:
-            self._sizes[text] = measure(read, text)
-        return self._sizes[text]
+            def read_part() -> Iterator[Item]:
+                if text not in self._sizes:  # measured once for both parts
+                    self._sizes[text] = measure(read, text)
+                return cut(read, self._sizes[text], source.key, share, stage, text)
 
-    def _cut(self) -> bool:
-        """Whether validation rows are taken from the training ones."""
+            return Reader(source, read_part, [*identity, stage, share], joins, skipped)
+        identity += [stage, HELD_OUT]
+        if stage == "validation":
+            return Reader(source, lambda: take(read(), HELD_OUT), identity, joins, skipped)
+        size = sum(1 for _ in take(read(), HELD_OUT))
+        if size and next(read(skip=size), None) is None:
+            text = f"all {size} rows would be set aside for validation. Set data.validation."
+            raise UserError(Problem(source.key, text))
+        return Reader(source, partial(read, skip=size), identity, joins, skipped)
+
+    def _shared(self) -> bool:
+        """Whether the rows of ``train`` are shared between training and validation."""
         return self._given("validation") is None and self.validation_share > 0
 
     def _given(self, stage: Stage) -> Files:
         given = self.given[stage]
-        if given is None and self.source is not None and stage in self.hub.splits:
-            return stage
-        return given
+        return stage if given is None and self.hub is not None and stage in self.hub.splits else given
 
-    def _rows(self, stage: Stage, chunks: bool) -> Rows:
+    def _source(self, stage: Stage, chunks: bool) -> Source:
         key, given = f"data.{stage}", self._given(stage)
         if given is None:
             raise UserError(Problem(key, "is not set, and this run needs it"))
-        if self.source is None:
+        if self.hub is None:
             return local(key, given, replace(self.options, chunks=chunks))
         if not isinstance(given, str):
             raise UserError(Problem(key, f"with data.source it is the name of a split, got {given}"))
@@ -131,11 +125,12 @@ class Corpus:
 
 
 def _sharded(
-    rows: Rows, fields: Fields, skipped: Skipped, shard: int = 0, shards: int = 1, skip: int = 0
+    source: Source, fields: Fields, skipped: Skipped, shard: int = 0, shards: int = 1, skip: int = 0
 ) -> Iterator[Item]:
-    if rows.sharded is not None:
-        return fields.items(rows, rows.sharded(shard, shards), skipped)
-    return islice(fields.items(rows, rows.read(), skipped), skip + shard, None, shards)
+    """Yield every item of a shard: the source's own shard, or one in ``shards`` items after the first ``skip``."""
+    if source.sharded is not None:
+        return fields.items(source.sharded(shard, shards), skipped)
+    return islice(fields.items(source.read(), skipped), skip + shard, None, shards)
 
 
 def _stat(file: str) -> list[Any]:

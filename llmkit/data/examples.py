@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.contracts import Batch, Head, Tokenizer
-from llmkit.data.tokens import Index
+from llmkit.data.tokens import Index, split_batches
 from llmkit.errors import note
 
 
+@dataclass(frozen=True)
 class Features:
     """Features of examples, column by column, each as one flat array.
 
-    ``values`` of ints: one item an example. Of lists of ints: the lists one after the other. Of strings: their UTF-8
+    ``values`` of ints: one per example. Of lists of ints: the lists one after the other. Of strings: their UTF-8
     bytes. In the last two cases ``ends`` says where each example ends: texts ``["ab", "", "c"]`` are the bytes ``abc``
     and the ends ``[0, 2, 2, 3]``. Numbers are read into memory, texts stay on disk.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.values: dict[str, NDArray[Any]] = {}
-        self.ends: dict[str, NDArray[np.int64]] = {}
+    values: dict[str, NDArray[Any]]
+    ends: dict[str, NDArray[np.int64]]
 
     @classmethod
     def of(cls, batches: Iterable[Mapping[str, list[Any]]]) -> Features:
@@ -33,13 +33,12 @@ class Features:
 
         Raises TypeError for features of another type, or with unequal numbers of values.
         """
-        self = cls()
         values: dict[str, list[NDArray[Any]]] = {}
         lengths: dict[str, list[NDArray[np.int64]]] = {}
         for batch in batches:
             sizes = {name: len(column) for name, column in batch.items()}
             if len(set(sizes.values())) > 1 or (values and values.keys() != batch.keys()):
-                raise TypeError(f"the head's encode gave features of unequal numbers or names: {sizes}")
+                raise TypeError(f"the head's encode returned features of unequal numbers or names: {sizes}")
             for name, column in batch.items():
                 array, each = _flat(name, column)
                 values.setdefault(name, []).append(array)
@@ -47,43 +46,41 @@ class Features:
                     lengths.setdefault(name, []).append(each)
                 if array.dtype != values[name][0].dtype:
                     raise TypeError(f"the head's feature '{name}' must be strings in every row, or in none")
-            self.count += next(iter(sizes.values()), 0)
-        self.values = {name: np.concatenate(parts) for name, parts in values.items()}
-        self.ends = {name: np.cumsum(np.concatenate([[0], *parts])) for name, parts in lengths.items()}
-        return self
+        return cls(
+            {name: np.concatenate(parts) for name, parts in values.items()},
+            {name: np.cumsum(np.concatenate([[0], *parts])) for name, parts in lengths.items()},
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        name = next(iter(self.values), None)
+        return 0 if name is None else len(self.ends[name]) - 1 if name in self.ends else len(self.values[name])
 
     def write(self, folder: Path) -> None:
         """Write the features into a folder."""
         numbers = {name: values for name, values in self.values.items() if values.dtype != np.uint8}
         np.savez(folder / "values.npz", **numbers)  # type: ignore[arg-type]
         np.savez(folder / "ends.npz", **self.ends)  # type: ignore[arg-type]
-        for name, place in self._texts(numbers).items():
-            (folder / place).write_bytes(self.values[name].data)
-        (folder / "count").write_text(str(self.count))
+        for name, path in self._texts(folder, numbers).items():
+            path.write_bytes(self.values[name].data)
 
     @classmethod
     def read(cls, folder: Path) -> Features:
         """Return what ``write`` wrote."""
-        self = cls()
         with np.load(folder / "values.npz") as values, np.load(folder / "ends.npz") as ends:
-            self.values, self.ends = dict(values), dict(ends)
-        for name, place in self._texts(self.values).items():
+            self = cls(dict(values), dict(ends))
+        for name, path in self._texts(folder, self.values).items():
             # An empty file cannot be mapped.
-            mapped = np.memmap(folder / place, np.uint8, "r") if self.ends[name][-1] else np.empty(0, np.uint8)
-            self.values[name] = np.asarray(mapped)
-        self.count = int((folder / "count").read_text())
+            self.values[name] = np.asarray(np.memmap(path, np.uint8, "r") if self.ends[name][-1] else [], np.uint8)
         return self
 
-    def _texts(self, numbers: Mapping[str, Any]) -> dict[str, str]:
-        """Return the file of each feature that has ends and is not among the numbers."""
-        return {name: f"text{place}.bin" for place, name in enumerate(self.ends) if name not in numbers}
-
-    def list_lengths(self) -> list[NDArray[np.int64]]:
-        """Return the lengths of the lists of ints, feature by feature."""
-        return [np.diff(ends) for name, ends in self.ends.items() if self.values[name].dtype != np.uint8]
+    def _texts(self, folder: Path, numbers: Mapping[str, Any]) -> dict[str, Path]:
+        """Return the file of each text: of each feature that has ends and is not among the numbers."""
+        return {name: folder / f"text{i}.bin" for i, name in enumerate(self.ends) if name not in numbers}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the features of one example, as the head's ``encode`` gave them."""
+        """Return the features of one example, as the head's ``encode`` returned them."""
         found: dict[str, Any] = {}
         for name, values in self.values.items():
             ends = self.ends.get(name)
@@ -93,7 +90,7 @@ class Features:
 
 
 def _flat(name: str, column: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
-    """Return a column of features as one array and, for lists and strings, the length of each value in it."""
+    """Return a column of features as one array and, for lists and strings, the length of each value."""
     if column and all(isinstance(value, str) for value in column):
         texts = [value.encode("utf-8", "surrogatepass") for value in column]
         return np.frombuffer(b"".join(texts), np.uint8), np.fromiter(map(len, texts), np.int64, len(texts))
@@ -111,9 +108,9 @@ class Examples:
     """Examples of a split, batched by length.
 
     A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are padded to the longest.
-    Training order: sorted by length with ties in random order, cut into batches, batches shuffled; lengths count as
-    equal within 1/16, so that long rows too meet other rows in each epoch. Each example comes once an epoch, and every
-    epoch has the same number of batches.
+    Training order: sorted by length with ties in random order, cut into batches, batches shuffled; lengths within 1/16
+    of each other count as equal, so that long rows too meet other rows in each epoch. Each example comes once an epoch,
+    and every epoch has the same number of batches.
     Evaluation order: longest first, so that running out of memory shows at once.
 
     Lengths 3, 9, 4, 10 and 5 with ``batch_tokens: 20`` are sorted to 3 4 5 9 10 and cut from the longest down: 20 // 10
@@ -125,8 +122,10 @@ class Examples:
     ) -> None:
         self.features, self.head, self.tokenizer = features, head, tokenizer
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self._count = features.count
-        lists = features.list_lengths() or [np.zeros(self._count, np.int64)]
+        self.training_rows = features.count
+        # The lengths of each feature that is a list of ints; a text (bytes) has none.
+        lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
+        lists = lists or [np.zeros(len(self), np.int64)]
         lengths = features.values.get("length", sum(lists))
         # Batches are planned with lengths rounded up to multiples of a power of two, 1/32 to 1/16 of the length:
         # 31 stays 31, 33 becomes 34, 130 becomes 136.
@@ -139,23 +138,14 @@ class Examples:
         skew = features.values.get("skew")
         self._skew = lists[0] - sum(lists[1:]) if skew is None else turn * skew
         self._bounds = self._cut(np.sort(self._rounded))
+        self.num_batches = len(self._bounds) - 1  # of a training epoch
 
     def __len__(self) -> int:
         """Number of examples."""
-        return self._count
-
-    @property
-    def training_rows(self) -> int:
-        """Number of rows of an epoch."""
-        return self._count
-
-    @property
-    def num_batches(self) -> int:
-        """Number of training batches of an epoch."""
-        return len(self._bounds) - 1
+        return self.training_rows
 
     def _cut(self, lengths: NDArray[Any]) -> Index:
-        """Return where batches of these lengths, shortest first, begin, and the end of the last one."""
+        """Return where each batch of these lengths, shortest first, begins, and where the last one ends."""
         if self.batch_tokens is None:
             return np.append(np.arange(0, len(lengths), self.batch_size), len(lengths))
         bounds = [len(lengths)]
@@ -167,7 +157,7 @@ class Examples:
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the batches of an epoch."""
-        order = np.lexsort((self._skew + self._blur * rng.random(self._count), self._rounded))
+        order = np.lexsort((self._skew + self._blur * rng.random(len(self)), self._rounded))
         batches = self._split(order)
         return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -176,8 +166,8 @@ class Examples:
         return self._split(np.lexsort((self._skew, self._rounded)))[::-1]
 
     def reading_order(self) -> Sequence[Index]:
-        """Return batches in the order of the rows (predictions are read next to their rows)."""
-        return [np.arange(i, min(i + self.batch_size, self._count)) for i in range(0, self._count, self.batch_size)]
+        """Return batches in the order of the rows, which predictions keep."""
+        return split_batches(np.arange(len(self)), self.batch_size)
 
     def _split(self, order: Index) -> list[Index]:
         return np.split(order, self._bounds[1:-1])
@@ -188,7 +178,7 @@ class Examples:
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
-    """Note how many texts were longer than the context and which part of them is used."""
+    """Note how many texts are longer than the context, and which part of them is used."""
     count = 0 if truncated is None else sum(map(int, truncated))
     if count:
         note(

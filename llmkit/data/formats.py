@@ -1,6 +1,6 @@
-"""Readers of file formats: each yields rows, and in their place those that are bad.
+"""Readers of file formats: each yields the rows of a file, with a ``Bad`` in place of each row that cannot be used.
 
-A file that cannot be read as what it should be (JSON that ends in the middle, garbage in Parquet) raises UserError.
+A file that cannot be read as a whole (JSON that ends in the middle, damaged Parquet) raises UserError.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from itertools import count, groupby
 from typing import Any, Literal
 
-from llmkit.data.rows import Bad, Read, Row, flaw
+from llmkit.data.rows import Bad, RawRows, Row, flaw
 from llmkit.errors import Problem, UserError
 
 Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conll", "squad"]
@@ -23,7 +24,7 @@ Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conl
 CHUNK = 256 * 1024  # characters of a large text that are read as one row
 WRONG_BYTES = "llmkit.wrong_bytes"
 
-# Bytes that are not of the encoding become a lone surrogate, which no text holds: `flaw` finds it.
+# Bytes that are invalid in the encoding become a lone surrogate, which valid text never holds: `flaw` finds it.
 codecs.register_error(WRONG_BYTES, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
 
@@ -35,11 +36,21 @@ class Options:
     pattern: str | None = None
     column_names: list[str] | None = None
     encoding: str = "utf-8"
-    chunks: bool = False  # a text file is one document, in chunks; otherwise each non-empty line is a row
+    chunks: bool = False  # a text file is one document, read in chunks; otherwise each non-empty line is a row
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an invalid pattern."""
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groupindex
+            except re.error as error:
+                raise UserError(Problem("data.pattern", f"is not a regular expression: {error}")) from error
+            if not groups:
+                raise UserError(Problem("data.pattern", "has no named group; a column is written (?P<name>...)"))
 
 
 def open_text(path: str, options: Options, newline: str | None = None) -> Any:
-    """Open a text file whose wrong bytes are for ``flaw`` to find."""
+    """Open a text file; invalid bytes do not raise, they are left for ``flaw`` to find."""
     encoding = "utf-8-sig" if options.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else options.encoding
     return open(path, encoding=encoding, errors=WRONG_BYTES, newline=newline)
 
@@ -51,7 +62,7 @@ def _numbered(path: str, options: Options) -> Iterator[tuple[int, str, str | Non
             yield number, line.rstrip("\n"), flaw(line, options.encoding)
 
 
-def _text(path: str, options: Options) -> Read:
+def _text(path: str, options: Options) -> RawRows:
     if options.chunks:
         yield from _chunks(path, options)
         return
@@ -62,11 +73,11 @@ def _text(path: str, options: Options) -> Read:
             yield Row({"text": line}, path, number)
 
 
-def _chunks(path: str, options: Options) -> Read:
-    """Yield the text in large pieces; bad lines are left out of them."""
+def _chunks(path: str, options: Options) -> RawRows:
+    """Yield the text in large pieces without its bad lines, which are yielded on their own."""
     with open_text(path, options) as file:
         number, first = 1, True
-        # Cut at a line's end, but do not look for it forever.
+        # Cut at the end of a line, unless that line is very long.
         while chunk := file.read(CHUNK) + file.readline(CHUNK):
             lines = chunk.count("\n")
             if flaw(chunk):
@@ -84,18 +95,8 @@ def _chunks(path: str, options: Options) -> Read:
             number += lines
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(Problem("data.pattern", f"is not a regular expression: {error}")) from error
-    if not compiled.groupindex:
-        raise UserError(Problem("data.pattern", "has no named group; a column is written (?P<name>...)"))
-    return compiled
-
-
-def _lines(path: str, options: Options) -> Read:
-    pattern = _compiled(options.pattern or "")
+def _lines(path: str, options: Options) -> RawRows:
+    pattern = re.compile(options.pattern or "")
     for number, line, wrong in _numbered(path, options):
         if line.strip():
             match = pattern.fullmatch(line)
@@ -105,10 +106,10 @@ def _lines(path: str, options: Options) -> Read:
                 yield Row(match.groupdict(), path, number)
 
 
-def _conll(path: str, options: Options) -> Read:
-    """Yield sentences: blocks of lines, a word with its columns on each, that empty lines divide."""
-    match = _compiled(options.pattern).fullmatch if options.pattern else _word_and_tag
-    widths: set[int] = set()  # numbers of fields that lines of words have
+def _conll(path: str, options: Options) -> RawRows:
+    """Yield sentences: blocks of lines separated by empty ones, each line a word with its columns."""
+    match = re.compile(options.pattern).fullmatch if options.pattern else _word_and_tag
+    widths: set[int] = set()  # the numbers of fields of lines that are certainly words
     for empty, block in groupby(_numbered(path, options), lambda numbered: not numbered[1].strip()):
         if empty:
             continue
@@ -118,7 +119,7 @@ def _conll(path: str, options: Options) -> Read:
         bad = None
         for number, line, wrong in lines:
             found = match(line)
-            # A word may be '#': such a line is a comment only where it does not look like the others.
+            # '#' can be a word too: the line is a comment only if it does not look like the other lines.
             if line.startswith("#") and (found is None or not (options.pattern or _num_fields(line) in widths)):
                 continue
             if wrong or found is None:
@@ -133,7 +134,7 @@ def _conll(path: str, options: Options) -> Read:
 
 
 def _word_and_tag(line: str) -> re.Match[str] | None:
-    """Return the first and the last field, which are divided by tabs where there is one, else by blanks."""
+    """Return the first and the last field, separated by tabs if the line has any, else by blanks."""
     return _BY_TABS.fullmatch(line) or _BY_BLANKS.fullmatch(line)
 
 
@@ -146,7 +147,7 @@ def _num_fields(line: str) -> int:
 
 
 def _sentence(path: str, words: list[tuple[int, dict[str, str | None]]]) -> Row | Bad:
-    """Return the columns of a sentence; one that no line has (words without tags, say) is left out."""
+    """Return the columns of a sentence; one that no line has (tags of a file of bare words) is left out."""
     data: dict[str, list[str]] = {}
     for name in words[0][1]:
         if all(columns[name] is None for _, columns in words):
@@ -160,8 +161,8 @@ def _sentence(path: str, words: list[tuple[int, dict[str, str | None]]]) -> Row 
     return Row(data, path, words[0][0])
 
 
-def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> Read:
-    """Yield rows of a table with a header, or without one where the column names are given; cells stay strings."""
+def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRows:
+    """Yield the rows of a table, whose first record is the header unless column names are given."""
     csv.field_size_limit(2**31 - 1)
     header = options.column_names
     with open_text(path, options, newline="") as file:
@@ -172,15 +173,18 @@ def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> Read:
                     raise UserError(f"{path}:{number} {wrong}")
                 header = cells
             elif wrong or len(cells) != len(header):
-                told = f"has {len(cells)} cells, expected {len(header)}: {shortened(header)}"
-                yield Bad(wrong or told, path, number)
+                yield Bad(wrong or f"has {len(cells)} cells, expected {len(header)}: {shortened(header)}", path, number)
             else:
                 yield Row(dict(zip(header, cells, strict=True)), path, number)
 
 
 def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple[int, list[str], str | None]]:
-    """Yield the first line of each record that is not empty, its cells, and what is wrong with it."""
-    taken: list[str] = []  # lines of the record at hand
+    """Yield, for each record that is not empty, the number of its first line, its cells, and what is wrong with it.
+
+    A quotation mark that is never closed makes one record of the rest of the file. Such a record is bad, but the lines
+    after its first are read again, each as a record of its own, so that one stray mark does not lose them all.
+    """
+    taken: list[str] = []  # lines of the current record
     ended = False
 
     def kept() -> Iterator[str]:
@@ -202,7 +206,6 @@ def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple
                 yield number, [], f"is not CSV: {error}{span}"
                 continue
             yield number, [], "opens a quotation mark that is not closed"
-            # Each of the lines after it is a record of its own: a quotation mark would have closed the first one's.
             for after, line in enumerate(taken[1:], number + 1):
                 if line.strip():
                     try:
@@ -214,16 +217,7 @@ def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple
                 yield number, cells, None
 
 
-def _csv(path: str, options: Options) -> Read:
-    return _table(path, options, {})
-
-
-def _tsv(path: str, options: Options) -> Read:
-    # In tab-separated files a quotation mark is text.
-    return _table(path, options, {"delimiter": "\t", "quoting": csv.QUOTE_NONE})
-
-
-def _json(path: str, options: Options) -> Read:
+def _json(path: str, options: Options) -> RawRows:
     """Yield objects, one a line or from one list."""
     with open_text(path, options) as file:
         start = file.read(1)
@@ -251,7 +245,7 @@ def _object(item: Any, path: str, number: int) -> Row | Bad:
 
 
 def _document(path: str, options: Options) -> Any:
-    """Return what a whole file of JSON holds. Raises UserError, with the line, when it is none."""
+    """Return the content of a whole JSON file. Raises UserError, with the line, for invalid JSON."""
     with open_text(path, options) as file:
         text = file.read()
     try:
@@ -269,67 +263,63 @@ def _cause(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)  # a number of too many digits
 
 
-def _squad(path: str, options: Options) -> Read:
+def _squad(path: str, options: Options) -> RawRows:
     """Yield the questions of a SQuAD file (v1.1, or v2.0 with unanswerable ones); each paragraph is a document."""
     content = _document(path, options)
-    try:
-        articles = _part(content, "data", list)
-    except _MalformedError as error:
-        raise UserError(f"{path}: expected SQuAD's format, but the file {error}") from error
+    if lack := _lack(content, data=list):
+        raise UserError(f"{path}: expected SQuAD's format, but the file {lack}")
     numbers = count(1)
-    for a, article in enumerate(articles):
+    for a, article in enumerate(content["data"]):
         place = f"data[{a}]"
-        try:
-            paragraphs = _part(article, "paragraphs", list)
-        except _MalformedError as error:
-            yield Bad(f"({place}) {error}", path, next(numbers))
+        if lack := _lack(article, paragraphs=list):
+            yield Bad(f"({place}) {lack}", path, next(numbers))
             continue
-        title = article.get("title", "")
-        for p, paragraph in enumerate(paragraphs):
+        title = article.get("title")
+        for p, paragraph in enumerate(article["paragraphs"]):
             place = f"data[{a}].paragraphs[{p}]"
-            try:
-                context, entries = _part(paragraph, "context", str), _part(paragraph, "qas", list)
-            except _MalformedError as error:
-                yield Bad(f"({place}) {error}", path, next(numbers))
+            if lack := _lack(paragraph, context=str, qas=list):
+                yield Bad(f"({place}) {lack}", path, next(numbers))
                 continue
             first = True
-            for q, (entry, number) in enumerate(zip(entries, numbers, strict=False)):
-                try:
-                    row = _question(entry, number)
-                except _MalformedError as error:
-                    yield Bad(f"({place}.qas[{q}]) {error}", path, number)
+            for q, question in enumerate(paragraph["qas"]):
+                number = next(numbers)
+                if lack := _question_lack(question):
+                    yield Bad(f"({place}.qas[{q}]) {lack}", path, number)
                     continue
-                row |= {"title": title if isinstance(title, str) else "", "context": context}
+                name = question.get("id")
+                row = {
+                    "id": str(name if isinstance(name, str | int) else number),
+                    "title": title if isinstance(title, str) else "",
+                    "context": paragraph["context"],
+                    "question": question["question"],
+                }
+                if "answers" in question:
+                    row["answers"] = {key: [answer[key] for answer in question["answers"]] for key in _ANSWER}
                 yield Row(row, path, number, first)
                 first = False
 
 
-class _MalformedError(Exception):
-    """A part of a SQuAD file that is not what it should be."""
+_ANSWER = {"text": str, "answer_start": int}
 
 
-def _part(parent: Any, key: str, kind: type) -> Any:
-    value = parent.get(key) if isinstance(parent, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _MalformedError(f"has no {kind.__name__} '{key}'")
-    return value
+def _question_lack(question: Any) -> str | None:
+    lack = _lack(question, question=str)
+    if lack is None and "answers" in question:  # they are left out where they are to be predicted
+        lack = _lack(question, answers=list)
+        lack = lack or next(filter(None, (_lack(answer, **_ANSWER) for answer in question["answers"])), None)
+    return lack
 
 
-def _question(entry: Any, number: int) -> dict[str, Any]:
-    """Return the columns of a question that are its own."""
-    row: dict[str, Any] = {"question": _part(entry, "question", str)}
-    name = entry.get("id")
-    row["id"] = str(name if isinstance(name, str | int) else number)
-    if "answers" in entry:  # there are none where they are to be predicted
-        answers = _part(entry, "answers", list)
-        row["answers"] = {
-            "text": [_part(answer, "text", str) for answer in answers],
-            "answer_start": [_part(answer, "answer_start", int) for answer in answers],
-        }
-    return row
+def _lack(part: Any, **expected: type) -> str | None:
+    """Return which of the expected keys a part of a SQuAD file lacks, or holds with another type; None: all right."""
+    for key, kind in expected.items():
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"has no {kind.__name__} '{key}'"
+    return None
 
 
-def _parquet(path: str, options: Options) -> Read:
+def _parquet(path: str, options: Options) -> RawRows:
     import pyarrow.parquet
 
     number = 0
@@ -339,13 +329,13 @@ def _parquet(path: str, options: Options) -> Read:
                 for item in _batch_rows(batch):
                     number += 1
                     yield Bad(item, path, number) if isinstance(item, str) else Row(item, path, number)
-    except Exception as error:  # damage shows in dozens of ways
+    except Exception as error:  # a damaged file raises dozens of types
         place = f"{path}, after row {number}" if number else path
         raise UserError(f"{place}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield the rows of a batch of Arrow data, or what is wrong with one (bytes that are not UTF-8, say)."""
+    """Yield the rows of a batch of Arrow data, or what is wrong with one (invalid UTF-8)."""
     try:
         yield from batch.to_pylist()
     except Exception:
@@ -357,12 +347,13 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """Return names in a list that fits into a message."""
-    told = ", ".join(names)
-    return told if len(told) <= 200 else f"{told[:200]}..."
+    """Return a list of names, cut to a length that fits into a message."""
+    text = ", ".join(names)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-READERS: dict[str, Callable[[str, Options], Read]] = {
-    "text": _text, "lines": _lines, "csv": _csv, "tsv": _tsv, "json": _json, "parquet": _parquet,
-    "conll": _conll, "squad": _squad,
+READERS: dict[str, Callable[[str, Options], RawRows]] = {
+    "text": _text, "lines": _lines, "json": _json, "parquet": _parquet, "conll": _conll, "squad": _squad,
+    "csv": partial(_table, dialect={}),
+    "tsv": partial(_table, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE}),  # a quotation mark is text
 }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from llmkit.data.rows import Bad, Read, Row, Rows
+from llmkit.data.rows import Bad, RawRows, Row, Source
 from llmkit.errors import Problem, UserError, nearest
 
 
@@ -21,15 +21,15 @@ class Hub:
         self._builder = _try(source, lambda datasets: datasets.load_dataset_builder(source, subset))
         self.splits = [str(name) for name in self._builder.info.splits or self._builder.config.data_files or {}]
 
-    def rows(self, key: str, split: str) -> Rows:
-        """Return the rows of a split; ``train[:10%]`` and the like are splits too."""
+    def rows(self, key: str, split: str) -> Source:
+        """Return the rows of a split, or of a part or sum of splits (``train[:10%]``, ``train+test``)."""
         if split.partition("[")[0].partition("+")[0] not in self.splits:
             hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
             raise UserError(Problem(key, f"'{self.source}' has no split '{split}'.{hint}"))
-        load = partial(_load, key, self.source, self.subset, split, self.streaming)
-        # The builder's hash stands for the files' versions (etags on the hub, times in a folder).
+        read = partial(_read, key, self.source, self.subset, split, self.streaming)
+        # The builder's hash covers the versions of the files (etags on the hub, times in a folder).
         identity = [self.source, self.subset, split, self._builder.config_id, self._builder.hash]
-        return Rows(key, [split], load, identity=identity, sharded=load if self.streaming else None)
+        return Source(key, [split], read, identity=identity, sharded=read if self.streaming else None)
 
 
 def _try(source: str, load: Callable[[Any], Any]) -> Any:
@@ -37,21 +37,24 @@ def _try(source: str, load: Callable[[Any], Any]) -> Any:
         import datasets
 
         return load(datasets)
-    except Exception as error:  # the library and what it stands on raise dozens of kinds
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(Problem("data.source", f"'{source}' cannot be loaded: {text}")) from error
+    except Exception as error:  # the library and what it stands on raise dozens of types
+        raise UserError(Problem("data.source", f"'{source}' cannot be loaded: {_one_line(error)}")) from error
 
 
-def _load(
-    key: str, source: str, subset: str | None, split: str, streaming: bool, rank: int = 0, world: int = 1
-) -> Read:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read(
+    key: str, source: str, subset: str | None, split: str, streaming: bool, shard: int = 0, shards: int = 1
+) -> RawRows:
     def load(datasets: Any) -> Any:
         data = datasets.load_dataset(source, subset, split=split, streaming=streaming)
-        return datasets.distributed.split_dataset_by_node(data, rank, world) if world > 1 else data
+        return datasets.distributed.split_dataset_by_node(data, shard, shards) if shards > 1 else data
 
     data = _try(source, load)
-    # Class numbers become class names: those are what a prediction should say.
-    kinds = {name: getattr(kind, "feature", kind) for name, kind in (data.features or {}).items()}  # of lists too
+    # Numbers of classes become their names, which is what a prediction should say; in lists of them too.
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in (data.features or {}).items()}
     names = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "names")}
     number = 0
     try:
@@ -63,12 +66,12 @@ def _load(
             else:
                 yield Row({**item, **named}, split, number)
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(Problem(key, f"'{source}' cannot be read after row {number} of '{split}': {text}")) from error
+        text = f"'{source}' cannot be read after row {number} of '{split}': {_one_line(error)}"
+        raise UserError(Problem(key, text)) from error
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """Return the class name of a number, or of each number of a list; -1 stands for none."""
+    """Return the class name of a number, or of each number of a list; -1 (no label) stays."""
     if isinstance(value, list):
         return [_named(item, names) for item in value]
     return names[value] if isinstance(value, int) and value >= 0 else value

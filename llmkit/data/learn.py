@@ -10,7 +10,7 @@ from llmkit import registry
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data import cache
 from llmkit.data.corpus import Reader
-from llmkit.data.prepare import Columns, texts
+from llmkit.data.prepare import Column, texts
 from llmkit.errors import Problem, UserError, blame
 
 
@@ -18,7 +18,6 @@ def train_tokenizer(
     tokenizer: Tokenizer, factory: Callable[[], Tokenizer] | None, head: Head, reader: Reader, folder: Path
 ) -> None:
     """Train the tokenizer that ``factory`` built on the head's texts, or load it from the cache."""
-    cuts = {name: f"{cut.__module__}.{cut.__qualname__}" for name, cut in head.words.items()}
 
     def write(path: Path) -> None:
         reader.check()
@@ -28,31 +27,30 @@ def train_tokenizer(
 
     try:
         spec = repr(registry.spec_of(factory)) if factory else ""
-    except UserError:  # some other callable: what it built is known by its settings
+    except UserError:  # not a class of the registry: the settings of the tokenizer have to identify it
         spec = ""
-    key = cache.digest(["tokenizer", reader.identity, cuts, cache.identity(tokenizer, folder), spec])
+    words = {name: f"{cut.__module__}.{cut.__qualname__}" for name, cut in head.words.items()}
+    key = cache.digest(["tokenizer", reader.identity, words, cache.identity(tokenizer, folder), spec])
     path = cache.entry(folder, key, write)
     if not tokenizer.trained:
         tokenizer.from_state((path / "state.json").read_text(encoding="utf-8"))
 
 
 def learn_head(head: Head, reader: Reader, folder: Path) -> None:
-    """Let the head learn from the training rows, or give it what one like it has learned from them."""
+    """Let the head learn from the training rows, or restore from the cache what an equal head has learned."""
     learned = False
 
     def write(path: Path) -> None:
         nonlocal learned
         reader.check()
-        columns = Columns(reader.read, dict.fromkeys((*head.inputs, *head.targets)))
+        place: list[str] = []
         try:
-            head.learn(columns)
+            head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
         except UserError as error:
-            place = f"{columns.at}: " if columns.at else ""
-            raise UserError(Problem(reader.rows.key, f"{place}{error}")) from error
+            raise UserError(Problem(reader.source.key, ": ".join([*place, str(error)]))) from error
         cache.write_text(path / "info.json", json.dumps(head.info()))
         learned = True
 
-    key = cache.digest(["head", reader.identity, cache.identity(head, folder)])
-    path = cache.entry(folder, key, write)
+    path = cache.entry(folder, cache.digest(["head", reader.identity, cache.identity(head, folder)]), write)
     if not learned:
         head.set_info(json.loads((path / "info.json").read_text(encoding="utf-8")))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
+from collections.abc import Callable
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
 from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
-from llmkit.data.prepare import encoded, features, grouped, pieces
+from llmkit.data.prepare import Encoder
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
@@ -43,44 +42,44 @@ class DataModule(pl.LightningDataModule):
     Args:
         train: training data: a file, a glob pattern, a list of them, or ``{field: file}`` for parallel line files
             (line n of each file is row n). With ``source``: the name of a split.
-        validation: likewise; without it a share of ``train`` is set aside.
-        test: likewise.
-        predict: likewise; only the head's inputs are read, and rows keep their order.
+        validation: the same for validation; without it a share of ``train`` is set aside.
+        test: the same for testing.
+        predict: the same for predicting; only the head's inputs are read, and rows keep their order.
         source: a data set for Hugging Face ``datasets``: its name on the hub, or a folder. The splits default to
             ``train``, ``validation`` and ``test``, where it has them.
         subset: which configuration of ``source``.
         format: how files are read; ``auto`` goes by the suffix (unknown ones are text), or is ``lines`` with a
-            ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object a line, or one list.
-            ``conll``: a word a line with its tag, an empty line after each sentence; the columns are lists. ``squad``:
-            questions about paragraphs in SQuAD's JSON, whose columns are those of the hub's ``squad``.
-        pattern: regular expression that a whole line of format ``lines`` or ``conll`` matches; its named groups are the
-            columns. Without it the first field of a ``conll`` line is in column ``tokens``, the last one in ``tags``.
+            ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object per line, or one list.
+            ``conll``: a word per line with its tag, an empty line after each sentence; the columns are lists.
+            ``squad``: questions about paragraphs in SQuAD's JSON, with the columns of the hub's ``squad``.
+        pattern: regular expression that a whole line of format ``lines`` or ``conll`` must match; its named groups are
+            the columns. Without it, column ``tokens`` is the first field of a ``conll`` line, ``tags`` the last one.
         column_names: the columns of CSV or TSV files without a header.
         columns: the column of each of the head's fields; default: the field's name.
         encoding: encoding of text files.
-        on_bad_row: what is done with a row that cannot be used: a line that is not JSON, has bytes that are not of the
-            encoding or does not match the pattern, a table's row with too few or too many cells, a missing column, an
-            empty (null) cell, a text that is none, a row that the head refuses. ``error`` stops and names file and
-            row; ``skip`` leaves such rows out (of a text file that is one document, the lines) and tells how many they
-            were. A file that cannot be read at all is an error in any case.
+        on_bad_row: what to do with a row that cannot be used: a line that is not JSON, is invalid in the encoding or
+            does not match the pattern; a table's row with too few or too many cells; a missing column; an empty (null)
+            cell; a value that should be text but is not; a row that the head refuses. ``error`` stops and names file
+            and row; ``skip`` leaves out these rows (or, of a text file that is one document, these lines) and reports
+            how many there were. A file that cannot be read at all is always an error.
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
-            the end of the text when it is only one. 0: no validation.
-        tokenizer: builds the tokenizer; it is trained on the training part, unless it comes trained.
-        pack: for a head that joins its rows: each document begins with ``bos`` and sees no other one.
-        streaming: do not tokenize ``train`` ahead, but as it is read; set ``trainer.max_steps``. Tokenizer and labels
-            are then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first
-            1,000 rows (2 million characters) are set aside before that.
+            the end of the text if there is only one. 0: no validation.
+        tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
+        pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
+        streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
+            then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first 1,000
+            rows (2 million characters) are set aside before that.
         shuffle_buffer: rows (or blocks) of a stream that are shuffled together.
         batch_size: rows of a batch.
-        batch_tokens: most tokens of a batch, padding included; replaces ``batch_size`` in training and evaluation.
+        batch_tokens: most tokens of a batch, including padding; replaces ``batch_size`` in training and evaluation.
         num_workers: worker processes of each loader (a hub stream is read by at most one).
         seed: seed of the order of training data; None: that of ``seed_everything``.
         cache_dir: folder of the cache; default $LLMKIT_CACHE, else ~/.cache/llmkit.
 
     Raises:
-        UserError: data that is missing, malformed or does not have the head's fields.
+        UserError: data that is missing, is malformed or lacks the head's fields.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True  # fewer rows than ranks are no reason to stop
@@ -113,13 +112,12 @@ class DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens, "shuffle_buffer": shuffle_buffer}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise UserError(Problem(f"data.{name}", f"must be at least 1, got {value}"))
+        for name, value in {**sizes, "num_workers": num_workers}.items():
+            least = int(name in sizes)
+            if value is not None and value < least:
+                raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
         if not 0 <= validation_share < 1:
             raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
-        if num_workers < 0:
-            raise UserError(Problem("data.num_workers", f"must be 0 or more, got {num_workers}"))
         try:
             codecs.lookup(encoding)
         except LookupError as error:
@@ -141,24 +139,22 @@ class DataModule(pl.LightningDataModule):
         self._head_ready = self._learned = False
         self._splits: dict[Stage, Blocks | Examples] = {}
         self._position: Position | None = None
-        self._told: set[str] = set()  # what was told of rows that were skipped
+        self._noted: set[str] = set()  # the notes about skipped rows so far
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
-        """Say what the data is for. ``setup`` takes it from the trainer's module (attributes of these names).
+        """Set what the data is prepared for. ``setup`` calls it with the trainer's module's attributes of these names.
 
         Args:
             head: encodes and collates rows.
             context: most tokens of one row.
             tokenizer: a trained one, from a checkpoint; None: build and train the configured one.
-            head_ready: the head knows what it has to learn from training rows, from a checkpoint.
+            head_ready: the head has been restored from a checkpoint and need not learn from the training rows.
         """
         if self.pack and head.layout != "blocks":
-            raise UserError(
-                Problem("data.pack", f"is for heads that join their rows, and {type(head).__name__} does not")
-            )
+            text = f"is for heads that join their rows, and {type(head).__name__} does not"
+            raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
-        self._learned = False
-        self._splits = {}
+        self._learned, self._splits = False, {}
 
     @property
     def head(self) -> Head:
@@ -170,23 +166,22 @@ class DataModule(pl.LightningDataModule):
     @property
     def tokenizer_class(self) -> type | None:
         """The class of the configured tokenizer, if one is configured."""
-        found: type | None = registry.target_of(self._factory) if self._factory is not None else None
-        return found
+        return None if self._factory is None else registry.target_of(self._factory)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The trained tokenizer; there after ``setup``."""
+        """The trained tokenizer. Raises RuntimeError before ``setup``."""
         if not self._learned or self._tokenizer is None:
-            raise RuntimeError("the tokenizer is there after setup()")
+            raise RuntimeError("call setup() before using the tokenizer")
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Fill the cache with all that the stage needs."""
+        """Fill the cache with everything that the stage needs."""
         state = self.trainer.state.fn if self.trainer else None
         self.setup(None if state is None else str(state.value))
 
     def setup(self, stage: str | None = None) -> None:
-        """Load tokenizer, labels and the splits of a stage (None: all); make what is not in the cache yet."""
+        """Load tokenizer, labels and the splits of a stage (None: all); create what is not in the cache yet."""
         module: Any = getattr(self.trainer, "lightning_module", None)
         if getattr(module, "head", self._head) is not self._head:
             self.bind(module.head, module.context, module.tokenizer, module.head_ready)
@@ -229,57 +224,46 @@ class DataModule(pl.LightningDataModule):
         return self._splits[stage]
 
     def _prepare(self, stage: Stage) -> Blocks | Examples:
-        head, tokenizer, joins = self.head, self.tokenizer, self._corpus.joins(stage, self.head)
+        head, tokenizer = self.head, self.tokenizer
         reader = self._corpus.reader(stage, head)
-        encode: Callable[[Any], Any] = partial(
-            pieces if joins else features, head=head, tokenizer=tokenizer, context=self._context
-        )
+        encoder = Encoder(head, tokenizer, self._context, reader.joins)
 
         def write(folder: Path) -> None:
-            reader.check()
-            refused = Skipped(reader.rows.key, reader.skipped.policy)
-            empty = True
-
-            def groups() -> Iterator[Any]:
-                nonlocal empty
-                with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
-                    for group in grouped(reader.read()):
-                        for found in encoded(group, encode, refused):
-                            empty = False
-                            yield found
-                        bar.update(len(group))
-
-            if joins:
-                write_tokens(folder, chain.from_iterable(groups()), tokenizer, self.pack)
-            else:
-                Features.of(groups()).write(folder)
-            if empty:
-                raise reader.empty(refused)
-            told = [skipped.told(reader.skipped.seen) for skipped in (reader.skipped, refused)]
-            cache.write_text(folder / "skipped.json", json.dumps([text for text in told if text]))
+            refused = Skipped(reader.source.key, reader.skipped.policy)
+            with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
+                groups = encoder.groups(reader.read(), refused, bar.update)
+                first = list(islice(groups, 1))
+                if not first:
+                    raise reader.empty(refused if refused.count else reader.skipped)
+                if reader.joins:
+                    write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack)
+                else:
+                    Features.of(chain(first, groups)).write(folder)
+            summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
+            cache.write_text(folder / "skipped.json", json.dumps([text for text in summaries if text]))
 
         used = [cache.identity(head, self._folder), head.info(), self._context]
         state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
-        key = cache.digest([stage == "predict", joins, self.pack, reader.identity, used, state])
+        key = cache.digest([stage == "predict", reader.joins, self.pack, reader.identity, used, state])
         path = cache.entry(self._folder, key, write)
-        self._tell(reader.rows.key, json.loads((path / "skipped.json").read_text()))
-        if not joins:
-            found = Features.read(path)
+        for summary in json.loads((path / "skipped.json").read_text()):
+            text = f"{reader.source.key}: {summary}"
+            # Once: training and validation rows from the same files skip the same ones.
+            if world()[0] == 0 and text not in self._noted:
+                note(text)
+            self._noted.add(text)
+        if not reader.joins:
+            features = Features.read(path)
             if world()[0] == 0:
-                note_truncated(head, found.values.get("truncated"), found.count, self._context, f" in data.{stage}")
-            return Examples(found, head, tokenizer, self.batch_size, self.batch_tokens)
+                note_truncated(
+                    head, features.values.get("truncated"), features.count, self._context, f" in data.{stage}"
+                )
+            return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:
-            raise UserError(Problem(reader.rows.key, f"fewer than two tokens in {', '.join(reader.rows.names)}"))
+            raise UserError(Problem(reader.source.key, f"fewer than two tokens in {', '.join(reader.source.names)}"))
         kind = Packed if self.pack else Blocks
         return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
-
-    def _tell(self, key: str, skipped: list[str]) -> None:
-        """Tell what was skipped, once: both parts of a split that is cut know of the same rows."""
-        for text in (f"{key}: {told}" for told in skipped):
-            if world()[0] == 0 and text not in self._told:
-                note(text)
-            self._told.add(text)
 
     @property
     def _rows_of_a_batch(self) -> int:
@@ -289,7 +273,7 @@ class DataModule(pl.LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> Loader:
-        """Return the loader of training batches, which goes on where training stands."""
+        """Return the loader of training batches, which begins at the current position of training."""
         position = self._training_position()
         if self.streaming:
             loader = self._stream()
@@ -297,9 +281,7 @@ class DataModule(pl.LightningDataModule):
         else:
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-            order = TrainingOrder(
-                split.training_order, split.num_batches, split.training_rows, self.seed, fixed=overfit
-            )
+            order = TrainingOrder(split.training_order, split.num_batches, split.training_rows, self.seed, overfit)
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position
@@ -311,11 +293,11 @@ class DataModule(pl.LightningDataModule):
         return self._position
 
     def state_dict(self) -> dict[str, int]:
-        """Return where training stands in its data, for the checkpoint."""
+        """Return the position of training, for the checkpoint."""
         return {} if self._position is None else self._position.state()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where ``state_dict`` was taken. (Lightning does not always restore a loader's own state.)"""
+        """Resume at the position that ``state_dict`` returned. (Lightning does not always restore a loader's own.)"""
         self._training_position().resume(**state)
 
     def _stream(self) -> Loader:
@@ -325,18 +307,18 @@ class DataModule(pl.LightningDataModule):
         if size > 1 and self.trainer and self.trainer.max_steps == -1:
             raise UserError(Problem("trainer.max_steps", "is needed with data.streaming and several processes"))
         if getattr(self.trainer, "overfit_batches", 0):
-            raise UserError(Problem("trainer.overfit_batches", "does not go with data.streaming"))
-        batch = self.batch_size if self.head.layout == "examples" else self._rows_of_a_batch
+            raise UserError(Problem("trainer.overfit_batches", "cannot be combined with data.streaming"))
         stream = Stream(
-            reader.read, reader.skipped, self.head, self.tokenizer, self._context, batch, self.batch_tokens, self.pack,
+            reader.read, reader.skipped, Encoder(self.head, self.tokenizer, self._context, reader.joins),
+            self._rows_of_a_batch if reader.joins else self.batch_size, self.batch_tokens, self.pack,
             self.shuffle_buffer, self.seed, rank, size, endless=size > 1,
         )  # fmt: skip
-        # The library would deal out its files to the workers a second time.
+        # ``datasets`` would divide its files among several workers a second time.
         workers = min(self.num_workers, 1) if self._corpus.source is not None else self.num_workers
         return Loader(stream, workers)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """Return the loader of the validation split; an empty list when there is none."""
+        """Return the loader of the validation split, or an empty list without one."""
         return self._evaluation("validation") if self._corpus.has("validation") else []
 
     def test_dataloader(self) -> Loader:

@@ -1,26 +1,24 @@
-"""From rows to features: columns become the head's fields, a part is chosen, the head encodes it in batches."""
+"""From rows to features: columns become the head's fields, a part is chosen, the head encodes it in groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data.formats import shortened
-from llmkit.data.rows import Bad, Row, Rows, Skipped, flaw
+from llmkit.data.rows import Bad, RawRows, Row, Skipped, flaw
 from llmkit.data.tokens import Piece
 from llmkit.errors import Problem, UserError, nearest
 
-T = TypeVar("T")
-
-ROWS, CHARACTERS = 1000, 2_000_000  # most that is encoded at once
+GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
 
 
 class Item(NamedTuple):
-    """The head's fields of one row, the document it is part of (of its own for most rows), and where it stands."""
+    """The head's fields of one row, the number of its document (most rows are one of their own), and its place."""
 
     fields: dict[str, Any]
     document: int
@@ -28,42 +26,42 @@ class Item(NamedTuple):
     number: int = 0
 
 
-Read = Callable[[], Iterator[Item]]
+ReadItems = Callable[[], Iterator[Item]]
+Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields are read, from which columns."""
+    """The head's fields that are read, and the column of each."""
 
-    needed: tuple[str, ...]
+    columns: Mapping[str, str]
     texts: frozenset[str]
     words: frozenset[str]
-    columns: Mapping[str, str]
 
     @classmethod
-    def of(cls, head: Head, columns: Mapping[str, str] | None, predict: bool) -> Fields:
-        """Return the fields of a head; targets are not read when predicting. Raises UserError for unknown ones."""
+    def of(cls, head: Head, columns: Mapping[str, str], predict: bool, single: bool) -> Fields:
+        """Return the fields of a head, without targets when predicting. Raises UserError for unknown ``columns``.
+
+        If the rows are plain text (``single``), their column serves as the only field that a head asks for.
+        """
         known = tuple(dict.fromkeys((*head.inputs, *head.targets)))
-        for name in columns or {}:
+        for name in columns:
             if name not in known:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
                 raise UserError(Problem("data.columns", f"the head has no field '{name}'.{hint}"))
-        texts = frozenset(head.texts)
-        return cls(head.inputs if predict else known, texts, frozenset(head.words) - texts, dict(columns or {}))
+        needed = head.inputs if predict else known
+        plain_text = single and len(needed) == 1
+        found = {name: "text" if plain_text else columns.get(name, name) for name in needed}
+        return cls(found, frozenset(head.texts), frozenset(head.words))
 
-    def column(self, name: str, rows: Rows) -> str:
-        """Return the column of a field; plain text serves the only field that is asked for."""
-        return "text" if rows.single and len(self.needed) == 1 else self.columns.get(name, name)
-
-    def items(self, rows: Rows, read: Iterator[Row | Bad], skipped: Skipped) -> Iterator[Item]:
-        """Yield rows with the head's fields; ``skipped`` gets those that are bad or lack a field."""
-        columns = [(name, self.column(name, rows)) for name in self.needed]
+    def items(self, rows: RawRows, skipped: Skipped) -> Iterator[Item]:
+        """Yield rows with the head's fields; those that are bad or lack a field are added to ``skipped``."""
         document, begins = -1, False
         skipped.begin()
-        for row in read:
+        for row in rows:
             if isinstance(row, Row):
                 begins = begins or row.first  # the first rows of a document may be bad
-                found = self._fields(row, columns)
+                found = self._fields(row)
                 if not isinstance(found, Bad):
                     document, begins = document + begins, False
                     skipped.seen += row.lines
@@ -73,18 +71,18 @@ class Fields:
             skipped.add(row)
             skipped.seen += 1
 
-    def _fields(self, row: Row, columns: list[tuple[str, str]]) -> dict[str, Any] | Bad:
+    def _fields(self, row: Row) -> dict[str, Any] | Bad:
         fields = {}
-        for name, column in columns:
+        for name, column in self.columns.items():
             if column not in row.data:
-                found = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
-                missing = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {found}"
+                hint = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
+                missing = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {hint}"
                 return Bad(missing, row.file, row.number)
             value = row.data[column]
             problem = flaw(value) if isinstance(value, str) else self._problem(name, value)
             if problem:
                 return Bad(f"{problem} in column '{column}'", row.file, row.number)
-            # A text may come in paragraphs.
+            # A text may be a list of paragraphs.
             fields[name] = "\n".join(value) if name in self.texts and isinstance(value, list) else value
         return fields
 
@@ -94,40 +92,52 @@ class Fields:
             return "has an empty cell (null)"
         parts = value if isinstance(value, list) else [value]
         strings = [part for part in parts if isinstance(part, str)]
-        text = name in self.texts or name in self.words
-        if (text and len(strings) < len(parts)) or isinstance(value, bytes):
+        is_text = name in self.texts or name in self.words
+        if (is_text and len(strings) < len(parts)) or isinstance(value, bytes):
             return f"has {type(value).__name__}, expected text or a list of texts,"
         return flaw("".join(strings))
 
 
-def measure(read: Read, text: str | None) -> tuple[int, int]:
+def num_characters(item: Item) -> int:
+    """Return the number of characters in the texts of an item."""
+    return sum(len(value) for value in item.fields.values() if isinstance(value, str))
+
+
+def measure(read: ReadItems, text: str | None) -> tuple[int, int]:
     """Return the number of documents of a split, and of the characters in field ``text``."""
-    count = characters = 0
+    count = size = 0
     for item in read():
         count = item.document + 1
-        characters += len(item.fields[text]) if text else 0
-    return count, characters
+        size += len(item.fields[text]) if text else 0
+    return count, size
 
 
-def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None) -> Iterator[Item]:
+def cut(
+    read: ReadItems, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None
+) -> Iterator[Item]:
     """Yield the training or the validation part of a split that serves as both.
 
-    Of several documents (or rows) a random share is validation, at least one and the same for every ``data.seed``.
-    Of a single text the last share of the characters is (``text``: the field it is in; None: rows cannot be cut).
-    ``size`` is what ``measure`` gave.
+    Of several documents (or rows), validation gets a random share, at least one, the same for every ``data.seed``. Of
+    a single text it gets the last share of the characters: 0.1 of 50 characters are the last 5.
+
+    Args:
+        read: reads the whole split.
+        size: what ``measure`` returned for it.
+        key: the config key of the split. Raises UserError for it when the split is a single row.
+        share: the share of the validation part.
+        part: the part to yield.
+        text: the field that is a text which can be cut; None: rows cannot be cut.
     """
-    count, characters = size
+    count, length = size
     if count == 1 and text:
-        left = int(characters * (1 - share))
-        if part == "validation":
-            left = characters - left
-        skip = 0 if part == "train" else characters - left
+        border = int(length * (1 - share))
+        begin, end = (0, border) if part == "train" else (border, length)
+        at = 0  # where the text of this item begins
         for item in read():
-            piece = item.fields[text][skip:]
-            skip = max(0, skip - len(item.fields[text]))
-            if piece[:left]:
-                yield item._replace(fields={**item.fields, text: piece[:left]}, document=0)
-            left = max(0, left - len(piece))
+            piece = item.fields[text][max(0, begin - at) : max(0, end - at)]
+            at += len(item.fields[text])
+            if piece:
+                yield item._replace(fields={**item.fields, text: piece}, document=0)
         return
     if count == 1:
         raise UserError(Problem(key, "has one row only, none is left for validation. Set data.validation."))
@@ -138,43 +148,27 @@ def cut(read: Read, size: tuple[int, int], key: str, share: float, part: Stage, 
             yield item
 
 
-class Columns(Mapping[str, Iterable[Any]]):
-    """Columns of a split, read again by every iteration, so that none has to fit into memory.
+@dataclass(frozen=True)
+class Column:
+    """A column of a split, read again by every iteration, so that it need not fit into memory.
 
-    Attributes:
-        at: the place of the row that was given last; empty before the first and after the last one.
+    ``place`` is shared by the columns of a split. It holds ``file:number`` of the row that was read last in any of
+    them, and is empty before the first row and after the last one.
     """
 
-    def __init__(self, read: Read, names: Iterable[str]) -> None:
-        self._read, self._names, self.at = read, tuple(names), ""
-
-    def __getitem__(self, name: str) -> Iterable[Any]:
-        if name not in self._names:
-            raise KeyError(name)
-        return _Column(self, self._read, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-@dataclass(frozen=True)
-class _Column:
-    columns: Columns
-    read: Read
+    read: ReadItems
     name: str
+    place: list[str]
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.read():
-            self.columns.at = f"{item.file}:{item.number}"
+            self.place[:] = [f"{item.file}:{item.number}"]
             yield item.fields[self.name]
-        self.columns.at = ""
+        self.place.clear()
 
 
-def texts(read: Read, head: Head) -> Iterator[str]:
-    """Yield every text of a split, whole or cut as the head has it encoded; a tokenizer is trained on them."""
+def texts(read: ReadItems, head: Head) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on: every text of a split, whole or cut into words by the head."""
     for item in read():
         for name, value in item.fields.items():
             if name in head.words:
@@ -183,46 +177,58 @@ def texts(read: Read, head: Head) -> Iterator[str]:
                 yield value
 
 
-def grouped(items: Iterable[Item], rows: int = ROWS) -> Iterator[list[Item]]:
-    """Yield items in groups that are encoded at once."""
+def grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield items in the groups that are encoded at once."""
     group: list[Item] = []
     size = 0
     for item in items:
         group.append(item)
-        size += sum(len(value) for value in item.fields.values() if isinstance(value, str))
-        if len(group) >= rows or size >= CHARACTERS:
+        size += num_characters(item)
+        if len(group) >= GROUP or size >= CHARACTERS:
             yield group
             group, size = [], 0
     if group:
         yield group
 
 
-def encoded(group: list[Item], encode: Callable[[list[Item]], T], skipped: Skipped) -> Iterator[T]:
-    """Yield what ``encode`` makes of a group: in smaller groups when the head refuses it, to find the rows at fault."""
-    try:
-        found = encode(group)
-    except UserError as error:
-        if len(group) == 1:
-            skipped.add(Bad(f"is refused by the head: {error}", group[0].file, group[0].number))
-            return
-        half = len(group) // 2
-        yield from encoded(group[:half], encode, skipped)
-        yield from encoded(group[half:], encode, skipped)
-    else:
-        yield found
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes items: to features or, for a head that joins its rows, to pieces of the stream of tokens."""
 
+    head: Head
+    tokenizer: Tokenizer
+    context: int
+    joins: bool
 
-def features(group: list[Item], head: Head, tokenizer: Tokenizer, context: int) -> dict[str, list[Any]]:
-    """Return what the head makes of a group of items, column by column."""
-    columns = {name: [item.fields[name] for item in group] for name in group[0].fields}
-    return head.encode(columns, tokenizer, context)
+    def groups(self, items: Iterable[Item], skipped: Skipped, progress: Progress | None = None) -> Iterator[Any]:
+        """Yield the features, or the list of pieces, of each group of items.
 
+        A group that the head refuses is halved until the rows at fault are found, and added to ``skipped``. Sizes of
+        groups are reported to ``progress`` when they are done.
+        """
+        for group in grouped(items):
+            yield from self._group(group, skipped)
+            if progress:
+                progress(len(group))
 
-def pieces(group: list[Item], head: Head, tokenizer: Tokenizer, context: int) -> list[Piece]:
-    """Return the tokens of a group of items, for a head that joins its rows."""
-    names = [name for name in head.texts if name in group[0].fields]
-    ids = features(group, head, tokenizer, context)["ids"]
-    return [
-        Piece(found, sum(len(item.fields[name].encode()) for name in names), item.document)
-        for item, found in zip(group, ids, strict=True)
-    ]
+    def _group(self, group: list[Item], skipped: Skipped) -> Iterator[Any]:
+        columns = {name: [item.fields[name] for item in group] for name in group[0].fields}
+        try:
+            found = self.head.encode(columns, self.tokenizer, self.context)
+        except UserError as error:
+            if len(group) == 1:
+                skipped.add(Bad(f"is refused by the head: {error}", group[0].file, group[0].number))
+                return
+            half = len(group) // 2
+            yield from self._group(group[:half], skipped)
+            yield from self._group(group[half:], skipped)
+        else:
+            yield self._pieces(group, found["ids"]) if self.joins else found
+
+    def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:
+        """Return the tokens of each item, with the bytes of its texts."""
+        names = [name for name in self.head.texts if name in group[0].fields]
+        return [
+            Piece(tokens, sum(len(item.fields[name].encode()) for name in names), item.document)
+            for item, tokens in zip(group, ids, strict=True)
+        ]

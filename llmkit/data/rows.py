@@ -1,4 +1,4 @@
-"""Rows as they are read, those that cannot be used, and the count of what was left out."""
+"""Rows as they are read, rows that cannot be used, and the count of what was skipped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GIVE_UP = 10_000  # bad rows without a single good one: no need to read on
 
 
 class Row(NamedTuple):
-    """One row as it was read, and where it stands."""
+    """One row as it was read, and its place."""
 
     data: Mapping[str, Any]
     file: str
     number: int
-    """Line of a text file, or row of a table, from 1; what has several lines has that of the first."""
+    """Line of a text file, or row of a table, from 1; for several lines, the first of them."""
     first: bool = True
     """Whether a document begins here; False for later chunks of a large text, and further questions of a paragraph."""
     lines: int = 1
@@ -36,46 +36,37 @@ class Bad(NamedTuple):
     file: str
     number: int
 
-    def told(self, file: str) -> str:
-        """Return the place, as that of a line or row of ``file``, and the problem, in one line."""
+    def message(self, file: str) -> str:
+        """Return the place, as a line or row of ``file``, and the problem, in one line."""
         return f"{file}:{self.number} {' '.join(self.problem.split())}"
 
 
-Read = Iterator[Row | Bad]
+RawRows = Iterator[Row | Bad]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A split: rows that can be read again and again."""
+class Source:
+    """Where the rows of a split come from; they can be read any number of times."""
 
-    key: str  # the config key it came from, for messages
+    key: str  # the config key of the split, for messages
     names: list[str]  # files, or the split of a data set
-    read: Callable[[], Read]
-    single: bool = False  # plain text: one column, which serves whatever single field the head asks for
-    files: list[str] = field(default_factory=list)  # their contents say whether a cached result is still right
-    identity: Any = None  # what else does
-    sharded: Callable[[int, int], Read] | None = None  # (rank, world): the reader splits itself
+    read: Callable[[], RawRows]
+    single: bool = False  # plain text: one column, which serves as the only field that a head asks for
+    files: list[str] = field(default_factory=list)  # cached results depend on their contents
+    identity: Any = None  # and on this
+    sharded: Callable[[int, int], RawRows] | None = None  # (shard, shards): the source can split itself
 
 
 @dataclass
 class Skipped:
-    """What is done with bad rows, and those of the latest pass over a split.
+    """Counts the bad rows of the latest pass over a split, and raises UserError where they are errors."""
 
-    Args:
-        key: the config key of the split.
-        policy: the setting ``data.on_bad_row``.
-    """
-
-    key: str
+    key: str  # the config key of the split
     policy: OnBadRow
-    seen: int = 0
-    """Rows of the pass, good or bad."""
-    count: int = 0
-    """Bad ones."""
-    shown: list[str] = field(default_factory=list)
-    """The first of them."""
-    at_once: bool = False
-    """Tell of the first one when it comes."""
+    seen: int = 0  # rows of the pass, good or bad
+    count: int = 0  # bad rows
+    shown: list[str] = field(default_factory=list)  # the first of them
+    at_once: bool = False  # whether the first one is reported when it is met, not only at the end
 
     def begin(self) -> None:
         """Begin a new pass."""
@@ -83,39 +74,40 @@ class Skipped:
         self.shown = []
 
     def add(self, bad: Bad) -> None:
-        """Count a bad row. Raises UserError where bad rows are errors, or nothing but bad rows has come for long."""
+        """Count a bad row. Raises UserError if bad rows are errors, or if the first ``GIVE_UP`` rows are all bad."""
         if self.policy == "error":
-            # Where the first row is bad already, it is rather a setting that is wrong.
+            # A bad first row hints at a wrong setting: skipping rows would not help.
             advice = " (to leave such rows out, set data.on_bad_row: skip)" if self.seen else ""
-            raise UserError(Problem(self.key, f"{bad.told(bad.file)}{advice}"))
+            raise UserError(Problem(self.key, f"{bad.message(bad.file)}{advice}"))
         self.count += 1
         if self.count <= SHOWN:
-            self.shown.append(bad.told(Path(bad.file).name)[:200])
+            self.shown.append(bad.message(Path(bad.file).name)[:200])
         if self.count == self.seen + 1 == GIVE_UP:
             raise UserError(Problem(self.key, f"the first {GIVE_UP:,} rows are bad: {self.shown[0]}"))
         if self.at_once and self.count == 1:
             note(f"{self.key}: skipped: {self.shown[0]}")
 
-    def told(self, seen: int) -> str | None:
-        """Return how many of ``seen`` rows were skipped, and the first of them; None when none were."""
+    def summary(self, seen: int) -> str:
+        """Return how many of ``seen`` rows were skipped, and the first of them; empty when none were."""
         if not self.count:
-            return None
+            return ""
         more = [f"and {self.count - SHOWN:,} more"] if self.count > SHOWN else []
         return f"{self.count:,} of {seen:,} rows skipped: " + "; ".join([*self.shown, *more])
 
 
 def flaw(text: str, encoding: str = "") -> str | None:
-    """Return what keeps a string from being text that can be written, or None.
+    """Return what keeps a string from being valid text, or None.
 
-    A lone surrogate stands for bytes that are not of the ``encoding`` that the text was read in; elsewhere it is an
-    escape of JSON.
+    A lone surrogate in a text that was decoded with ``encoding`` stands for invalid bytes; otherwise it is an escape
+    in JSON.
     """
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            told = f"is not {encoding} text. Set data.encoding to the encoding of the file"
-            return told if encoding else "holds a lone surrogate, which is no character,"
+            if encoding:
+                return f"is not {encoding} text. Set data.encoding to the encoding of the file"
+            return "holds a lone surrogate, which is not a character,"
     if "\0" in text:
         return "holds a NUL character" + (f": is it text, and in {encoding} (data.encoding)?" if encoding else "")
     return None

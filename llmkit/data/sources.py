@@ -1,9 +1,10 @@
-"""Rows of local files: which files a setting names, how each is read, and parallel ones side by side."""
+"""Rows of local files: which files a setting names, how each is read, and parallel files line by line."""
 
 from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import zip_longest
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.formats import READERS, Format, Options, open_text
-from llmkit.data.rows import Bad, Read, Row, Rows, flaw
+from llmkit.data.rows import Bad, RawRows, Row, Source, flaw
 from llmkit.errors import Problem, UserError
 
 Files = str | list[str] | dict[str, str] | None
@@ -43,32 +44,34 @@ def _data_hint(path: str) -> str:
     )
 
 
-def local(key: str, value: str | list[str] | dict[str, str], options: Options) -> Rows:
+def local(key: str, value: str | list[str] | dict[str, str], options: Options) -> Source:
     """Return the rows of local files.
 
     Raises UserError for missing files. Reading raises it for files that cannot be read at all; bad rows are yielded.
     """
+    readers: dict[str, Callable[[], RawRows]]
     if isinstance(value, dict):
-        paths = {name: files_of(key, path) for name, path in value.items()}
-        for name, files in paths.items():
+        columns: dict[str, str] = {}
+        for name, path in value.items():
+            files = files_of(key, path)
             if len(files) != 1:
-                raise UserError(
-                    Problem(f"{key}.{name}", f"parallel files come one by field, '{value[name]}' gives {len(files)}")
-                )
-        columns = {name: files[0] for name, files in paths.items()}
-        names = [Path(path).name for path in columns.values()]
+                text = f"parallel files are given one per field, but '{path}' matches {len(files)}"
+                raise UserError(Problem(f"{key}.{name}", text))
+            columns[name] = files[0]
         files = list(columns.values())
-        read = partial(_parallel, key, columns, options)
-        return Rows(key, names, read, files=files, identity=[list(columns), options.encoding])
-    files = files_of(key, value)
-    formats = [_format_of(path, options) for path in files]
-    if "lines" in formats and options.pattern is None:
-        raise UserError(Problem("data.format", "'lines' needs data.pattern, a regular expression with named groups"))
-
-    single = all(format == "text" for format in formats)
+        readers = {", ".join(files): partial(_parallel, columns, options)}
+        formats: list[Format] = []
+        identity: list[Any] = [list(columns), options.encoding]
+    else:
+        files = files_of(key, value)
+        formats = [_format_of(path, options) for path in files]
+        if "lines" in formats and options.pattern is None:
+            text = "'lines' needs data.pattern, a regular expression with named groups"
+            raise UserError(Problem("data.format", text))
+        readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
+        identity = [formats, options.pattern, options.column_names, options.encoding, options.chunks]
     names = [Path(path).name for path in files]
-    identity: list[Any] = [names, formats, options.pattern, options.column_names, options.encoding, options.chunks]
-    return Rows(key, names, partial(_read, key, files, formats, options), single, files, identity)
+    return Source(key, names, partial(_read, key, readers), set(formats) == {"text"}, files, [names, *identity])
 
 
 def _format_of(path: str, options: Options) -> Format:
@@ -79,39 +82,29 @@ def _format_of(path: str, options: Options) -> Format:
     return SUFFIXES.get(Path(path).suffix.lower(), "text")
 
 
-def _read(key: str, files: list[str], formats: list[Format], options: Options) -> Read:
-    for path, format in zip(files, formats, strict=True):
-        yield from _guarded(key, path, READERS[format](path, options))
+def _read(key: str, readers: dict[str, Callable[[], RawRows]]) -> RawRows:
+    """Yield the rows of each file. Raises UserError, in one line, for whatever a reader raises."""
+    for path, reader in readers.items():
+        try:
+            yield from reader()
+        except (OSError, ValueError, LookupError, RecursionError) as error:
+            text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+            raise UserError(Problem(key, " ".join(text.split()))) from error
 
 
-def _guarded(key: str, path: str, rows: Read) -> Read:
-    """Yield the rows. Raises UserError, in one line, for whatever the reader raises."""
-    try:
-        yield from rows
-    except (OSError, ValueError, LookupError, RecursionError) as error:
-        text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
-        raise UserError(Problem(key, " ".join(text.split()))) from error
-
-
-def _parallel(key: str, columns: dict[str, str], options: Options) -> Read:
-    return _guarded(key, ", ".join(columns.values()), _side_by_side(columns, options))
-
-
-def _side_by_side(columns: dict[str, str], options: Options) -> Read:
-    """Yield one row a line from files whose lines belong together; all of it is bad where one of its lines is."""
+def _parallel(columns: dict[str, str], options: Options) -> RawRows:
+    """Yield a row for each line of files whose lines belong together; it is bad if any of its lines is."""
     paths = list(columns.values())
     with ExitStack() as stack:
         files = [stack.enter_context(open_text(path, options)) for path in paths]
         for number, lines in enumerate(zip_longest(*files), 1):
             if None in lines:
-                told = ", ".join(f"{path}: {_num_lines(path, options)}" for path in paths)
-                raise UserError(f"parallel files have unequal numbers of lines ({told})")
+                counts = ", ".join(f"{path}: {_num_lines(path, options)}" for path in paths)
+                raise UserError(f"parallel files have unequal numbers of lines ({counts})")
+            flaws = ((flaw(line, options.encoding), path) for line, path in zip(lines, paths, strict=True))
+            bad = next((Bad(wrong, path, number) for wrong, path in flaws if wrong), None)
             data = {name: line.rstrip("\n") for name, line in zip(columns, lines, strict=True)}
-            if flaw("".join(lines), options.encoding):
-                flaws = [(flaw(line, options.encoding), path) for line, path in zip(lines, paths, strict=True)]
-                yield next(Bad(wrong, path, number) for wrong, path in flaws if wrong)
-            else:
-                yield Row(data, paths[0], number)
+            yield bad or Row(data, paths[0], number)
 
 
 def _num_lines(path: str, options: Options) -> int:

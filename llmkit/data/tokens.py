@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 def joined(pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool) -> Iterator[tuple[list[int], int, bool]]:
     """Yield ids to be joined, their bytes, and whether a document begins with them.
 
-    Every document is followed by ``eos``, except one that is alone; with ``pack`` it begins with ``bos`` too, and
+    Every document is followed by ``eos``, unless it is the only one; with ``pack`` it also begins with ``bos``, and
     always ends with ``eos``. Documents without tokens are left out. Two documents ``a b`` and ``c`` become
     ``a b eos c eos``, with ``pack`` ``bos a b eos bos c eos``.
     """
@@ -52,14 +52,13 @@ def joined(pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool) -> Iterato
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token array of a split."""
+    """The token array of a split, in memory or in a file."""
 
     data: Path | NDArray[Any]
     dtype: str
     size: int
-    num_bytes: float
-    starts: Index | None = None
-    """Where each packed document begins, and the end of the last one."""
+    num_bytes: float  # of the text that the tokens stand for
+    starts: Index | None = None  # where each packed document begins, and where the last one ends
 
     @property
     def targets(self) -> int:
@@ -96,10 +95,10 @@ class Order(Sequence[Index]):
 
     Args:
         rng: shuffles the rows.
-        rows: how many there are.
+        rows: number of rows.
         batch_size: rows of a batch; the last one may be smaller.
         offset: the index of the first row.
-        step: how far the indices of two rows are apart.
+        step: distance of the indices of two rows.
     """
 
     def __init__(self, rng: np.random.Generator, rows: int, batch_size: int, offset: int = 0, step: int = 1) -> None:
@@ -121,8 +120,8 @@ class Blocks:
     """Blocks of ``context`` tokens cut from the stream of a split, with the next token as target.
 
     Training order: every epoch has its own offset of the first block, so that blocks are cut at other places, and its
-    own order. The tokens before the offset and the rest after the last block, together less than two contexts, are
-    read in other epochs. Evaluation: blocks from the first token on, each target exactly once.
+    own order. The tokens before the offset and after the last block, together less than two contexts, are read in
+    other epochs. Evaluation: blocks from the first token on, each target exactly once.
 
     13 tokens and a context of 4 give 2 training blocks, which begin at tokens 0 and 4, or 1 and 5, ... or 4 and 8
     (token 12 is the last target). Evaluation has blocks at 0, 4 and 8. A block of 4 reads 5 tokens: ids are the first
@@ -130,14 +129,14 @@ class Blocks:
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int, pad_id: int) -> None:
-        self.source, self.context, self.batch_size, self.pad_id = tokens, context, batch_size, pad_id
+        self.stored, self.context, self.batch_size, self.pad_id = tokens, context, batch_size, pad_id
         self.size = tokens.size
         # One block fewer than fit, so that every offset up to the context is possible.
         self.training_rows = max(1, (self.size - context) // context)
 
     def __len__(self) -> int:
         """Number of targets; 0: there is nothing to train on."""
-        return self.source.targets
+        return self.stored.targets
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("tokens", "_file")}
@@ -145,15 +144,15 @@ class Blocks:
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """The token array, mapped from its file."""
-        data = self.source.data
-        return np.asarray(np.memmap(data, self.source.dtype, "r")) if isinstance(data, Path) else data
+        data = self.stored.data
+        return np.asarray(np.memmap(data, self.stored.dtype, "r")) if isinstance(data, Path) else data
 
     @cached_property
     def _file(self) -> int | None:
-        """The opened token file; None where the tokens are in memory, or the system (Windows) has no ``pread``."""
-        if not isinstance(self.source.data, Path) or not hasattr(os, "pread"):
+        """The open token file; None if the tokens are in memory, or the system (Windows) has no ``pread``."""
+        if not isinstance(self.stored.data, Path) or not hasattr(os, "pread"):
             return None
-        file = os.open(self.source.data, os.O_RDONLY)
+        file = os.open(self.stored.data, os.O_RDONLY)
         weakref.finalize(self, os.close, file)
         return file
 
@@ -164,14 +163,14 @@ class Blocks:
         """
         if self._file is None:
             return np.asarray(self.tokens[_ranges(starts, lengths)])
-        dtype = np.dtype(self.source.dtype)
+        dtype = np.dtype(self.stored.dtype)
         spans = zip((starts * dtype.itemsize).tolist(), (lengths * dtype.itemsize).tolist(), strict=True)
         return np.frombuffer(b"".join([os.pread(self._file, size, start) for start, size in spans]), dtype)
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text for each target."""
-        return self.source.num_bytes / max(len(self), 1)
+        return self.stored.num_bytes / max(len(self), 1)
 
     @property
     def num_batches(self) -> int:
@@ -192,7 +191,7 @@ class Blocks:
         """Return the blocks that begin at these tokens as one finished batch."""
         width = self.context + 1
         last = self.size - 1
-        # Only a block that reaches beyond the last token is padded: all others take the short way.
+        # Padding is needed only for a block that reaches beyond the last token.
         if int(starts.max()) + self.context <= last:
             ids_BU = self._spans(starts, np.full_like(starts, width)).reshape(-1, width).astype(np.int64)
             ids_BT, targets_BT, count = ids_BU[:, :-1], ids_BU[:, 1:], starts.size * self.context
@@ -202,11 +201,12 @@ class Blocks:
             targets_BT = np.where(index_BU[:, 1:] > last, IGNORE, ids_BU[:, 1:])
             ids_BT = np.where(index_BU[:, :-1] > last, self.pad_id, ids_BU[:, :-1])
             count = int((targets_BT != IGNORE).sum())
-        return {
-            "ids": torch.from_numpy(np.ascontiguousarray(ids_BT)),
-            "targets": torch.from_numpy(np.ascontiguousarray(targets_BT)),
-            "bytes": torch.tensor(count * self.bytes_per_token, dtype=torch.float32),
-        }
+        return self._batch(count, ids=ids_BT, targets=targets_BT)
+
+    def _batch(self, count: int, **columns: NDArray[Any]) -> Batch:
+        """Return a batch of these columns, with the bytes of text that its ``count`` targets stand for."""
+        batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return {**batch, "bytes": torch.tensor(count * self.bytes_per_token, dtype=torch.float32)}
 
 
 class Packed(Blocks):
@@ -272,16 +272,12 @@ class Packed(Blocks):
         ids[place], targets[place] = tokens[source], tokens[source + 1]
         segments[place] = segment.repeat(length)
         shape = (rows.size, self.context)
-        return {
-            "ids": torch.from_numpy(ids.reshape(shape)),
-            "targets": torch.from_numpy(targets.reshape(shape)),
-            "segments": torch.from_numpy(segments.reshape(shape)),
-            "bytes": torch.tensor(source.size * self.bytes_per_token, dtype=torch.float32),
-        }
+        columns = {"ids": ids, "targets": targets, "segments": segments}
+        return self._batch(source.size, **{name: column.reshape(shape) for name, column in columns.items()})
 
 
 def best_fit(lengths: NDArray[Any], capacity: int, pool: int = 4096) -> Index:
-    """Return the row of each item: longest first, into the fullest row that it fits into.
+    """Return the row of each item: longest first, each into the fullest row that has space for it.
 
     Lengths 5, 3, 7, 2 and 3 with capacity 10: the 7 opens row 0, the 5 row 1; the first 3 fills row 0, which has less
     space left than row 1; the other 3 and the 2 fill row 1. The answer is [1, 0, 0, 1, 1].
