@@ -141,10 +141,8 @@ class LanguageModel(pl.LightningModule):
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
-        assert self.tokenizer is not None
-        self.net = self.parts.backbone(self.head.topology, self.tokenizer.vocab_size, self.spec["num_layers"])
-        self.head.set_tokenizer(self.tokenizer)
-        self.head.build(self.spec["dim"], self.tokenizer.vocab_size)
+        self.net = self._new_network()
+        self._build_head(self.head)
         if self._initial is not None:
             taken = take_weights(self.state_dict(), self.spec, self._initial)
             self._initial = None
@@ -160,9 +158,20 @@ class LanguageModel(pl.LightningModule):
 
     def meta_network(self) -> Backbone:
         """Return the whole network without memory (on the meta device), however the weights of this one are sharded."""
-        assert self.tokenizer is not None
         with torch.device("meta"):
-            return self.parts.backbone(self.head.topology, self.tokenizer.vocab_size, self.spec["num_layers"])
+            return self._new_network()
+
+    def _new_network(self) -> Backbone:
+        return self.parts.backbone(self.head.topology, self._trained_tokenizer.vocab_size, self.spec["num_layers"])
+
+    def _build_head(self, head: Head) -> None:
+        head.set_tokenizer(self._trained_tokenizer)
+        head.build(self.spec["dim"], self._trained_tokenizer.vocab_size)
+
+    @property
+    def _trained_tokenizer(self) -> Tokenizer:
+        assert self.tokenizer is not None, "no tokenizer yet: setup takes it from the data, load from a checkpoint"
+        return self.tokenizer
 
     @property
     def size(self) -> str:
@@ -174,13 +183,9 @@ class LanguageModel(pl.LightningModule):
     @property
     def batch_shape(self) -> str:
         """The shapes of the last training batch, in words, once there was one."""
-        shapes = (
-            f"{name} {' x '.join(map(str, value.shape))}"
-            for name, value in self._step.batch.items()
-            if isinstance(value, Tensor) and value.dim()
-        )
-        told = ", ".join(shapes)
-        return f" (the last batch: {told})" if told else ""
+        tensors = {name: value for name, value in self._step.batch.items() if isinstance(value, Tensor) and value.dim()}
+        shapes = ", ".join(f"{name} {' x '.join(map(str, value.shape))}" for name, value in tensors.items())
+        return f" (the last batch: {shapes})" if shapes else ""
 
     @property
     def network(self) -> Backbone:
@@ -203,7 +208,7 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
         own = hash((global_seed(), batches_begun(self.trainer), self.global_rank)) % 2**63
-        # torch.manual_seed tells devices that are not there too, which costs more than a small step.
+        # torch.manual_seed seeds devices that do not exist too, which costs more than a small step.
         torch.default_generator.manual_seed(own)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(own)
@@ -221,10 +226,8 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
-        if (
-            isinstance(self.trainer.strategy, FSDPStrategy)
-            and registry.target_of(self.parts.factories["optimizer"]) is Muon
-        ):
+        muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
+        if muon and isinstance(self.trainer.strategy, FSDPStrategy):
             text = "muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP"
             raise UserError(Problem("model.optimizer", text))
         optimizer = self.parts.build("optimizer", parameter_groups(self, self.kinds))
@@ -235,10 +238,7 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Complete the step's gradient and clip it, by its norm as torch does, or by value as Lightning does."""
         by_value = gradient_clip_algorithm == "value"
@@ -250,13 +250,11 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics."""
-        assert self.tokenizer is not None
-        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self.tokenizer)
+        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self._trained_tokenizer)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the test metrics."""
-        assert self.tokenizer is not None
-        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self.tokenizer)
+        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self._trained_tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -278,8 +276,7 @@ class LanguageModel(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one answer a row."""
-        assert self.tokenizer is not None
-        return self.head.predict(self.network, batch, self.tokenizer, self.head.decoding)
+        return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
 
     @torch.no_grad()
     def predict(
@@ -292,18 +289,17 @@ class LanguageModel(pl.LightningModule):
             options: how text is generated; None: as the checkpoint says.
             extra: further arguments of the head's ``predict`` (``on_token`` of the generation head).
         """
-        assert self.tokenizer is not None
         self.eval()
-        field = self.head.inputs[0]
-        columns: dict[str, list[Any]] = {name: [] for name in self.head.inputs}
-        for row in rows:
-            for name in columns:
-                columns[name].append(row[name] if isinstance(row, Mapping) else row if name == field else "")
-        features = self.head.encode(columns, self.tokenizer, self.context)
+        first, tokenizer = self.head.inputs[0], self._trained_tokenizer
+        given = [
+            row if isinstance(row, Mapping) else {**dict.fromkeys(self.head.inputs, ""), first: row} for row in rows
+        ]
+        columns = {name: [row[name] for row in given] for name in self.head.inputs}
+        features = self.head.encode(columns, tokenizer, self.context)
         note_truncated(self.head, features.get("truncated"), len(rows), self.context)
         items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
-        batch = on_device(self.head.collate(items, self.tokenizer), self.device)
-        return self.head.predict(self.network, batch, self.tokenizer, options or self.head.decoding, **extra)
+        batch = on_device(self.head.collate(items, tokenizer), self.device)
+        return self.head.predict(self.network, batch, tokenizer, options or self.head.decoding, **extra)
 
     # Checkpoints
 
@@ -362,10 +358,8 @@ class LanguageModel(pl.LightningModule):
             own = {f"net.{name}": value for name, value in self.meta_network().state_dict().items()}
             head = copy.deepcopy(self.head)
             try:
-                assert self.tokenizer is not None
                 with torch.device("meta"):
-                    head.set_tokenizer(self.tokenizer)
-                    head.build(self.spec["dim"], self.tokenizer.vocab_size)
+                    self._build_head(head)
                 own |= {f"head.{name}": value for name, value in head.state_dict().items()}
             except NotImplementedError:  # an operation that needs memory: loading the head's weights will say
                 pass
@@ -374,8 +368,7 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that is needed to use the model without its config file, and a step that is not done yet."""
         checkpoint["step"] = self._step.state(self)
-        assert self.tokenizer is not None
-        checkpoint["llmkit"] = section(self.spec, self.tokenizer, self.head, self.config)
+        checkpoint["llmkit"] = section(self.spec, self._trained_tokenizer, self.head, self.config)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. Raises UserError, in one line, when they are of another model."""
