@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module, Network):
-    """A language network of any topology, put together from plugins.
+    """A language network of any topology, built from plugins.
 
     Args:
         vocab_size: number of token ids.

@@ -1,4 +1,4 @@
-"""The plugins that a model is put together from: factories, their plain description, and a trial without memory."""
+"""The plugins that a model is built from: factories, their plain description, and a trial without memory."""
 
 from __future__ import annotations
 

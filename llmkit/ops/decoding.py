@@ -351,7 +351,7 @@ def _best(scores_BV: Tensor, sums_NW: Tensor, banned_ids: Tensor, count: int) ->
         scores_BV: of what comes next, B = N W.
         sums_NW: the sums of W beams for each of N prompts.
         banned_ids: what must not come next.
-        count: how many are returned, if there are so many.
+        count: most continuations returned per prompt.
     """
     logp_BV = scores_BV.float().log_softmax(-1)
     if len(banned_ids):
