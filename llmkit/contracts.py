@@ -71,7 +71,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def from_state(self, state: str) -> None:
-        """Restore what ``to_state`` returned. Raises ValueError when the string is not such a state."""
+        """Restore what ``to_state`` returned. Raises ValueError for any other string."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""

@@ -76,8 +76,8 @@ class Sequence:
             key = None
         memo_key = ("mask", id(key), causal)
         if memo_key not in self.memo:
-            # The key is kept beside the mask, so that its id cannot be given to another object meanwhile; not this
-            # sequence itself, for FSDP walks through what it is handed and would go round in circles.
+            # The key is stored with the mask, so that its id is not reused for another object in the meantime; except
+            # for this sequence itself: FSDP walks through its inputs and would recurse forever.
             self.memo[memo_key] = (key, self._mask(self if key is None else key, causal))
         mask: Tensor | None = self.memo[memo_key][1]
         return mask
@@ -87,6 +87,7 @@ class Sequence:
         mask: Tensor | None = None
         if causal and length > 1:
             # Column j of the keys is visible to query i when it is not later than the query's own column.
+            # Two new queries after two cached keys see 1 1 1 0 and 1 1 1 1: a triangle moved right by two.
             ones = torch.ones(length, key_length, dtype=torch.bool, device=self.positions_BT.device)
             mask = ones.tril(key_length - length)[None, None]
         if self.segments_BT is not None or key.segments_BT is not None:

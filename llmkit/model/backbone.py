@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
-from llmkit.errors import Problem, UserError
+from llmkit.errors import Problem, UserError, blame
 from llmkit.ops.elementwise import Dropout
 from llmkit.registry import target_of
 from llmkit.sequence import Memory, Sequence, State
@@ -22,48 +22,26 @@ ROLES: dict[Topology, tuple[Role, ...]] = {
 }
 
 
-def check_roles(topology: Topology, attention: Callable[..., Attention], cross: Callable[..., Attention]) -> None:
-    """Raise UserError when a variant cannot be built as the topology needs it."""
-    needed = [("model.attention", attention, role) for role in ROLES[topology]]
-    if topology == "encoder_decoder":
-        needed.append(("model.cross_attention", cross, "cross"))
-    for key, factory, role in needed:
-        variant = target_of(factory)
-        roles: frozenset[Role] = getattr(variant, "roles", frozenset())
-        if role not in roles:
-            text = (
-                f"{getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's topology "
-                f"'{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
-            )
-            raise UserError(Problem(key, text))
-
-
-def can_cross(attention: Callable[..., Attention]) -> bool:
-    """Return whether the variant can serve as cross-attention."""
-    return "cross" in getattr(target_of(attention), "roles", ())
-
-
 class Layer(nn.Module):
-    """Attention, cross-attention if there is a memory to read, and feedforward, each with norm and residual."""
+    """Attention, cross-attention if there is a memory to read, and feedforward, each with norm and residual.
+
+    Args:
+        make: builds a part from the name of its argument of ``Backbone``, and a role where it has one.
+        role: the role of the layer's attention.
+        reads_memory: whether there is cross-attention.
+        dropout: dropout on each residual branch.
+        norm_first: norm before each part rather than after the residual.
+    """
 
     def __init__(
-        self,
-        dim: int,
-        attention: Attention,
-        cross: Attention | None,
-        feedforward: Feedforward,
-        norm: Callable[[int], Norm],
-        dropout: float,
-        norm_first: bool,
+        self, make: Callable[..., Any], role: Role, reads_memory: bool, dropout: float, norm_first: bool
     ) -> None:
         super().__init__()
-        self.attention_norm = norm(dim)
-        self.attention = attention
-        self.cross_norm = norm(dim) if cross is not None else None
-        self.cross = cross
-        self.feedforward_norm = norm(dim)
-        self.feedforward = feedforward
-        self.dropout = Dropout(dropout) if dropout else nn.Identity()
+        self.attention_norm, self.attention = make("norm"), make("attention", role)
+        self.cross_norm = make("norm") if reads_memory else None
+        self.cross = make("cross_attention", "cross") if reads_memory else None
+        self.feedforward_norm, self.feedforward = make("norm"), make("feedforward")
+        self.dropout = Dropout(dropout)
         self.norm_first = norm_first
 
     def forward(
@@ -71,21 +49,17 @@ class Layer(nn.Module):
     ) -> Tensor:
         """Return the layer's output, (B, T, D)."""
         x_BTD = self._residual(x_BTD, self.attention_norm, lambda x: self.attention(x, seq, state=state))
-        if self.cross is not None and self.cross_norm is not None:
-            cross = self.cross
+        if (cross := self.cross) is not None:
             x_BTD = self._residual(x_BTD, self.cross_norm, lambda x: cross(x, seq, memory=memory, state=cross_state))
         return self._residual(x_BTD, self.feedforward_norm, self.feedforward)
 
-    def _residual(self, x: Tensor, norm: Norm, part: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.norm_first:
-            added: Tensor = x + self.dropout(part(norm(x)))
-            return added
-        normalised: Tensor = norm(x + self.dropout(part(x)))
-        return normalised
+    def _residual(self, x: Tensor, norm: Any, part: Callable[[Tensor], Tensor]) -> Tensor:
+        y: Tensor = x + self.dropout(part(norm(x))) if self.norm_first else norm(x + self.dropout(part(x)))
+        return y
 
 
 class Backbone(nn.Module, Network):
-    """A language network of any topology, put together from plugins.
+    """A language network of any topology, built from plugins.
 
     Args:
         vocab_size: number of token ids.
@@ -121,34 +95,34 @@ class Backbone(nn.Module, Network):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        check_roles(topology, attention, cross_attention)
-        self.topology = topology
-        self._max_length = max_length
+        self.topology, self._max_length = topology, max_length
+        factories: dict[str, Callable[..., Any]] = {
+            **{"attention": attention, "cross_attention": cross_attention, "feedforward": feedforward},
+            **{"position": position, "norm": norm},
+        }
+        two_sided = topology == "encoder_decoder"
+        for role in ROLES[topology]:
+            check_role(topology, "attention", attention, role)
+        if two_sided:
+            check_role(topology, "cross_attention", cross_attention, "cross")
 
-        def stack(role: Role, with_cross: bool) -> nn.ModuleList:
-            return nn.ModuleList(
-                Layer(
-                    dim,
-                    attention(dim, role),
-                    cross_attention(dim, "cross") if with_cross else None,
-                    feedforward(dim),
-                    norm,
-                    dropout,
-                    norm_first,
-                )
-                for _ in range(num_layers)
-            )
+        def make(name: str, *args: Any) -> Any:
+            with blame(f"model.{name}"):
+                return factories[name](dim, *args)
+
+        def stack(role: Role) -> nn.ModuleList:
+            reads_memory = two_sided and role == "causal"
+            return nn.ModuleList(Layer(make, role, reads_memory, dropout, norm_first) for _ in range(num_layers))
 
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = position(dim, max_length)
-        self.dropout = Dropout(dropout) if dropout else nn.Identity()
-        two_sided = topology == "encoder_decoder"
+        self.position: Position = make("position", max_length)
+        self.dropout = Dropout(dropout)
         # A post-norm stack ends in a norm already.
-        final = norm if norm_first else lambda _: nn.Identity()
+        final = make if norm_first else nn.Identity
         if topology != "decoder":
-            self.encoder, self.encoder_norm = stack("bidirectional", False), final(dim)
+            self.encoder, self.encoder_norm = stack("bidirectional"), final("norm")
         if topology != "encoder":
-            self.decoder, self.decoder_norm = stack("causal", two_sided), final(dim)
+            self.decoder, self.decoder_norm = stack("causal"), final("norm")
         self.output = nn.Linear(dim, vocab_size, bias=False) if not tie_embeddings and topology != "encoder" else None
         self._initialise(num_layers * (3 if two_sided else 2))
 
@@ -175,18 +149,35 @@ class Backbone(nn.Module, Network):
 
     def encode(self, ids_BT: Tensor, seq: Sequence) -> Memory:
         """Run the bidirectional encoder; returns its hidden states with the sequence."""
-        if self._runs_compiled:
-            return Memory(self("encode", ids_BT, _tensors(seq)), seq)
-        return Memory(self._encode(ids_BT, seq), seq)
+        x_BSD = self("encoder", ids_BT, _tensors(seq)) if self._runs_compiled else self._run("encoder", ids_BT, seq)
+        return Memory(x_BSD, seq)
 
     def decode(
         self, ids_BT: Tensor, seq: Sequence, *, memory: Memory | None = None, state: list[State] | None = None
     ) -> Tensor:
         """Run the causal decoder and return its hidden states, (B, T, D)."""
         if not self._runs_compiled or state is not None:
-            return self._decode(ids_BT, seq, memory, state)
+            return self._run("decoder", ids_BT, seq, memory, state)
         read = None if memory is None else (memory.x_BSD, *_tensors(memory.seq))
-        hidden: Tensor = self("decode", ids_BT, _tensors(seq), read)
+        hidden: Tensor = self("decoder", ids_BT, _tensors(seq), read)
+        return hidden
+
+    def _run(
+        self,
+        stack: Literal["encoder", "decoder"],
+        ids_BT: Tensor,
+        seq: Sequence,
+        memory: Memory | None = None,
+        state: list[State] | None = None,
+    ) -> Tensor:
+        """Return the hidden states of a stack of layers, (B, T, D)."""
+        seq.position = self.position
+        x_BTD: Tensor = self.dropout(self.position.add(self.embedding(ids_BT), seq.positions_BT))
+        layers, norm = (self.encoder, self.encoder_norm) if stack == "encoder" else (self.decoder, self.decoder_norm)
+        for index, layer in enumerate(layers):
+            own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
+            x_BTD = layer(x_BTD, seq, memory, own, cross)
+        hidden: Tensor = norm(x_BTD)
         return hidden
 
     @property
@@ -196,45 +187,28 @@ class Backbone(nn.Module, Network):
 
     def forward(
         self,
-        part: Literal["encode", "decode"],
+        stack: Literal["encoder", "decoder"],
         ids_BT: Tensor,
         where: tuple[Tensor, Tensor | None],
         read: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """Return the hidden states of ``encode`` or ``decode``: what ``compile`` has compiled, for training.
+        """Return the hidden states of a stack of layers: what ``compile`` has compiled, for training.
 
         Only tensors go in: torch.compile would guard other objects again in every step.
 
         Args:
-            part: which of the two.
+            stack: which of the two.
             ids_BT: token ids.
             where: positions and segments of the ids.
             read: the memory to read, with its positions and segments.
         """
-        if part == "encode":
-            return self._encode(ids_BT, Sequence(*where))
         memory = None if read is None else Memory(read[0], Sequence(*read[1:], self.position))
-        return self._decode(ids_BT, Sequence(*where), memory, None)
+        return self._run(stack, ids_BT, Sequence(*where), memory)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Have training passes compiled by ``torch.compile``, which gets the arguments."""
+        """Compile training passes by ``torch.compile``, which gets the arguments."""
         # Without the hooks around ``forward``: FSDP has the same ones around ``encode`` and ``decode``.
         self._compiled_call_impl = torch.compile(self.forward, *args, **kwargs)
-
-    def _encode(self, ids_BT: Tensor, seq: Sequence) -> Tensor:
-        x_BTD = self._embed(ids_BT, seq)
-        for layer in self.encoder:
-            x_BTD = layer(x_BTD, seq, None, None, None)
-        hidden: Tensor = self.encoder_norm(x_BTD)
-        return hidden
-
-    def _decode(self, ids_BT: Tensor, seq: Sequence, memory: Memory | None, state: list[State] | None) -> Tensor:
-        x_BTD = self._embed(ids_BT, seq)
-        for index, layer in enumerate(self.decoder):
-            own, cross = (state[2 * index], state[2 * index + 1]) if state is not None else (None, None)
-            x_BTD = layer(x_BTD, seq, memory, own, cross)
-        hidden: Tensor = self.decoder_norm(x_BTD)
-        return hidden
 
     def init_state(self, batch_size: int, max_length: int) -> list[State] | None:
         """Return two empty states a decoder layer (own, cross), or None when a variant keeps none."""
@@ -247,11 +221,6 @@ class Backbone(nn.Module, Network):
                     return None
                 states.append(state)
         return states
-
-    def _embed(self, ids_BT: Tensor, seq: Sequence) -> Tensor:
-        seq.position = self.position
-        embedded: Tensor = self.dropout(self.position.add(self.embedding(ids_BT), seq.positions_BT))
-        return embedded
 
     def flops_per_position(self, length: int) -> float:
         """Return forward FLOPs a position at this length: two a weight of every matrix, and each variant's mixing.
@@ -270,6 +239,18 @@ class Backbone(nn.Module, Network):
         total = sum(p.numel() for p in self.parameters())
         embedding = sum(p.numel() for name, p in self.named_parameters() if _is_embedding(name))
         return {"embedding": embedding, "non_embedding": total - embedding, "total": total}
+
+
+def check_role(topology: Topology, name: str, factory: Callable[..., Attention], role: Role) -> None:
+    """Raise UserError when a variant cannot be built as the topology needs it."""
+    variant = target_of(factory)
+    roles: frozenset[Role] = getattr(variant, "roles", frozenset())
+    if role not in roles:
+        text = (
+            f"{getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's topology "
+            f"'{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
+        )
+        raise UserError(Problem(f"model.{name}", text))
 
 
 def _tensors(seq: Sequence) -> tuple[Tensor, Tensor | None]:
@@ -302,5 +283,5 @@ def parameter_groups(net: nn.Module, kinds: dict[str, str]) -> list[dict[str, An
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             groups[kinds[name.replace("_fsdp_wrapped_module.", "")]].append(parameter)
-    found: list[dict[str, Any]] = [{"params": groups[k], "kind": k} for k in groups if groups[k]]
-    return [{**group, "weight_decay": 0.0} if group["kind"] == "vector" else group for group in found]
+    no_decay = {"vector": {"weight_decay": 0.0}}
+    return [{"params": group, "kind": kind, **no_decay.get(kind, {})} for kind, group in groups.items() if group]

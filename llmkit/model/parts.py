@@ -1,8 +1,7 @@
-"""The plugins that a model is put together from: factories, their plain description, and a trial without memory."""
+"""The plugins that a model is built from: factories, their plain description, and a trial without memory."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from llmkit import registry
 from llmkit.contracts import Topology
 from llmkit.errors import Problem, UserError, blame
-from llmkit.model.backbone import Backbone, can_cross, check_roles
+from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -51,18 +50,15 @@ class Parts:
             name: registry.resolve(family, given[name]) for name, family in keys.items() if name != "cross_attention"
         }
         cross = given["cross_attention"]
-        if cross is None and can_cross(self.factories["attention"]):
+        if cross is None and "cross" in getattr(registry.target_of(self.factories["attention"]), "roles", ()):
             cross = self.factories["attention"]
         self.factories["cross_attention"] = registry.resolve("attention", cross)
         self.spec = {**{name: registry.spec_of(factory) for name, factory in self.factories.items()}, **sizes}
 
     def build(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the factory of a part; a mistake in its arguments is reported with its key."""
-        return _build(type, f"model.{name}", self.factories[name], *args, **kwargs)
-
-    def _blamed(self, name: str) -> functools.partial[Any]:
-        factory = self.factories[name]
-        return functools.partial(_build, registry.target_of(factory), f"model.{name}", factory)
+        with blame(f"model.{name}"):
+            return self.factories[name](*args, **kwargs)
 
     def backbone(self, topology: Topology, vocab_size: int, num_layers: int) -> Backbone:
         """Return the network."""
@@ -73,10 +69,8 @@ class Parts:
             num_layers=num_layers,
             topology=topology,
             max_length=self.spec["context"],
-            dropout=self.spec["dropout"],
-            norm_first=self.spec["norm_first"],
-            tie_embeddings=self.spec["tie_embeddings"],
-            **{name: self._blamed(name) for name in names},
+            **{name: self.spec[name] for name in ("dropout", "norm_first", "tie_embeddings")},
+            **{name: self.factories[name] for name in names},
         )
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -88,7 +82,8 @@ class Parts:
 
     def try_out(self, topology: Topology) -> None:
         """Report parts that cannot work together before any data is prepared. Raises UserError."""
-        check_roles(topology, self.factories["attention"], self.factories["cross_attention"])
+        with torch.device("meta"):
+            net = self.backbone(topology, vocab_size=1, num_layers=1)
         groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": kind} for kind in ("matrix", "embedding")]
         name = "optimizer"
         try:
@@ -97,8 +92,6 @@ class Parts:
             self.schedule(optimizer, 1000)
         except TypeError as error:
             raise UserError(Problem(f"model.{name}", str(error))) from error
-        with torch.device("meta"):
-            net = self.backbone(topology, vocab_size=1, num_layers=1)
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         try:
             with blame("model.attention"):
@@ -107,9 +100,3 @@ class Parts:
                     net.decode(ids, Sequence.of(ids), memory=memory)
         except NotImplementedError:
             pass  # an operation that cannot be tried without memory
-
-
-def _build(target: Any, key: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a factory under its key; ``target`` is the class that it builds, for ``registry.target_of`` to find."""
-    with blame(key):
-        return factory(*args, **kwargs)

@@ -42,8 +42,7 @@ class Decoder:
         self.output_VD = by_columns(output_VD)
         self.exact = output_VD.device.type == "cpu" and output_VD.dtype == torch.float32
         self.columns = 0
-        self.columns_1C = torch.arange(max_columns)[None]
-        self.counts_B: Tensor | None = None  # real tokens of each row, once there was padding
+        self.seen: int | Tensor = 0  # real tokens so far; one number for each row, (B, 1), once there was padding
         self.history: list[tuple[Tensor, Tensor]] = []  # (ids, segments) of every call, without a state only
 
     def feed(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
@@ -53,25 +52,23 @@ class Decoder:
             ids_BT: token ids, padded anywhere.
             segments_BT: 0 at padding, 1 elsewhere; None: no padding. Each row has at least one real token.
         """
+        # The rows "a b" and "c ." (the dot is padding) stand at positions 0 1 and 0 0, the scores are those after
+        # columns 1 and 0, and 2 and 1 tokens were seen: a column "d", "e" fed next stands at positions 2 and 1.
         device, (start, length) = ids_BT.device, (self.columns, ids_BT.shape[1])
         self.columns += length
-        self.columns_1C = self.columns_1C.to(device)
-        positions_BT = self.columns_1C[:, start : self.columns]
         last_B: Tensor | None = None  # where each row's last real token is; None: in the last column
-        if segments_BT is not None:
-            ranks_BT = segments_BT.cumsum(-1)
-            before_B = torch.full_like(ids_BT[:, 0], start) if self.counts_B is None else self.counts_B
-            positions_BT = (before_B[:, None] + ranks_BT - 1).clamp(min=0)
+        if segments_BT is None:
+            positions_BT = torch.arange(length, device=device)[None] + self.seen
+            self.seen = self.seen + length
+        else:
+            positions_BT = (segments_BT.cumsum(-1) - 1 + self.seen).clamp(min=0)
             last_B = (segments_BT * torch.arange(1, length + 1, device=device)).argmax(-1)
-            self.counts_B = before_B + ranks_BT[:, -1]
-        elif self.counts_B is not None:
-            positions_BT = self.counts_B[:, None] + self.columns_1C[:, :length]
-            self.counts_B = self.counts_B + length
+            self.seen = positions_BT.amax(-1, keepdim=True) + 1
         seq = Sequence(positions_BT, segments_BT)  # a chunk without padding needs no segments of its own
         if self.state is None:
             self.history.append((ids_BT, torch.ones_like(ids_BT) if segments_BT is None else segments_BT))
             ids_BT, segments_BT = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
-            seq = Sequence.of(ids_BT, None if self.counts_B is None else segments_BT)
+            seq = Sequence.of(ids_BT, segments_BT if isinstance(self.seen, Tensor) else None)
             last_B = None if last_B is None else last_B + start
         with _without_onednn() if self.exact and length == 1 else contextlib.nullcontext():
             hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
@@ -80,8 +77,9 @@ class Decoder:
         return F.linear(last_BD, output_VD.to(last_BD.dtype))
 
     def reorder(self, rows: Tensor, same_memory: bool = False) -> None:
-        """Keep the given rows, in that order; ``same_memory``: each place keeps the memory that it has."""
-        self.counts_B = None if self.counts_B is None else self.counts_B[rows]
+        """Keep the given rows, in that order; ``same_memory``: the row at each place still reads the same memory."""
+        if isinstance(self.seen, Tensor):
+            self.seen = self.seen[rows]
         self.history = [(ids[rows], segments[rows]) for ids, segments in self.history]
         for state in self.state or []:
             if not (same_memory and state.of_memory):
@@ -181,7 +179,6 @@ def _sample(
     device = choose.banned.device
     texts = [list(prompt) for prompt in prompts]
     starts = [max(0, len(text) - net.max_length) for text in texts]  # of what the network still sees of each text
-    new: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt of each row of the decoder
     waiting: list[Tensor] = []  # the tokens of steps that the host has not looked at yet, (B,) each
     look_every = 1 if on_token is not None else LOOK_EVERY.get(device.type, 16)
@@ -194,10 +191,8 @@ def _sample(
                 texts[row].append(token)
                 if token == eos_id:
                     done.add(row)
-                elif row not in done:
-                    new[row].append(token)
-                    if on_token is not None:
-                        on_token(row, token)
+                elif on_token is not None and row not in done:
+                    on_token(row, token)
         waiting.clear()
 
     decoder: Decoder | None = None
@@ -230,7 +225,9 @@ def _sample(
             rows_B = torch.tensor(rows, device=device)
             decoder.reorder(rows_B)
             chosen_B, active = chosen_B[rows_B], [active[index] for index in rows]
-    return new
+    # A row that ended was fed further tokens until the host looked or until it was left out.
+    new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
 
 
 class Chooser:
@@ -290,6 +287,13 @@ def _beam_search(
 
     The score of a finished continuation Y, eos included, is log p(Y) / ((5 + |Y|) / 6) ** length_penalty. A prompt is
     done when ``num_beams`` continuations are finished and no open one, at its present length, beats the worst of them.
+
+    A step with two beams, for one prompt; log p in brackets:
+
+        open beams       a b [-1], a c [-2]
+        best four        a b . [-1.2]   a c d [-2.1]   a b e [-2.5]   a b f [-3]       (the dot is eos)
+        finished         a b            among the first two, so it counts
+        open afterwards  a c d, a b e   continue rows 1 and 0 of the decoder, whose states are reordered like that
     """
     beams, device = options.num_beams, banned_ids.device
     most = min(steps, net.max_length - max(map(len, prompts)))
@@ -303,37 +307,32 @@ def _beam_search(
     decoder = Decoder(net, len(prompts), len(prompts[0]) + max(most, 1), memory)
     scores_BV = decoder.feed(torch.tensor(prompts, device=device))
     for length in range(1, most + 1):
+        width = len(beams_of[0])  # 1 at first, then always ``beams``
         sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
         # Twice as many candidates as beams: eos can use up at most one continuation of each.
         candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
-        keep: list[int] = []
-        still: list[int] = []
-        extended: list[list[Beam]] = []
-        for index, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
-            texts = [text for _, text in beams_of[index]]
-            open_beams: list[tuple[float, int, int]] = []
-            for rank, (score, parent, token) in enumerate(found):
-                if token == eos_id:
-                    if rank < beams and score > -torch.inf:
-                        finished[prompt].append((normalised(score, length), texts[parent]))
-                elif len(open_beams) < beams:
-                    open_beams.append((score, parent, token))
-            # A vocabulary smaller than the beam leaves some of its places empty.
-            open_beams += [(-torch.inf, 0, eos_id)] * (beams - len(open_beams))
+        rows_kept: list[int] = []  # of the decoder
+        groups: list[tuple[int, list[Beam]]] = []
+        for group, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
+            texts = [text for _, text in beams_of[group]]
+            ended = [c for c in found[:beams] if c[2] == eos_id and c[0] > -torch.inf]
+            finished[prompt] += [(normalised(score, length), texts[parent]) for score, parent, _ in ended]
             finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
+            going = [c for c in found if c[2] != eos_id][:beams]
+            # A vocabulary smaller than the beam leaves some of its places empty.
+            going += [(-torch.inf, 0, eos_id)] * (beams - len(going))
             full = len(finished[prompt]) == beams
-            if full and normalised(open_beams[0][0], length) <= finished[prompt][-1][0]:
+            if full and normalised(going[0][0], length) <= finished[prompt][-1][0]:
                 continue
-            still.append(prompt)
-            keep += [index * len(texts) + parent for _, parent, _ in open_beams]
-            extended.append([(score, [*texts[parent], token]) for score, parent, token in open_beams])
-        same_prompts = len(still) * sums_NW.shape[1] == len(scores_BV) and sums_NW.shape[1] == beams
-        active, beams_of = still, extended
+            rows_kept += [group * width + parent for _, parent, _ in going]
+            groups.append((prompt, [(score, [*texts[parent], token]) for score, parent, token in going]))
+        same_prompts = len(groups) == len(active) and width == beams
+        active, beams_of = [prompt for prompt, _ in groups], [rows for _, rows in groups]
         if not active:
             break
         if length < most:
-            if not same_prompts or keep != list(range(len(keep))):
-                decoder.reorder(torch.tensor(keep, device=device), same_prompts)
+            if not same_prompts or rows_kept != list(range(len(rows_kept))):
+                decoder.reorder(torch.tensor(rows_kept, device=device), same_prompts)
             last = [[text[-1]] for rows in beams_of for _, text in rows]
             scores_BV = decoder.feed(torch.tensor(last, device=device))
     for prompt, rows in zip(active, beams_of, strict=True):  # at the limit: open beams count as they stand
@@ -352,7 +351,7 @@ def _best(scores_BV: Tensor, sums_NW: Tensor, banned_ids: Tensor, count: int) ->
         scores_BV: of what comes next, B = N W.
         sums_NW: the sums of W beams for each of N prompts.
         banned_ids: what must not come next.
-        count: how many are returned, if there are so many.
+        count: most continuations returned per prompt.
     """
     logp_BV = scores_BV.float().log_softmax(-1)
     if len(banned_ids):

@@ -70,7 +70,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with each value either zero, with probability p, or divided by 1 - p."""
-        fast = backend(input) == "cpu" and input.dtype == torch.float32  # in bfloat16 nothing is gained
-        if not self.training or self.p >= 1 or not fast:
-            return F.dropout(input, self.p, self.training)
+        if not self.training or self.p == 0:
+            return input
+        if self.p == 1 or backend(input) != "cpu" or input.dtype != torch.float32:  # in bfloat16 nothing is gained
+            return F.dropout(input, self.p)
         return input * torch.rand_like(input, requires_grad=False).ge_(self.p).mul_(1 / (1 - self.p))

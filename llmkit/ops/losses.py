@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from llmkit.contracts import IGNORE, Loss
 
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
-CHUNK_ELSEWHERE = 2**26  # an accelerator wants large products: 1,334 rows at a vocabulary of 50304
+CHUNK_ELSEWHERE = 2**26  # an accelerator needs large products: 1,334 rows at a vocabulary of 50304
 
 
 def rows_at_once(weight_VD: Tensor) -> int:
@@ -73,11 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 span = slice(start, start + rows)
                 scores = (hidden_low[span] @ weight_low.T).to(exact)
                 kept = targets[span] != IGNORE
-                wanted = targets[span].clamp(min=0)[:, None]
-                # The softmax is one pass of a fast kernel, and its largest value tells the logarithm of its sum.
+                target = targets[span].clamp(min=0)[:, None]
+                # The softmax is one pass of a fast kernel, and its largest value gives the logarithm of its sum.
                 grad = scores.softmax(-1)
                 norm = scores.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
-                losses = norm - (1 - smoothing) * scores.gather(-1, wanted)
+                losses = norm - (1 - smoothing) * scores.gather(-1, target)
                 if smoothing:
                     losses -= smoothing * scores.mean(-1, keepdim=True)
                 total += (losses * kept[:, None]).sum()
@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d scores = softmax - smoothed one-hot target
                 if smoothing:
                     grad -= smoothing / vocab
-                grad.scatter_add_(-1, wanted, torch.full_like(norm, smoothing - 1))
+                grad.scatter_add_(-1, target, torch.full_like(norm, smoothing - 1))
                 grad_low = grad.mul_(kept[:, None]).to(low)
                 if grad_hidden is not None:
                     grad_hidden[span] = (grad_low @ weight_low).to(hidden.dtype)
@@ -101,12 +101,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        hidden, weight = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, weight, None, None, None

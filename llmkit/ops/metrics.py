@@ -19,8 +19,8 @@ EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
 """Dtype of accumulated sums; Apple's GPUs have no doubles."""
 
 
-class SumOverCount(Metric):
-    """A sum over a count, both added up over batches and processes; a base class."""
+class Mean(Metric):
+    """Mean of values that come as a sum and their number, both added up over batches and processes."""
 
     full_state_update = False
     total: Tensor
@@ -31,8 +31,8 @@ class SumOverCount(Metric):
         self.add_state("total", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
 
-    def add(self, total: Tensor | float, count: Tensor | int) -> None:
-        """Add ``count`` values whose sum is ``total``."""
+    def update(self, total: Any, count: Any) -> None:
+        """Add ``count`` values whose sum is ``total``; numbers, or tensors with a single one."""
         self.total += total.detach() if isinstance(total, Tensor) else total
         self.count += count
 
@@ -41,40 +41,34 @@ class SumOverCount(Metric):
         return self.total / self.count
 
 
-class Mean(SumOverCount):
-    """Mean of values that come as a sum and their number (accuracy, exact match)."""
-
-    def update(self, total: float, count: int) -> None:
-        """Add ``count`` values whose sum is ``total``."""
-        self.add(total, count)
-
-
-class MeanLoss(SumOverCount):
-    """Mean loss in nats a token or example."""
+class MeanLoss(Mean):
+    """Mean loss in nats per token or example."""
 
     higher_is_better = False
 
-    def update(self, loss: Loss) -> None:
+    def update(self, loss: Loss) -> None:  # type: ignore[override]
         """Add a summed loss."""
-        self.add(loss.total, loss.count)
+        self.total += loss.total.detach()
+        self.count += loss.count
 
 
 class Perplexity(MeanLoss):
-    """exp of the mean loss a token."""
+    """exp of the mean loss per token."""
 
     def compute(self) -> Tensor:
         """Return exp(total / count)."""
         return super().compute().exp()
 
 
-class BitsPerByte(SumOverCount):
+class BitsPerByte(Mean):
     """Loss in bits for each UTF-8 byte of the text, comparable between tokenizers."""
 
     higher_is_better = False
 
     def update(self, loss: Loss, num_bytes: Tensor) -> None:
         """Add a summed loss and the number of bytes it covers."""
-        self.add(loss.total / math.log(2), num_bytes.sum())
+        self.total += loss.total.detach() / math.log(2)
+        self.count += num_bytes.sum()
 
 
 class _CorpusScore(Metric):
@@ -128,7 +122,7 @@ _ONE_BY_ONE = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff
 _ROUGE_TOKEN = re.compile(rf"[{_ONE_BY_ONE}]|[^\W_{_ONE_BY_ONE}]+")
 
 
-class ROUGE(SumOverCount):
+class ROUGE(Mean):
     """Mean F-measure of ROUGE over all texts, each against one reference, 0 to 100.
 
     Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
@@ -148,24 +142,19 @@ class ROUGE(SumOverCount):
     def update(self, predictions: list[str], references: list[str]) -> None:
         """Add texts and their references."""
         for pair in zip(predictions, references, strict=True):
-            self.add(self._f_measure(*(_ROUGE_TOKEN.findall(text.lower()) for text in pair)), 1)
+            a, b = (_ROUGE_TOKEN.findall(text.lower()) for text in pair)
+            if self.kind == "L":
+                common, units = _common_subsequence(a, b), len(a) + len(b)
+            else:  # zip pairs each token with the next one: a b c becomes (a, b), (b, c)
+                size = range(int(self.kind))
+                grams, others = (Counter(zip(*(row[i:] for i in size), strict=False)) for row in (a, b))
+                common, units = (grams & others).total(), grams.total() + others.total()
+            self.total += 2 * common / max(1, units)  # 2PR / (P + R): twice the common units over the units of both
+            self.count += 1
 
     def compute(self) -> Tensor:
         """Return the mean F-measure, 0 to 100."""
         return 100 * self.total / self.count
-
-    def _f_measure(self, predicted: list[str], reference: list[str]) -> float:
-        """Return 2PR / (P + R), which is twice the common units over the units of both."""
-        if self.kind == "L":
-            common, units = _common_subsequence(predicted, reference), len(predicted) + len(reference)
-        else:
-            grams, others = (self._grams(row) for row in (predicted, reference))
-            common, units = (grams & others).total(), grams.total() + others.total()
-        return 2 * common / units if units else 0.0
-
-    def _grams(self, tokens: list[str]) -> Counter[tuple[str, ...]]:
-        size = int(self.kind)
-        return Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:

@@ -20,7 +20,7 @@ class _TwoLayers(Feedforward):
         hidden = round(hidden_multiple * dim)
         self.inner = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout)
 
     @abstractmethod
     def activate(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SwiGLU(Feedforward):
         hidden = 8 * math.ceil(hidden_multiple * dim / 12)
         self.inner = nn.Linear(dim, 2 * hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the new values, position by position."""

@@ -1,4 +1,4 @@
-"""Ways to tell a network the order of positions."""
+"""Position encodings: how a network knows the order of its inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Learned(Position):
 
     def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         """Add each position's vector. Raises UserError for positions outside the context."""
-        # Only the CPU reports a bad index as an exception; the width tells without waiting for the device.
+        # Only the CPU reports a bad index as an exception; the width shows it without waiting for the device.
         if positions_BT.shape[-1] <= self.max_length:
             try:
                 vectors_BTD: Tensor = self.table(positions_BT)
@@ -80,7 +80,7 @@ class Rotary(Position):
         if width % 2:
             raise UserError(f"rotary positions need an even width of each head, got {width}")
         if ("rotary", width) not in seq.memo:
-            # Float32 whatever the model's dtype: bfloat16 cannot tell large angles apart.
+            # Float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
             angles_B1TE = _angles(seq.positions_BT, width, self.base)[:, None]
             cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
             seq.memo["rotary", width] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -106,7 +106,7 @@ class Alibi(Position):
 
 
 class NoPosition(Position):
-    """No position encoding: a causal network can still tell the order from what it sees.
+    """No position encoding: a causal network can still infer the order from how much it sees.
 
     Haviv et al. 2022, arXiv:2203.16634.
 

@@ -1,6 +1,6 @@
 """What the queries of a layer look at: keys and values, those of earlier calls included, and the mask.
 
-Every softmax variant is put together from these pieces. ``Lookup`` answers "what do these queries look at?" in
+Every softmax variant is composed of these pieces. ``Lookup`` answers "what do these queries look at?" in
 training and decoding, in self- and cross-attention; ``Cache`` is the decoding state that it fills. Neither knows of
 heads or projections: what a variant keeps of a column (keys and values, a latent) is any tensor whose second last
 dimension is the columns, (B, ..., S, width), and comes back in the order in which it was given.

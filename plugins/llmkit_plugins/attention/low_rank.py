@@ -33,7 +33,7 @@ class LowRank(Attention):
         rank: number of slots.
 
     Raises:
-        UserError: when there is no slot.
+        UserError: when ``rank`` is below one.
     """
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional", "cross"})

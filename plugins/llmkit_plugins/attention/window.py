@@ -23,7 +23,7 @@ class SlidingWindow(GroupedQuery):
     """Each position sees only the nearest ones, so that cost grows with the length, not with its square.
 
     Beltagy et al. 2020, arXiv:2004.05150; Child et al. 2019, arXiv:1904.10509. The window counts real positions of
-    the position's own document. Rows without padding that are well longer than the window are computed block by
+    the position's own document. Rows without padding that are much longer than the window are computed block by
     block, others under a mask. The decoding cache has room for one window, however long the text gets.
 
     Args:

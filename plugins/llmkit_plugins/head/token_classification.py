@@ -23,7 +23,7 @@ def _pieces(tokens: Any) -> list[str]:
 
 
 def _text(tokens: Any, cut: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Return a text with its words: a list of words is put together, a text is cut."""
+    """Return a text with its words: a list of words is joined, a text is split."""
     return (tokens, cut(tokens)) if isinstance(tokens, str) else running(tokens)
 
 
@@ -137,7 +137,7 @@ class TokenClassification(Head):
         owners = [[w for w, size in enumerate(feature["sizes"]) for _ in range(size)] for feature in features]
         batch: Batch = {
             "ids": padded(rows, tokenizer.pad_id),
-            # A sentence without words has a token all the same.
+            # A sentence without words still has one token.
             "words": padded([owner or [-1] for owner in owners], -1),
             "spans": padded([feature["spans"] for feature in features], -1),
             "text": [feature["text"] for feature in features],
@@ -207,7 +207,7 @@ class TokenClassification(Head):
         """Return ``text``, ``tokens``, ``tags`` and ``entities`` of each row.
 
         An entity has ``text``, ``label``, ``start`` and ``end``, its place in the row's text: the one that was given,
-        or the list of words with blanks between them.
+        or the list of words joined by spaces.
         """
         answers = []
         tags = self._predicted(*self.scores(net, batch))

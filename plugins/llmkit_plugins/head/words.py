@@ -14,7 +14,7 @@ from llmkit.contracts import Tokenizer
 Span = tuple[int, int]
 """Where a word begins in its text, and where it ends."""
 
-_UNSPACED = (  # scripts that put no blanks between words, with their punctuation: Thai to Khmer, kana, Han, fullwidth
+_UNSPACED = (  # scripts without spaces between words, with their punctuation: Thai to Khmer, kana, Han, fullwidth
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u30ff\u3100-\u312f\u3190-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 )

@@ -22,7 +22,7 @@ from .byte_pairs import Encoder
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
 NO_TEXT = "no text to train the tokenizer on"
-MOST_HOLES = 2**16
+MAX_UNUSED_IDS = 2**16
 """Ids below the largest one that may be without a token."""
 
 
@@ -44,7 +44,7 @@ def valid(text: str) -> str:
 
 
 def checked(texts: Iterator[str]) -> Iterator[str]:
-    """Yield the texts that are not empty. Raises UserError at the end when there was none."""
+    """Yield the texts that are not empty. Raises UserError at the end when all were empty."""
     empty = True
     for text in texts:
         if text:
@@ -84,7 +84,7 @@ def check_ids(hf: HFTokenizer, what: str) -> None:
     """Raise UserError when ids are far apart: ``tokenizers`` walks through all numbers between them to write itself."""
     ids = hf.get_vocab().values()
     largest = max(ids, default=0)
-    if largest > len(ids) + MOST_HOLES:
+    if largest > len(ids) + MAX_UNUSED_IDS:
         raise UserError(f"{what}: its largest id is {largest:,}, and it has only {len(ids):,} tokens")
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken, several times faster than ``tokenizers``, where both are sure to give the same ids."""
+"""Byte-level BPE by tiktoken, several times faster than ``tokenizers``, where both provably give the same ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 # A letter that each version of Unicode from 10 to 17 added: a library of an older version takes it for a sign.
 NEW_LETTERS = "\u312e\u1c90\ua7ba\u31bb\ua7c0\U0001e4d0\U0002ebf0\u1c89\U000323b0"
 FEW = 2**15  # characters: ``tokenizers`` encodes them in the time that it takes to make tiktoken ready
-LONG = 100_000  # characters of white space that tiktoken is not given: it breaks off at a million
+LONG = 100_000  # characters of white space that tiktoken is not given: it fails at a million
 
 _SPACE = re.compile(rf"\s{{{LONG}}}")
 
@@ -35,7 +35,7 @@ class Encoder:
         self._fast: tiktoken.Encoding | None = None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without special ones: those that ``hf`` gives, to the last."""
+        """Return the ids of each text, without special ones: exactly those that ``hf`` gives."""
         before, self._characters = self._characters, self._characters + sum(map(len, texts))
         if before <= FEW < self._characters:
             self._fast = same_by_tiktoken(self.hf)

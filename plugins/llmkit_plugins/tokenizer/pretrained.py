@@ -36,7 +36,7 @@ class Pretrained(HuggingFace):
         path: file, folder or hub name such as ``gpt2``.
     """
 
-    lossless = False  # that is up to the file
+    lossless = False  # it depends on the file
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -95,7 +95,7 @@ class Pretrained(HuggingFace):
             return HFTokenizer.from_pretrained(self.path)
         except Exception as error:
             raise UserError(
-                f"{what}: no such file or folder here, and no tokenizer.json of that name could be had from the "
+                f"{what}: no such file or folder here, and its tokenizer.json could not be downloaded from the "
                 f"Hugging Face hub ({line(error)})"
             ) from error
 
