@@ -53,7 +53,7 @@ $(VENV)/oldest-lightning: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --no-deps --upgrade --target $@ lightning==$(OLDEST_LIGHTNING)
 	@touch $@
 
-# litgpt and joeynmt pin other versions of our dependencies, but run with these: they come without their own.
+# litgpt and joeynmt pin other versions of our dependencies but run with ours: install them without dependencies.
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pip install --no-deps litgpt joeynmt

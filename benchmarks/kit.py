@@ -172,7 +172,7 @@ def quiet() -> None:
 
 
 def clock(device: str = "cpu") -> float:
-    """Return seconds: of CPU time, or of wall time once the device has done all it was told."""
+    """Return seconds: of CPU time, or of wall time once the device has finished its work."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()

@@ -1,11 +1,10 @@
 """Train the rows of ``docs/results.md`` from the shipped configs, and write the tables from what was measured.
 
-    python docs/reproduce.py                       # the rows there are
+    python docs/reproduce.py                       # list the rows
     python docs/reproduce.py multi30k sst2         # train and measure these, then write the tables
-    python docs/reproduce.py --render              # only write docs/results.md and docs/curves.png again
+    python docs/reproduce.py --render              # only rewrite docs/results.md and docs/curves.png
 
-Each row is kept as ``docs/results/ROW.json``: command, config hash, seed, time, machine, figures. Nothing is typed by
-hand.
+Each row is kept as ``docs/results/ROW.json``: command, config hash, seed, time, machine, figures. Nothing is typed in.
 """
 
 from __future__ import annotations
@@ -220,16 +219,16 @@ HEAD = """\
 # Results
 
 Written by `docs/reproduce.py` from `docs/results/*.json`; do not edit. Each row was trained by the command shown, from
-a shipped config. Figures are those of the run's best checkpoint on the validation data, or of its last step where the
-run is shorter than one validation interval. CPU s is the CPU time of the whole training command (- where it was not
-measured); its wall-clock time stands below the table, on a machine that had other work to do.
+a shipped config. The figures are those of the run's best checkpoint on the validation data, or of its last step if the
+run is shorter than one validation interval. CPU s is the CPU time of the whole training command (- if it was not
+measured); the wall-clock time is given below each table, on a machine that had other work to do.
 
-The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen with test accuracy in sight
-beside validation accuracy, over a handful of variants, so these two test figures may be a little too good. Those of all
-other rows were chosen on validation data alone; the fine-tuning rate of sst2_pretrained too, though test figures with a
-lower rate had been measured before. XQuAD and CMRC are one file each here: their figures are of the tenth of its
-paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of its validation
-split. No row was repeated with other seeds: differences between variants of about a point may be chance.
+The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen from a handful of variants
+with both validation and test accuracy visible, so these two test figures may be slightly optimistic. Those of all
+other rows were chosen on validation data alone. That includes the fine-tuning rate of sst2_pretrained, although test
+figures with a lower rate had been measured before. XQuAD and CMRC are one file each: their figures are for the
+tenth of its paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of
+its validation split. No row was repeated with other seeds: differences between variants of about a point may be chance.
 """
 
 
@@ -298,7 +297,7 @@ def main() -> None:
     args = parser.parse_args()
     unknown = sorted(set(args.rows) - set(ROWS))
     if unknown:
-        parser.error(f"unknown rows {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+        parser.error(f"unknown rows {', '.join(unknown)}; known rows: {', '.join(ROWS)}")
     if not args.rows and not args.render:
         print("\n".join(f"{name:<28} {'measured' if _measured(name) else ''}" for name in ROWS))
         return

@@ -49,7 +49,7 @@ def fit(text: Path, attention: str) -> tuple[llmkit.LanguageModel, float]:
 
 
 def main() -> None:
-    """Compare two variants and let the second one go on with a text."""
+    """Compare two variants and let the second one continue a text."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "week.txt"

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from bugs import BUGS
 from command import Result, done, llmkit
+from test_structure import ROOMS
 
 from llmkit import imports, main, registry, testing
 from llmkit.config.files import parse_yaml
@@ -229,6 +230,14 @@ def test_the_file_tree_is_the_real_one() -> None:
                 assert f"{folder}/{entry.name}{'/' * entry.is_dir()}" in named, (
                     f"{folder}/{entry.name} is not in the tree"
                 )
+
+
+def test_the_rooms_are_shown_in_their_reading_order() -> None:
+    order = [name for name in ROOMS if name != "__main__"]
+    entries = [path.removeprefix("llmkit/") for path in tree() if path.startswith("llmkit/") and path != "llmkit/"]
+    assert [entry.removesuffix("/").removesuffix(".py") for entry in entries] == order
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## The rooms")[2].partition("\n## ")[0]
+    assert [name.removesuffix("/") for name in re.findall(r"^\| `(\S+)` \|", page, re.M)] == order
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

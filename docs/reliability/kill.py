@@ -3,7 +3,7 @@
     python docs/reliability/kill.py                    # all configurations, 8 kills each, about half an hour
     python docs/reliability/kill.py translation --kills 3
 
-Writes ``kills.json`` beside this file, from which ``table.py`` makes the table of ``docs/reliability.md``.
+Writes ``kills.json`` next to this file, from which ``table.py`` makes the table of ``docs/reliability.md``.
 """
 
 from __future__ import annotations

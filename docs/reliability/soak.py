@@ -2,7 +2,7 @@
 
     python docs/reliability/soak.py --hours 2 --output /tmp/soak
 
-Prints one line a minute and writes ``soak.json`` beside this file: medians of the second half of the time against the
+Prints one line a minute and writes ``soak.json`` next to this file: medians of the second half of the time against the
 first, without the first tenth.
 """
 

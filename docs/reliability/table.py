@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/reliability.md`` from what the scripts beside this one recorded."""
+"""Write the tables of ``docs/reliability.md`` from what the other scripts of this folder recorded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """Return a Markdown table.
 
     Args:
-        rows: what is in it.
-        columns: key of a row -> head of the column.
+        rows: its content.
+        columns: key of a row -> heading of the column.
     """
     lines = [list(columns.values()), ["---"] * len(columns), *([str(row[key]) for key in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -39,8 +39,8 @@ def kills(rows: list[dict[str, Any]]) -> str:
     columns |= {"kills_writing": "while writing", "from_the_start": "before a checkpoint", "losses": "losses compared"}
     columns |= {"tensors": "tensors compared", "differences": "differences"}
     total = {**dict.fromkeys(columns, ""), **sums, "configuration": "**all**", "workers": "", "accumulation": ""}
-    told = f"{sums['kills']} kills over {len(rows)} configurations, {sums['differences']} differences.\n\n"
-    return told + table([*rows, total], columns)
+    summary = f"{sums['kills']} kills over {len(rows)} configurations, {sums['differences']} differences.\n\n"
+    return summary + table([*rows, total], columns)
 
 
 def soak(found: dict[str, Any]) -> str:
@@ -48,12 +48,12 @@ def soak(found: dict[str, Any]) -> str:
     last, ratio = found["last"], found["second_half_to_first"]
     names = {"memory": "resident memory, MiB", "open_files": "open files", "disk": "checkpoints on disk, MiB"}
     rows = [{"what": name, "end": f"{last[key]:.0f}", "ratio": f"{ratio[key]:.3f}"} for key, name in names.items()]
-    told = (
+    summary = (
         f"{last['minutes']:.0f} minutes, {found['steps']:,} steps, {found['saved']:,} checkpoints written, "
         f"{last['checkpoints']} names kept. Medians of the second half of the time against the first, without "
         "the first tenth:\n\n"
     )
-    return told + table(rows, {"what": "", "end": "at the end", "ratio": "second half to first"})
+    return summary + table(rows, {"what": "", "end": "at the end", "ratio": "second half to first"})
 
 
 def fuzz(rows: list[dict[str, Any]]) -> str:
@@ -65,9 +65,9 @@ def fuzz(rows: list[dict[str, Any]]) -> str:
 def configs(found: dict[str, Any]) -> str:
     """Return the sentence on broken configs."""
     return (
-        f"Tried with {found['cases']} configs and command lines, each broken in one way "
-        f"(`docs/reliability/configs.py`): {found['right']} got key, place and remedy right; "
-        "none was accepted, none showed a traceback."
+        f"Tested with {found['cases']} configs and command lines, each broken in one way "
+        f"(`docs/reliability/configs.py`): for {found['right']} the message named the right key, place and remedy; "
+        "none was accepted, none caused a traceback."
     )
 
 
