@@ -81,7 +81,7 @@ def test_evaluation_blocks_hold_every_target_once(tmp_path: Path, length: int) -
 
 @pytest.mark.parametrize("length", [2, 5, 9, 20, 24, 100, 1001])
 def test_training_blocks(tmp_path: Path, length: int) -> None:
-    """Each block is a piece of the text; the blocks of an epoch do not overlap; every epoch is cut and ordered differently."""
+    """Blocks are pieces of the text and do not overlap within an epoch; each epoch is cut and ordered differently."""
     path = write(tmp_path / "a.txt", prose(length))
     data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=4)
     split = data.split("train")
