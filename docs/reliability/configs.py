@@ -1,4 +1,4 @@
-"""Record how many broken configs of ``tests/test_broken_configs.py`` are reported with key, place and remedy."""
+"""Record for how many configs of ``tests/test_broken_configs.py`` the message has the right key, place and remedy."""
 
 from __future__ import annotations
 
