@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from llmkit.contracts import Head, Network, Tokenizer
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
-from llmkit.ops.metrics import answer_scores
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State
+from llmkit_plugins.head.question_answering import answer_scores
 from llmkit_plugins.head.words import words
 
 RADII = (0, 2, 5, 15, 40)

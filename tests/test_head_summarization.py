@@ -17,8 +17,8 @@ from torchmetrics.utilities import dim_zero_sum
 from llmkit import DecodingOptions, plugin
 from llmkit.contracts import Head, Tokenizer
 from llmkit.model.backbone import Backbone
-from llmkit.ops.metrics import ROUGE
 from llmkit.sequence import Sequence
+from llmkit_plugins.head.summarization import ROUGE
 
 KINDS: tuple[Literal["1", "2", "L"], ...] = ("1", "2", "L")
 

@@ -18,9 +18,9 @@ from seqeval.metrics.sequence_labeling import get_entities
 from llmkit.contracts import Head, Tokenizer
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
-from llmkit.ops.metrics import EntityScore, entities
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Sequence
+from llmkit_plugins.head.token_classification import EntityScore, entities
 from llmkit_plugins.head.words import by_character, characters, encode, pieces, running, words
 
 SENTENCES = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import string
+import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, note
-from llmkit.ops.metrics import Mean, MeanLoss, answer_scores
+from llmkit.ops.metrics import Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.words import Span, by_character, encode, means, pieces, words
 
@@ -327,3 +329,30 @@ def _find(context: str, answer: str, start: int) -> int | None:
         return start
     found = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", context))
     return min(found, key=lambda place: abs(place - start), default=None)
+
+
+def answer_scores(answer: str, references: list[str], by_character: bool = False) -> tuple[float, float]:
+    """Return exact match and F1 of an answer, 0 to 1, each against the reference where it is best.
+
+    By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the common
+    words, in lower case, without ASCII punctuation and the articles a, an and the. By character, for scripts without
+    spaces between words, it is the same for single characters, without punctuation and white space.
+    Without references both are 0.
+    """
+    words = _answer_words(answer, by_character)
+    exact = best = 0.0
+    for reference in references:
+        expected = _answer_words(reference, by_character)
+        exact = max(exact, float(words == expected))
+        common = (Counter(words) & Counter(expected)).total()
+        best = max(best, 2 * common / max(1, len(words) + len(expected)))
+    return exact, best
+
+
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _answer_words(text: str, by_character: bool) -> list[str]:
+    if by_character:
+        return [c for c in text.lower() if not (c.isspace() or unicodedata.category(c).startswith("P"))]
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ASCII_PUNCTUATION)).split()

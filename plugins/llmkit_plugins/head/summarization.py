@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+import re
+from collections import Counter
+from typing import Literal
 
-from llmkit.ops.metrics import ROUGE
+from torch import Tensor, nn
+
+from llmkit.ops.metrics import Mean
 from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
@@ -26,3 +30,52 @@ class Summarization(SequenceToSequence):
     def text_metrics(self) -> dict[str, nn.Module]:
         """Return ROUGE-1, ROUGE-2 and ROUGE-L."""
         return {"rouge1": ROUGE("1"), "rouge2": ROUGE("2"), "rougeL": ROUGE("L")}
+
+
+_ONE_BY_ONE = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_ROUGE_TOKEN = re.compile(rf"[{_ONE_BY_ONE}]|[^\W_{_ONE_BY_ONE}]+")
+
+
+class ROUGE(Mean):
+    """Mean F-measure of ROUGE over all texts, each against one reference, 0 to 100.
+
+    Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+    Tokens are runs of letters and digits in lower case, not stemmed, and single characters in Chinese and Japanese.
+    On plain ASCII text this equals the ``rouge_score`` package without its stemmer.
+
+    Args:
+        kind: ``1`` or ``2``: tokens or pairs of tokens are counted; ``L``: the longest common subsequence.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, kind: Literal["1", "2", "L"]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def update(self, predictions: list[str], references: list[str]) -> None:
+        """Add texts and their references."""
+        for pair in zip(predictions, references, strict=True):
+            a, b = (_ROUGE_TOKEN.findall(text.lower()) for text in pair)
+            if self.kind == "L":
+                common, units = _common_subsequence(a, b), len(a) + len(b)
+            else:  # zip pairs each token with the next one: a b c becomes (a, b), (b, c)
+                size = range(int(self.kind))
+                grams, others = (Counter(zip(*(row[i:] for i in size), strict=False)) for row in (a, b))
+                common, units = (grams & others).total(), grams.total() + others.total()
+            self.total += 2 * common / max(1, units)  # 2PR / (P + R): twice the common units over the units of both
+            self.count += 1
+
+    def compute(self) -> Tensor:
+        """Return the mean F-measure, 0 to 100."""
+        return 100 * self.total / self.count
+
+
+def _common_subsequence(a: list[str], b: list[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    best = [0] * (len(b) + 1)  # with the part of ``a`` seen so far, for each beginning of ``b``
+    for token in a:
+        diagonal = 0
+        for i, other in enumerate(b, 1):
+            diagonal, best[i] = best[i], diagonal + 1 if token == other else max(best[i], best[i - 1])
+    return best[-1]

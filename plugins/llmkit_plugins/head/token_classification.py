@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.metrics import EntityScore, Mean, MeanLoss, entities
+from llmkit.ops.metrics import EXACT, Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.words import characters, encode, means, pieces, running, words
 
@@ -232,3 +233,54 @@ class TokenClassification(Head):
             start, end = entity["start"], entity["end"]
             text = f"{text[:start]}[{text[start:end]}]({entity['label']}){text[end:]}"
         return text
+
+
+_SAME_PREFIX = {"M": "I", "L": "E", "U": "S"}  # BMES and BILOU, as BIOES writes them
+
+
+def entities(tags: list[str]) -> list[tuple[str, int, int]]:
+    """Return the entities of a sentence as (label, first word, word after the last one).
+
+    Tags are ``O`` or a prefix and a label, ``B-PER``; schemes BIO, BIOES, BMES, BILOU. As conlleval counts, and seqeval
+    by default, an ``I-`` that continues no entity of its label begins one (Tjong Kim Sang and De Meulder 2003,
+    "Introduction to the CoNLL-2003 Shared Task").
+    """
+    found: list[tuple[str, int, int]] = []
+    before, label, begin = "O", "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, new = tag.partition("-")
+        prefix = _SAME_PREFIX.get(prefix, prefix)
+        if not (before in ("B", "I") and prefix in ("I", "E") and new == label):
+            if before != "O":
+                found.append((label, begin, place))
+            begin = place
+        before, label = prefix, new
+    return found
+
+
+class EntityScore(Metric):
+    """Precision, recall or F1 of entities, 0 to 1; an entity is right if its label, first and last word are.
+
+    Computed over all entities together (micro average), as conlleval and seqeval do.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, kind: Literal["precision", "recall", "f1"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.add_state("counts", torch.zeros(3, dtype=EXACT), dist_reduce_fx="sum")
+
+    def update(self, predicted: list[list[str]], expected: list[list[str]]) -> None:
+        """Add the tags of sentences."""
+        pairs = [(set(entities(a)), set(entities(b))) for a, b in zip(predicted, expected, strict=True)]
+        rows = [[0, 0, 0], *([len(a & b), len(a), len(b)] for a, b in pairs)]
+        self.counts += self.counts.new_tensor(rows).sum(0)
+
+    def compute(self) -> Tensor:
+        """Return the score; 0 where no entity was predicted or none is in the references."""
+        right, predicted, expected = self.counts
+        of = {"precision": predicted, "recall": expected, "f1": (predicted + expected) / 2}[self.kind]
+        score: Tensor = right / of.clamp(min=0.5)  # the least number of entities that is not zero
+        return score
