@@ -20,23 +20,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Attention": "llmkit.contracts",
-    "Checkpoints": "llmkit.run.saving",
-    "DataModule": "llmkit.data",
-    "DecodingOptions": "llmkit.sequence",
-    "Feedforward": "llmkit.contracts",
-    "Head": "llmkit.contracts",
-    "LanguageModel": "llmkit.model.language_model",
-    "Memory": "llmkit.sequence",
-    "Norm": "llmkit.contracts",
-    "Position": "llmkit.contracts",
-    "Sequence": "llmkit.sequence",
-    "State": "llmkit.sequence",
-    "Tokenizer": "llmkit.contracts",
-    "UserError": "llmkit.errors",
-    "load": "llmkit.model.language_model",
-    "plugin": "llmkit.registry",
-    "register": "llmkit.registry",
+    name: f"llmkit.{home}"
+    for home, names in {
+        "contracts": "Attention Feedforward Head Norm Position Tokenizer",
+        "data": "DataModule",
+        "errors": "UserError",
+        "model.language_model": "LanguageModel load",
+        "registry": "plugin register",
+        "run.saving": "Checkpoints",
+        "sequence": "DecodingOptions Memory Sequence State",
+    }.items()
+    for name in names.split()
 }
 """Public name -> the module that defines it."""
 

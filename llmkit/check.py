@@ -25,7 +25,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -139,6 +139,12 @@ def check_value(kind: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
     return walk.value(kind, value, key), walk.problems
 
 
+def unknown_key(prefix: str, name: str, allowed: Iterable[str], elsewhere: str) -> Problem:
+    """Return the problem of a key that does not exist, with the nearest one, or the place where it belongs."""
+    hint = f" Did you mean '{elsewhere}'?" if elsewhere else nearest(name, allowed)
+    return Problem("", f"unknown key '{prefix}{name}'.{hint} Allowed: {', '.join(sorted(allowed))}.", f"{prefix}{name}")
+
+
 class _Walk:
     """The walk itself: goes down a tree and collects problems."""
 
@@ -153,10 +159,7 @@ class _Walk:
         """Check the arguments of a class that is not named in the config: a group, or a dataclass in it."""
         parameters = inspect.signature(cls).parameters
         for name in [name for name in given if name not in parameters]:
-            whole, elsewhere = f"{key}.{name}", self.owners(str(name))
-            hint = f" Did you mean '{elsewhere}'?" if elsewhere else nearest(str(name), parameters)
-            allowed = ", ".join(sorted(parameters))
-            self.report("", f"unknown key '{whole}'.{hint} Allowed: {allowed}.", whole)
+            self.problems.append(unknown_key(f"{key}.", str(name), parameters, self.owners(str(name))))
         self.arguments(cls, given, key)
 
     def arguments(self, cls: type, given: Tree, key: str) -> None:

@@ -16,10 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
-    "plugins": ("llmkit.commands.plugins:run", "list, describe, check or create plugins"),
+    "plugins": ("llmkit.commands:run_verb", "list, describe, check or create plugins"),
     "inspect": ("llmkit.commands.inspect:run", "describe the model of a config: parameters, FLOPs, memory"),
-    "config": ("llmkit.commands.config:run", "print a config in full, compare two, or print their schema"),
-    "verify": ("llmkit.commands.verify:run", "check on your config that resuming or batching changes no number"),
+    "config": ("llmkit.commands:run_verb", "print a config in full, compare two, or print their schema"),
+    "verify": ("llmkit.commands:run_verb", "check on your config that resuming or batching changes no number"),
 }
 """Command -> where its ``run(command, argv) -> exit code`` is, and one line of help."""
 

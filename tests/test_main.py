@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit import __version__, main
+from llmkit import __version__, commands, main
 from llmkit.commands import Parser, imported
 from llmkit.errors import UserError
 
@@ -179,7 +179,7 @@ def test_imported_plugins_print_to_stderr(
 
 @pytest.mark.parametrize("command", ["config", "verify", "plugins"])
 def test_verbs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = importlib.import_module(f"llmkit.commands.{command}").VERBS
+    verbs = commands.VERBS[command]
     for verb in verbs:
         with contextlib.suppress(SystemExit):  # as argparse ends
             main.main([command, verb, "--help"])

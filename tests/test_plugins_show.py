@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command import done, llmkit
 
-from llmkit.commands.plugins.facts import papers
+from llmkit.testing.facts import papers
 
 OWN = '''
 import torch

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from llmkit import commands as command
 from llmkit import registry
-from llmkit.commands import plugins as command
 from llmkit.contracts import Position
 from llmkit.errors import UserError, nearest, unknown
 from llmkit.registry import Entry
@@ -379,7 +379,7 @@ def test_two_packages_with_one_name(tmp_path: Path) -> None:
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run("plugins", ["position"]) == 0
+    assert command.run_verb("plugins", ["position"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["FAMILY", "NAME", "WHERE", "DISTRIBUTION", "DESCRIPTION"]
     assert [line.split()[1] for line in lines[1:-2]] == NAMES["position"]
@@ -394,7 +394,7 @@ def test_imports_register_before_the_list(
     (tmp_path / "my_position_file.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert command.run("plugins", ["position", "--json", "--imports", "my_position_file.py"]) == 0
+    assert command.run_verb("plugins", ["position", "--json", "--imports", "my_position_file.py"]) == 0
     mine = next(item for item in json.loads(capsys.readouterr().out) if item["name"] == "mine")
     assert mine["file"] == "my_position_file.py"
     assert mine["distribution"] == "(local)"
@@ -402,4 +402,6 @@ def test_imports_register_before_the_list(
 
 
 def test_unknown_family_is_told() -> None:
-    assert message(lambda: command.run("plugins", ["positions"])).startswith("unknown family 'positions'. Did you mean")
+    assert message(lambda: command.run_verb("plugins", ["positions"])).startswith(
+        "unknown family 'positions'. Did you mean"
+    )

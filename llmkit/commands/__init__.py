@@ -6,11 +6,29 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from llmkit.errors import UserError, unknown
 from llmkit.imports import import_modules
+
+VERBS = {
+    "config": {
+        "show": "print the effective config and where each value comes from",
+        "diff": "print how the configs of two runs differ",
+        "schema": "print a JSON schema of configs, for editors",
+    },
+    "verify": {
+        "resume": "kill a run at random moments, resume it, and compare it bit by bit with an undisturbed run",
+        "metrics": "compute losses, gradients and metrics with many ways of batching, and compare them",
+    },
+    "plugins": {
+        "check": "test a plugin against its contract",
+        "new": "write a small working plugin to start from",
+        "show": "describe a plugin: arguments, abilities, cost",
+    },
+}
+"""Commands with verbs: one line of help for each verb, which is a module of the command's package."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,25 +118,23 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def run_verb(verbs: Mapping[str, str], command: str, argv: list[str]) -> int:
-    """Run ``llmkit COMMAND VERB ...`` and return its exit code.
+def run_verb(command: str, argv: list[str]) -> int:
+    """Run ``llmkit COMMAND VERB ...`` and return its exit code; ``plugins`` without a verb lists the plugins.
 
-    Args:
-        verbs: one line of help for each verb; a verb is a module of the command's package.
-        command: the command's name, which is also that of its package.
-        argv: the arguments after ``llmkit COMMAND``.
-
-    Raises:
-        UserError: no verb, or an unknown one.
+    Raises UserError when there is no verb, or an unknown one.
     """
-    verb = argv[0] if argv else ""
-    if verb in ("-h", "--help"):
+    verbs, verb = VERBS[command], argv[0] if argv else ""
+    words = [word for word in argv[:2] if not word.startswith("-")]
+    if command == "plugins" and verb not in verbs and len(words) < 2:  # nothing, options, or the name of a family
+        verb, argv = "listing", ["", *argv]
+    elif verb in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10}{text}" for name, text in verbs.items())
         print(f"usage: llmkit {command} COMMAND [options]\n\ncommands:\n{rows}")
         return 0
-    if not verb or verb.startswith("-"):
+    elif not verb or verb.startswith("-"):
         raise UserError(f"{command} needs a command: {', '.join(verbs)}. See 'llmkit {command} --help'.")
-    if verb not in verbs:
+    elif verb not in verbs:
         raise UserError(unknown(f"{command} command", verb, verbs))
-    code: int = importlib.import_module(f"llmkit.commands.{command}.{verb}").run(f"{command} {verb}", argv[1:])
+    name = command if verb == "listing" else f"{command} {verb}"
+    code: int = importlib.import_module(f"llmkit.commands.{command}.{verb}").run(name, argv[1:])
     return code

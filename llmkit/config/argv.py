@@ -36,11 +36,6 @@ def split(argv: list[str]) -> Options:
     return options
 
 
-def values(options: Options, *keys: str) -> list[str]:
-    """Return every value that is given for one of the keys."""
-    return [value for key, value in options if key in keys and value is not None]
-
-
 def listed(text: str) -> list[str]:
     """Return the names in a value: those of a YAML list, or of names with commas between them."""
     value = raw(text).value

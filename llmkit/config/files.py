@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,7 @@ import yaml
 from llmkit.config.layers import Layer
 from llmkit.errors import Problem, UserError, nearest
 
-DEFAULT_VARIABLES: dict[str, Callable[[], str]] = {
-    "LLMKIT_DATA": lambda: "../shared/data",
-    "STDLIB": lambda: sysconfig.get_path("stdlib"),
-}
+DEFAULT_VARIABLES = {"LLMKIT_DATA": "../shared/data", "STDLIB": sysconfig.get_path("stdlib")}
 """``${NAME}`` in a config is the environment variable; these have a value even when it is not set."""
 
 
@@ -112,6 +109,6 @@ def fill_variables(value: Any, key: str, problems: list[Problem]) -> Any:
             text = f"${{{name}}}: the environment variable {name} is not set.{nearest(name, DEFAULT_VARIABLES)}"
             problems.append(Problem(key, text))
             return ""
-        return os.environ.get(name) or DEFAULT_VARIABLES[name]()
+        return os.environ.get(name) or DEFAULT_VARIABLES[name]
 
     return re.sub(r"\$\{(\w+)\}", fill, value)

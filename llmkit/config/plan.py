@@ -16,12 +16,12 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from llmkit import imports, registry
-from llmkit.check import check_arguments, check_value
+from llmkit.check import check_arguments, check_value, unknown_key
 from llmkit.checkpoint.content import Stored
 from llmkit.config import argv as command_line
 from llmkit.config.files import fill_variables, read_yaml
 from llmkit.config.layers import COMMAND_LINE, DEFAULT, Layer, Stack, Tree
-from llmkit.config.stored import check_name, find, layer_of
+from llmkit.config.stored import find, is_below, layer_of
 from llmkit.errors import Problem, UserError, unknown
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
@@ -78,12 +78,12 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
         UserError: all mistakes that can be found before anything is built, together.
     """
     options = command_line.split(argv)
-    files = command_line.values(options, "--config", "-c")
+    files = [value for key, value in options if key in ("--config", "-c") and value]
     layers = [read_yaml(file) for file in files]
     imported: list[str] = []
     for file, layer in zip(files, layers, strict=True):
         imported += _import(layer.tree.pop("imports", None), layer, Path(file).parent)
-    names = [name for text in command_line.values(options, "--imports") for name in command_line.listed(text)]
+    names = [name for key, value in options if key == "--imports" for name in command_line.listed(value or "")]
     imported += _import(names, Layer({}, COMMAND_LINE), Path())
     problems: list[Problem] = []
     config_options = [
@@ -150,10 +150,8 @@ def _check(stack: Stack) -> list[Problem]:
         return next((f"{owner}.{name}" for owner in owners), "")
 
     for name in [name for name in tree if name not in TOP_KEYS]:
-        hint = elsewhere(name)
-        text = f"unknown key '{name}'. Did you mean '{hint}'?" if hint else unknown("key", name, TOP_KEYS)
-        problems.append(Problem("", text, name))
-        tree.pop(name)
+        problems.append(unknown_key("", name, TOP_KEYS, elsewhere(name)))
+        del tree[name]
     head = _class(tree, "model.head")
     if head is not None:
         given = tree["model"].get("decoding")
@@ -196,7 +194,9 @@ def _class(tree: Tree, key: str) -> Any:
 
 def _check_values(tree: Tree) -> Iterator[Problem]:
     """Yield what is wrong with values of the right type."""
-    yield from check_name(tree["name"])
+    if not is_below(tree["name"]):
+        text = f"expected a relative path without '..' (it becomes a folder below output), got '{tree['name']}'"
+        yield Problem("name", text)
     seed = tree["seed_everything"]
     if not 0 <= seed < 2**32:
         yield Problem("seed_everything", f"expected 0 or more and below 2**32, got {seed}")

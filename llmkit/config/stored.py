@@ -10,7 +10,7 @@ from typing import Any
 
 from llmkit.checkpoint.content import Stored, check_classes, read
 from llmkit.config.layers import Layer, Tree
-from llmkit.errors import Problem, UserError, note
+from llmkit.errors import UserError, note
 
 WRITERS = ("callbacks", "logger", "plugins", "profiler", "default_root_dir")
 """Keys of ``trainer`` that run code of their own during the training, or say where files are written."""
@@ -140,14 +140,6 @@ def is_below(path: Any) -> bool:
         and not Path(path).is_absolute()
         and not {"..", "~"} & set(Path(path).parts)
     )
-
-
-def check_name(name: Any) -> list[Problem]:
-    """Return what is wrong with the name of a run."""
-    if is_below(name):
-        return []
-    text = f"expected a relative path without '..' (it becomes a folder below output), got '{name}'"
-    return [Problem("name", text)]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

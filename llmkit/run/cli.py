@@ -49,11 +49,7 @@ TOP: dict[str, tuple[Any, Any, str]] = {
     "output": (str, "runs", "Run folders are OUTPUT/NAME/version_N; default: runs."),
     "imports": (list[str] | str | None, None, "Local modules or .py files with plugins."),
     "seed_everything": (bool | int, 0, "Seed of weights, dropout and the order of the data; default: 0."),
-    "ckpt_path": (
-        str | None,
-        None,
-        "A checkpoint to resume from: a file, or best or last of the newest run of that name.",
-    ),
+    "ckpt_path": (str | None, None, "A checkpoint to resume from: a file, or best or last of the newest run."),
     "weights_only": (bool | None, None, "How Lightning reads the checkpoint; true: plain data only."),
 }
 """The other keys of a config: type, default and description."""

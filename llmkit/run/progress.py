@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 import sys
 from typing import Any
@@ -15,9 +16,7 @@ from llmkit.run.throughput import Throughput, Totals, memory
 
 def duration(seconds: float) -> str:
     """Return seconds as ``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return str(datetime.timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
 
 
 class Progress(ProgressBar):

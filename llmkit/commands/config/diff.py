@@ -62,18 +62,14 @@ def differences(a: Tree, b: Tree) -> dict[str, dict[str, Any]]:
     if "versions" not in a or "versions" not in b:
         a, b = ({key: value for key, value in tree.items() if key != "versions"} for tree in (a, b))
     old, new = (flat(shortened(tree)) for tree in (a, b))
-    places = list(dict.fromkeys(_argument(key) for key in [*old, *new]))
-    keys = sorted(dict.fromkeys([*old, *new]), key=lambda key: places.index(_argument(key)))
+    both = dict.fromkeys([*old, *new])
+    parts = [key.split(".")[:2] for key in both]  # arguments of one plugin stay together
+    keys = sorted(both, key=lambda key: parts.index(key.split(".")[:2]))
     return {
         key: {side: values[key] for side, values in (("a", old), ("b", new)) if key in values}
         for key in keys
         if key.partition(".")[0] not in OUTPUT_ONLY and old.get(key) != new.get(key)
     }
-
-
-def _argument(key: str) -> str:
-    """Return the first two names of a key: what a plugin's arguments have in common."""
-    return ".".join(key.split(".")[:2])
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:

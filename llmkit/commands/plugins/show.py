@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from llmkit.commands import Parser, at_least, columns, imported
-from llmkit.commands.plugins.facts import Facts, describe
+from llmkit.commands.plugins import listing
 from llmkit.commands.plugins.target import add_target, init_args, locate
+from llmkit.testing.facts import Facts, describe
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -23,7 +24,9 @@ def run(command: str, argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse(argv)
     with imported(options.imports):
-        facts = describe(locate(options.target), arguments, options.dim, options.context)
+        entry = locate(options.target)
+        facts = describe(entry, arguments, options.dim, options.context)
+        facts = {**{key: value for key, value in listing.describe(entry).items() if key != "error"}, **facts}
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else text(facts))
     return 0
 

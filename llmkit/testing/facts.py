@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmkit import registry
-from llmkit.commands.plugins import listing
 from llmkit.contracts import Attention, Head, Position, Role, Tokenizer
 from llmkit.errors import UserError
 from llmkit.registry import Entry, Factory
@@ -44,8 +43,7 @@ def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
     cls = entry.load()
     factory = registry.factory_of({"class_path": entry.class_path, "init_args": arguments}, entry.family)
     doc = docstring_parser.parse(inspect.cleandoc(cls.__doc__ or ""), docstring_parser.DocstringStyle.GOOGLE)
-    facts = {
-        **{key: value for key, value in listing.describe(entry).items() if key != "error"},
+    facts: Facts = {
         "details": doc.long_description or "",
         "class": entry.class_path,
         "version": _version(entry.distribution),
