@@ -177,7 +177,7 @@ RANGES = {
     "data.batch_tokens": ("-5", "at least 1"),
     "data.validation_share": ("2", "below 1"),
     "data.shuffle_buffer": ("0", "at least 1"),
-    "data.num_workers": ("-1", "0 or more"),
+    "data.num_workers": ("-1", "at least 0"),
     "trainer.max_steps": ("-7", "-7"),
     "trainer.accumulate_grad_batches": ("0", "at least 1"),
     "trainer.val_check_interval": ("0", "at least 1"),

@@ -56,8 +56,9 @@ class Stack:
         for name, value in above.items():
             if name.endswith("+"):  # --trainer.callbacks+=NAME
                 name, old = name[:-1], below.get(name[:-1])
-                value = getattr(value, "value", value)
-                value = [*_as_list(old), *_as_list(value)]
+                more = getattr(value, "value", value)
+                value = old if isinstance(old, list) else [old] if old else []
+                value = value + more if isinstance(more, list) else [*value, more]
             inner, old = f"{key}.{name}" if key else str(name), below.get(name)
             if not key and isinstance(value, dict) and not isinstance(old, dict | None):
                 continue  # a group must be a mapping: what is wrong below is reported, not replaced
@@ -126,10 +127,6 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{key}.")
         else:
             yield plain(key)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _same_class(below: Tree, above: Tree) -> bool:
