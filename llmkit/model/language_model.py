@@ -319,11 +319,11 @@ class LanguageModel(pl.LightningModule):
         where = f"checkpoint {path}"
         check_classes(stored.part, where)
         spec = {**stored.part["model"], "compile": False}
-        problems = check_arguments(cls, spec, "model")
+        problems = check_arguments(cls, copy.deepcopy(spec), "model")  # which fills in defaults
         if problems:
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
-            if spec.pop("init_from") is not None:
+            if spec.get("init_from") is not None:
                 raise UserError("a checkpoint begins with its own weights, it has no init_from")
             model = cls(**spec)
         model.restore(stored)
