@@ -53,7 +53,7 @@ def run(command: str, argv: list[str]) -> int:
     file = Path(options.output).resolve()
     try:
         file.write_text(f"{text}\n", encoding="utf-8")
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--output {file}: {error.strerror}") from error
     print(f"{file}: for the YAML language server, begin a config with\n# yaml-language-server: $schema={file}")
     return 0
