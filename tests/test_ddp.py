@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from command import TINY, done
 from ddp_worker import epoch_sums
+from small_networks import decided
 
-from llmkit import load
+from llmkit import UserError, load, plugin
+from llmkit.model.sharding import shard
 
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
@@ -272,10 +275,8 @@ def test_one_command_starts_two_processes(data: Path, tmp_path: Path) -> None:
         assert difference(found, weights(one.folder, kind)) < 2e-6
 
 
-def test_tensor_parallel_is_refused(data: Path, tmp_path: Path) -> None:
+def test_tensor_parallel_is_refused() -> None:
     """Lightning's default splits layers, which no layer here supports: the processes would train apart, unnoticed."""
-    words = ("--data.train", data / "text.txt", *TINY, *TWO, json.dumps({"class_path": SHARDED}))
-    result = start("fit", *words, "--output", tmp_path / "runs")
-    assert result.returncode == 2
-    assert "data_parallel_size" in result.stderr
-    assert "Traceback" not in result.stderr
+    mesh = {"tensor_parallel": types.SimpleNamespace(size=lambda: 2), "data_parallel": None}
+    with pytest.raises(UserError, match="trainer.strategy: .*data_parallel_size"):
+        shard(decided(), plugin("head", "generation")(), mesh)

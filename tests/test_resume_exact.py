@@ -100,9 +100,10 @@ def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     assert tensors > 20
 
 
-@pytest.mark.parametrize("by", ["steps", "epochs"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("interval", [10, 1000], ids=["validation", "none"])
+@pytest.mark.parametrize(
+    ("by", "accumulate", "interval"),
+    [("steps", 1, 10), ("steps", 3, 1000), ("epochs", 1, 1000), ("epochs", 3, 10)],  # each pair of values occurs
+)
 def test_a_run_that_dies_after_each_epoch(
     by: str, accumulate: int, interval: int, folder: Path, tmp_path: Path
 ) -> None:

@@ -747,7 +747,7 @@ def test_bad_files(tmp_path: Path, files: dict[str, str], message: str) -> None:
 
 def test_hub_name_offline() -> None:
     with pytest.raises(
-        UserError, match="'nobody/nothing': no such file or folder here, and no tokenizer.json"
+        UserError, match="'nobody/nothing': no such file or folder here, and its tokenizer.json could not be downloaded"
     ) as error:
         _ = Pretrained("nobody/nothing").vocab_size
     assert "\n" not in str(error.value)

@@ -74,8 +74,8 @@ class Stack:
                 and old.get("init_args")
             ):
                 dropped = ", ".join(f"{part}: {item}" for part, item in old["init_args"].items())
-                name = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
-                note(f"{inner} is {name} now; {dropped} of {self.at(inner)} no longer applies")
+                cls = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
+                note(f"{inner} is {cls} now; {dropped} of {self.at(inner)} no longer applies")
             if isinstance(old, dict):
                 below_it = f"{plain(inner)}."
                 self._places = {k: place for k, place in self._places.items() if not k.startswith(below_it)}
