@@ -95,7 +95,7 @@ def check(content: Any, strict: bool = False) -> None:
 
 
 def _check_tensor(tensor: Tensor) -> None:
-    """Refuse what is no plain tensor of numbers in memory, and one with more of them than are stored."""
+    """Refuse anything but a plain tensor in memory that stores all the numbers it claims to have."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.__dict__ and tensor.device.type == "cpu"
     if not plain or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise ValueError("it holds a tensor of another kind than plain numbers")

@@ -39,7 +39,7 @@ def _short(spec: Any, names: dict[str, str]) -> Any:
 
 
 def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Return every value that is no mapping by its dotted key; the name of a plugin is the value of its key."""
+    """Return every value by its dotted key, mappings flattened; the name of a plugin is the value of its key."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"

@@ -111,11 +111,11 @@ def _receive(others: Iterator[Tensor], own: Tensor, group: Any = None) -> list[T
     return [own, next(others)]
 
 
-def _same_metrics(found: dict[str, Any], expected: dict[str, Any], told: str) -> None:
+def _same_metrics(found: dict[str, Any], expected: dict[str, Any], place: str) -> None:
     for name, metric in found.items():
         a, b = metric.compute().double(), expected[name].compute().double()
         if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()) or gap(a.nan_to_num(), b.nan_to_num()) > 1e-4:
-            raise Violation(f"{told}: '{name}' is {_number(a)}; expected {_number(b)}")
+            raise Violation(f"{place}: '{name}' is {_number(a)}; expected {_number(b)}")
 
 
 def _number(value: Tensor) -> str:

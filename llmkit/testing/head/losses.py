@@ -148,8 +148,8 @@ def _check_features(features: Any, count: int) -> None:
             numbers = value if isinstance(value, list) else [] if isinstance(value, str) else [value]
             wrong = [number for number in numbers if type(number) is not int]
             if wrong:
-                told = f"{wrong[0]!r:.40} ({type(wrong[0]).__name__}), expected ints or a string"
-                raise Violation(f"feature '{name}' holds {told}")
+                detail = f"{wrong[0]!r:.40} ({type(wrong[0]).__name__}), expected ints or a string"
+                raise Violation(f"feature '{name}' holds {detail}")
     for number in features.get("truncated", []):
         if number not in (0, 1):
             raise Violation(f"feature 'truncated' is {number}, expected 0 or 1")
@@ -171,8 +171,8 @@ def collates(subject: Subject) -> str:
         for name, value in batch.items():
             strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
             if not (strings or isinstance(value, Tensor)):
-                told = f"is a {type(value).__name__}, expected a tensor or a list of strings"
-                raise Violation(f"'{name}' of a batch of {len(items)} {told}")
+                detail = f"is a {type(value).__name__}, expected a tensor or a list of strings"
+                raise Violation(f"'{name}' of a batch of {len(items)} {detail}")
         if given != items:
             raise Violation("collate modifies the features it receives, which are used again")
     sizes = {name: tuple(value.shape) if isinstance(value, Tensor) else len(value) for name, value in batch.items()}
