@@ -59,15 +59,25 @@ CASES += [("examples", {"streaming": True}), ("blocks", {"streaming": True, "shu
 CASES += [("examples", {"streaming": True, "num_workers": 2})]
 
 
-@pytest.mark.parametrize(("layout", "settings"), CASES)
+BY_STEPS: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 2}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def whole_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], int, list[Any]]:
+    """A layout with its settings, the batches of an epoch, and what three epochs see that nothing stops."""
+    folder, (layout, settings) = tmp_path_factory.mktemp("whole"), request.param
+    epoch = len(run(folder, layout, settings, max_epochs=1))
+    return layout, settings, epoch, run(folder, layout, settings, max_steps=3 * epoch, **BY_STEPS)
+
+
 @pytest.mark.parametrize("stop", ["mid-epoch", "epoch end", "second epoch"])
-def test_resume_by_steps(tmp_path: Path, layout: str, settings: dict[str, Any], stop: str) -> None:
-    epoch = len(run(tmp_path, layout, settings, max_epochs=1))
+def test_resume_by_steps(tmp_path: Path, whole_run: tuple[str, dict[str, Any], int, list[Any]], stop: str) -> None:
+    layout, settings, epoch, whole = whole_run
     steps = {"mid-epoch": epoch // 2, "epoch end": epoch, "second epoch": epoch + 3}[stop]
-    options: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 2}
-    whole = run(tmp_path, layout, settings, max_steps=3 * epoch, **options)
-    first = run(tmp_path, layout, settings, max_steps=steps, **options)
-    rest = run(tmp_path, layout, settings, resume=str(tmp_path / "stopped.ckpt"), max_steps=3 * epoch, **options)
+    first = run(tmp_path, layout, settings, max_steps=steps, **BY_STEPS)
+    rest = run(tmp_path, layout, settings, resume=str(tmp_path / "stopped.ckpt"), max_steps=3 * epoch, **BY_STEPS)
     assert len(whole) == 3 * epoch
     assert first == whole[:steps]
     assert rest == whole[steps:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,9 +392,3 @@ def test_a_source_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     fails(tmp_path, r"data\.source: 'some/name' cannot be loaded: Couldn't reach 'some/name' on the Hub", train=None,
           validation=None, source="some/name")  # fmt: skip
-
-
-def test_datasets_is_imported_for_sources_only() -> None:
-    code = "import sys, llmkit.data; print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[0] == "False"

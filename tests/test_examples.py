@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import done
+
+from llmkit import registry
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = (
@@ -20,12 +28,12 @@ TINY = (
 
 
 def run(*words: object, folder: Path, **environment: object) -> str:
-    """Run Python in a folder and return what it printed."""
+    """Run Python in a folder and return what it printed, to either stream."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     line = [sys.executable, *map(str, words)]
     answer = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
+    return answer.stdout + answer.stderr
 
 
 @pytest.fixture
@@ -38,8 +46,13 @@ def library(tmp_path: Path) -> Path:
     return folder
 
 
-def test_python_api(tmp_path: Path) -> None:
-    printed = run(EXAMPLES / "python_api.py", folder=tmp_path).splitlines()
+def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("lightning.pytorch").level
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(EXAMPLES / "python_api.py"), run_name="__main__")
+    logging.getLogger("lightning.pytorch").setLevel(level)
+    printed = out.getvalue().splitlines()
     assert [line.partition(":")[0] for line in printed[:2]] == ["multi_head", "lstm"]
     assert all(float(line.rpartition(" ")[2]) < 2 for line in printed[:2]), printed
     assert "day.\\nAfter" in printed[2]
@@ -49,14 +62,17 @@ def test_python_api(tmp_path: Path) -> None:
 def test_local_plugin(tmp_path: Path, library: Path) -> None:
     # Its own folder is not the working folder: the YAML finds its file all the same.
     config = EXAMPLES / "local_plugin" / "running_mean.yaml"
-    printed = run("-m", "llmkit", "fit", "--config", config, *TINY, folder=tmp_path, STDLIB=library)
+    given = {"STDLIB": library, "PYTHONPROFILEIMPORTTIME": 1}
+    printed = run("-m", "llmkit", "fit", "--config", config, *TINY, folder=tmp_path, **given)
     assert "runs/running_mean/version_0/checkpoints/best.ckpt" in printed
+    loaded = set(re.findall(r"^import time:.*\| +([\w.]+)$", printed, re.M))
+    assert "llmkit.data" in loaded and "datasets" not in loaded  # which only the sources of the Hub need
     saved = (tmp_path / "runs" / "running_mean" / "version_0" / "config.yaml").read_text()
     assert "class_path: running_mean.RunningMean" in saved
     assert str(EXAMPLES / "local_plugin" / "running_mean.py") in saved
 
 
-def test_package_plugin(tmp_path: Path, library: Path) -> None:
+def test_package_plugin(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A build writes into the source folder, which may be read-only or shared.
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(EXAMPLES / "package_plugin", source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -64,13 +80,20 @@ def test_package_plugin(tmp_path: Path, library: Path) -> None:
     run("-m", "pip", "install", *options, "--target", site, source, folder=tmp_path)
     assert (site / "llmkit_aft" / "py.typed").is_file()
 
-    listed = json.loads(run("-m", "llmkit", "plugins", "attention", "--json", folder=tmp_path, PYTHONPATH=site))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STDLIB", str(library))
+    monkeypatch.syspath_prepend(site)
+    registry._installed.cache_clear()
+    listed = json.loads(done("plugins", "attention", "--json").out)
     (found,) = (item for item in listed if item["name"] == "aft")
     assert found["distribution"] == "llmkit-aft"
     assert found["error"] is None
 
     config = EXAMPLES.parent / "configs" / "quickstart.yaml"
-    words = ("fit", "--config", config, "--model.attention", "aft", "--model.attention.limit", "4", *TINY)
-    printed = run("-m", "llmkit", *words, folder=tmp_path, PYTHONPATH=site, STDLIB=library)
+    printed = done("fit", "--config", config, "--model.attention", "aft", "--model.attention.limit", "4", *TINY).out
     assert "runs/quickstart/version_0/checkpoints/best.ckpt" in printed
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", folder=source, PYTHONPATH=site)
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert pytest.main([str(source / "tests"), "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
+    for name in [name for name in sys.modules if name.startswith("llmkit_aft")]:
+        del sys.modules[name]
+    registry._installed.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,14 @@ def test_a_difference_is_told(verdicts: Callable[[Verdict], None], capsys: pytes
     assert "NOT IDENTICAL: 2 difference(s), the first:\n  batch 3: loss" in capsys.readouterr().out
 
 
-def test_a_run_that_fails_on_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_on_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it wrote is shown, and the check ends with a mistake of the user's."""
+    quick = tmp_path / "python"  # without the seconds until torch and lightning are imported
+    quick.write_text('#!/bin/sh\necho "error: $5 does not exist" >&2\nexit 2\n')
+    quick.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(quick))
     with pytest.raises(UserError, match="verify resume: the run fails on its own, without a kill; see its output"):
         command.run("verify resume", ["--config", str(tmp_path / "nothing.yaml")])
     assert "nothing.yaml does not exist" in capsys.readouterr().err
