@@ -22,8 +22,9 @@ quickstart: install
 	$(BIN)/llmkit fit --config configs/quickstart.yaml
 
 # One thread each: two processes that both take every core slow each other down.
+# By default tests are dealt out one by one, and what a file's tests share is built in both processes.
 test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)

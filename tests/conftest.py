@@ -11,6 +11,8 @@ import pytest
 # Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# inductor's helper processes each import torch, which costs more than they bring.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch
 
