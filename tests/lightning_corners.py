@@ -205,9 +205,14 @@ def check_llmkit(folder: Path) -> None:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-if __name__ == "__main__":
+def check_all(parent: Path) -> None:
+    """Run the checks, each in a folder of its own."""
     for check in (check_counts, check_resume, check_settings, check_llmkit):
-        folder = Path(sys.argv[1]) / check.__name__
+        folder = parent / check.__name__
         folder.mkdir()
         check(folder)
+
+
+if __name__ == "__main__":
+    check_all(Path(sys.argv[1]))
     print(lightning.__version__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from command import TINY, Result, done, llmkit
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from llmkit import DataModule, DecodingOptions, LanguageModel, UserError, load, plugin, registry
+from llmkit import DataModule, DecodingOptions, LanguageModel, UserError, imports, load, plugin, registry
 
 HEADS = ("generation", "classification", "translation")
 FILES = {
@@ -251,8 +250,9 @@ class RunningMean(Attention):
 '''
 
 
-def test_local_plugin(data: Path, tmp_path: Path) -> None:
+def test_local_plugin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file beside the config, whatever the working directory; the checkpoint does not run it unasked."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "experiment"
     model = {"attention": {"name": "swapped_mean", "scale": 0.5}}
     config = write(folder / "mean.yaml", {"imports": ["parts/swapped_mean_plugin.py"], "model": model})
@@ -266,12 +266,17 @@ def test_local_plugin(data: Path, tmp_path: Path) -> None:
     assert answers(result, "word", "--imports", folder / "parts" / "swapped_mean_plugin.py")
 
     # Another process has not imported it.
-    command = [sys.executable, "-m", "llmkit", "infer", str(result.checkpoint), "word"]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode == 2, refused.stderr
-    assert "swapped_mean_plugin.RunningMean" in refused.stderr
-    assert "--imports" in refused.stderr
-    advice = refused.stderr.split("--imports", 1)[1].split()[0]  # what to type, from any folder
+    monkeypatch.undo()
+    del sys.modules["swapped_mean_plugin"]
+    imports.imported.discard("swapped_mean_plugin")
+    del registry._local["attention"]["swapped_mean"]
+    monkeypatch.chdir(tmp_path)
+    refused = llmkit("infer", result.checkpoint, "word")
+    assert refused.code == 2, refused.err
+    assert "swapped_mean_plugin.RunningMean" in refused.err
+    assert "--imports" in refused.err
+    assert "swapped_mean_plugin" not in sys.modules
+    advice = refused.err.split("--imports", 1)[1].split()[0]  # what to type, from any folder
     assert Path(advice) == folder / "parts" / "swapped_mean_plugin.py"
 
 
