@@ -222,6 +222,9 @@ class Process:
         """
         seen = 0
         while self.process.poll() is None:
+            if not self.trace.exists():  # it is still importing torch
+                time.sleep(0.05)
+                continue
             lines = self.lines()
             seen = max((line["at"] for line in lines if line["event"] == "batch"), default=0)
             now = {
