@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -105,6 +106,12 @@ def requeue_signal(trainer: pl.Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+def requeue_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Return the checkpoint that this SLURM job saved before it was requeued: a fit without ``ckpt_path`` resumes it."""
+    path = trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+    return None if path is None else Path(path)
 
 
 def raised_while_resuming(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning
 import lightning.pytorch as pl
@@ -178,6 +179,13 @@ def check_settings(folder: Path) -> None:
     assert corners.log_interval(trainer(folder, log_every_n_steps=0)) == 1
     assert [corners.is_debug_run(trainer(folder, fast_dev_run=debug)) for debug in (False, True, 2)] == [0, 1, 1]
     assert corners.requeue_signal(trainer(folder)) is None
+    job = trainer(folder)
+    for newest in (None, folder / "hpc_ckpt_1.ckpt", folder / "hpc_ckpt_2.ckpt"):
+        if newest:
+            newest.touch()
+        assert corners.requeue_checkpoint(job) is None
+        with mock.patch.object(SLURMEnvironment, "detect", return_value=True):
+            assert corners.requeue_checkpoint(job) == newest
     for requeue, answer in ((True, signal.SIGUSR2), (False, None)):
         slurm = SLURMEnvironment(auto_requeue=requeue, requeue_signal=signal.SIGUSR2)
         assert corners.requeue_signal(trainer(folder, plugins=[slurm])) == answer

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from command import TINY, Result, done, llmkit
 
 import llmkit as llmkit_package
+from llmkit.run.folder import claim
 from llmkit.run.saving import WholeFileIO, sweep, write_whole
 
 
@@ -88,6 +91,21 @@ def test_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt.part", "last.ckpt"]
 
 
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Eight of them look for the next number at the same time, four times over."""
+    parent = tmp_path / "runs" / "name"
+    (parent / "version_7").mkdir(parents=True)
+    together = threading.Barrier(8)
+
+    def begin(_: int) -> int:
+        together.wait()
+        return claim(parent)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(begin, range(32))) == list(range(8, 40))
+    assert len(list(parent.iterdir())) == 33
+
+
 WORSE = ("--model.optimizer", "{name: SGD, lr: 6.0}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
 """A rate at which the loss soon gets worse, so that the best checkpoint is an early one."""
 
@@ -143,6 +161,21 @@ def test_weights_that_are_not_finite_are_not_saved(words: list[str], tmp_path: P
     assert "step 6: the weights are not finite" in result.err
     (last,) = (tmp_path / "runs").rglob("last.ckpt")
     assert read(last)["global_step"] == 3
+
+
+def test_without_a_logger_a_run_has_a_folder_too(words: list[str], tmp_path: Path) -> None:
+    """All is in it, but no metrics; neither the second run nor a validation writes over it."""
+    checkpoint = ""
+    for number in range(2):
+        checkpoint = str(done(*words, "--trainer.logger", "false").checkpoint)
+        folder = tmp_path / "runs" / "run" / f"version_{number}"
+        assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.yaml", "results.json"}
+    done("validate", "--ckpt_path", checkpoint, "--trainer.logger", "false")
+    debugged = done("validate", "--ckpt_path", checkpoint, "--trainer.fast_dev_run", "true")
+    assert "loss" in debugged.out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+    written = sorted(path.parent.name for path in (tmp_path / "runs").rglob("results.json"))
+    assert written == ["version_0", "version_1", "version_2"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("every_n_steps", "0"), ("keep", "-1")])

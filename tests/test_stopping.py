@@ -105,16 +105,22 @@ def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatc
         return 0
 
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", requeue)
-    done(*words, "--name", "job", *sender(signal.SIGUSR1, 5))
+    command = (*words, "--name", "job", *sender(signal.SIGUSR1, 5))
+    done(*command)
     assert commands == [["scontrol", "requeue", "7"]]
     (saved,) = tmp_path.rglob("hpc_ckpt_1.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 6
-    requeued = done(*words, "--name", "job")
+    second = done(*words, "--name", "second", "--ckpt_path", "last")  # of the same job
+    assert "no run below" in second.err
+    same(whole, second)
+    requeued = done(*command)
+    assert str(saved) in requeued.err
     rows = (requeued.folder / "metrics.csv").read_text().splitlines()
     assert rows[1].split(",")[rows[0].split(",").index("step")] == "6"  # the seventh step is its first
     same(whole, requeued)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     other = done(*words, "--name", "job")
+    assert "requeued" not in other.err
     assert len((other.folder / "metrics.csv").read_text().splitlines()) > len(rows)
 
 

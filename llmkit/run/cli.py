@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from typing import Any
@@ -12,16 +13,16 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
-from llmkit.errors import Problem, UserError
-from llmkit.lightning import is_debug_run, raised_while_resuming, set_validation_interval
+from llmkit.errors import Problem, UserError, note
+from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint, set_validation_interval
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
+from llmkit.run.folder import RunFolder, RunLogger
 from llmkit.run.progress import Progress
 from llmkit.run.report import report_evaluation, report_fit, write_predictions
 from llmkit.run.saving import Checkpoints, use_whole_files
@@ -70,6 +71,7 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
+        self.identity = hashlib.sha256(" ".join(args).encode()).hexdigest()[:8]
         super().__init__(
             LanguageModel,
             DataModule,
@@ -128,9 +130,9 @@ class CLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
-        if given.get("logger") is not False:
-            folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
-            kwargs["logger"] = [folder_logger, *_listed(given.get("logger"))]
+        writes = given.get("logger") is not False
+        folder_logger = RunLogger(output, self._get(self.config_init, "name"), writes)
+        kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [LambdaCallback(on_train_start=validate_last_step), GracefulShutdown(), throughput]
@@ -139,11 +141,12 @@ class CLI(LightningCLI):
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self._get(self.config_init, "checkpoint"))
-        kwargs["callbacks"] = [*callbacks, *own]
+        kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
         if given.get("default_root_dir") is None:
-            # A requeued SLURM job looks here for its checkpoint, so no other run may write here.
+            # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
+            # job nor another command of this one.
             job = os.environ.get("SLURM_JOB_ID")
-            kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
+            kwargs["default_root_dir"] = f"{output}/slurm_{job}/{self.identity}" if job else output
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -172,6 +175,12 @@ class CLI(LightningCLI):
                 f"{self.trainer.precision}. Lower {batch} first (trainer.accumulate_grad_batches makes up for it), "
                 f"then model.context or model.dim"
             ) from error
+
+    def before_fit(self) -> None:
+        """Note that a requeued SLURM job resumes its checkpoint."""
+        requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
+        if requeued is not None and self.trainer.is_global_zero:
+            note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")
 
     def after_fit(self) -> None:
         """Measure the best checkpoint and print the closing report."""

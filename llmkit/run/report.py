@@ -8,9 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from llmkit.errors import Problem, UserError
+from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
-from llmkit.run.saving import run_folder
+from llmkit.run.folder import run_folder
 from llmkit.sequence import on_device
 
 
@@ -46,11 +48,20 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
 
 
 def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
-    """Write and print validation or test results, and draw the confusion matrix if there is one."""
+    """Print validation or test results, write them, and draw the confusion matrix if there is one.
+
+    Raises UserError where nothing was evaluated.
+    """
+    if not model.results:
+        name = {"val": "validation"}.get(prefix, prefix)
+        text = f"no rows to evaluate: see data.{name} and trainer.limit_{prefix}_batches"
+        raise UserError(Problem(f"data.{name}", text + (", and data.validation_share" if prefix == "val" else "")))
     if not trainer.is_global_zero:
         return
     folder = run_folder(trainer)
     _report_metrics(trainer, model, prefix)
+    if is_debug_run(trainer):
+        return
     matrix = model.results.get(f"{prefix}_confusion_matrix")
     if matrix is not None:
         path = folder / "confusion_matrix.png"
@@ -61,7 +72,7 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
 
 def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
     """Write one JSON line per answer to ``predictions.jsonl`` in the run folder."""
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or is_debug_run(trainer):
         return
     path = run_folder(trainer) / "predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +82,10 @@ def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
 
 
 def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
-    """Write ``results.json`` and print it: scalars and, where a metric has one, the signature of its computation."""
+    """Print the results and write them to ``results.json``, unless this is a debug run.
+
+    They are scalars and, where a metric has one, the signature of its computation.
+    """
     values: dict[str, Any] = {
         name: float(value)
         for name, value in model.results.items()
@@ -82,10 +96,9 @@ def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> N
         signature = getattr(metric, "signature", None)
         if callable(signature) and f"{prefix}_{name}" in values:
             values[f"{prefix}_{name}_signature"] = signature()
-    folder = run_folder(trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {**values, "precision": str(trainer.precision)}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if not is_debug_run(trainer):
+        results = {**values, "precision": str(trainer.precision)}
+        (run_folder(trainer) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in values.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"  {name.removeprefix(f'{prefix}_'):<20} {shown}")

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
 from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation
-from llmkit.run.saving import Checkpoints, run_folder
+from llmkit.run.folder import run_folder
+from llmkit.run.saving import Checkpoints
 
 
 class GracefulShutdown(Callback):
@@ -75,6 +76,8 @@ class GracefulShutdown(Callback):
         if received not in (signal.SIGINT, signal.SIGTERM):
             requeue = self._previous.get(received)
             if callable(requeue):
+                if isinstance(trainer.checkpoint_callback, Checkpoints):
+                    trainer.checkpoint_callback.save(trainer)  # for a command with --ckpt_path last
                 requeue(received, None)
             return
         path, saver = run_folder(trainer) / "checkpoints" / "last.ckpt", trainer.checkpoint_callback
