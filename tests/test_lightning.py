@@ -24,6 +24,7 @@ from llmkit.run.progress import Progress
 from llmkit.run.saving import Checkpoints, WholeFileIO
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
+from llmkit.run.validation import Validations
 from llmkit.testing.resume import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ def test_one_module_knows_the_private_corners() -> None:
 
 CLASSES = (
     *(CLI, LanguageModel, DataModule, WholeFileIO),
-    *(Checkpoints, GracefulShutdown, Progress, RunFolder, RunLogger, Throughput, Trace),
+    *(Checkpoints, GracefulShutdown, Progress, RunFolder, RunLogger, Throughput, Trace, Validations),
 )
 
 

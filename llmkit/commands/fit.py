@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from llmkit.checkpoint.content import Stored
 from llmkit.config.plan import plan
-from llmkit.run.cli import CLI
+from llmkit.lightning import has_ended
+from llmkit.run.cli import CLI, filled_in
+from llmkit.run.report import report_finished
 
 HUSHED = (
     ".*does not have many workers.*",
@@ -39,6 +43,10 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         cli(command, [command, "--help"])
         return 0
     planned = plan(command, argv, asked)
+    stored = planned.stored
+    if command == "fit" and not asked and stored is not None and _is_finished(stored, planned.config.tree):
+        report_finished(stored)
+        return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in HUSHED:
@@ -46,6 +54,16 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     with planned.placed():
         cli(command, planned.args, planned.stored)
     return 0
+
+
+def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
+    """Return whether a fit resumes a run that reached its end, and has reported it, with the same data."""
+    if not (stored.path.parent.parent / "results.json").is_file():
+        return False
+    own = stored.part["config"].get("data", {})
+    same = all(own.get(name) == tree["data"][name] for name in ("source", "train", "validation", "validation_share"))
+    limits = {**tree["trainer"], **filled_in(tree["trainer"])}
+    return same and has_ended(stored.content, limits["max_steps"], limits["max_epochs"])
 
 
 def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:

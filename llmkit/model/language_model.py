@@ -23,7 +23,7 @@ from llmkit.checkpoint.weights import check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.lightning import batches_begun, global_seed, logs_this_step
+from llmkit.lightning import align_logged_step, batches_begun, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
@@ -207,6 +207,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
+        align_logged_step(self.trainer)
         own = hash((global_seed(), batches_begun(self.trainer), self.global_rank)) % 2**63
         # torch.manual_seed seeds devices that do not exist too, which costs more than a small step.
         torch.default_generator.manual_seed(own)

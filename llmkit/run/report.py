@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from llmkit import registry
+from llmkit.checkpoint.content import Stored
 from llmkit.errors import Problem, UserError
 from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
@@ -29,22 +33,42 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     _report_metrics(trainer, model, "val")
     if sample:
         print(f"\nSample:\n{sample}")
+    _report_paths(folder, model.head.inputs)
+
+
+def report_finished(stored: Stored) -> None:
+    """Print the report of a run that ended before, from its folder: nothing was left to train."""
+    folder, step = stored.path.parent.parent, stored.content["global_step"]
+    print(
+        f"finished: {stored.path} is of step {step}, the last one; a larger trainer.max_steps (or max_epochs) resumes"
+    )
+    values = json.loads((folder / "results.json").read_text())
+    values.pop("precision", None)
+    print("\nValidation:" if values else "\nNo validation data, so no metrics.")
+    _print(values, "val")
+    head: Any = registry.class_of(stored.part["model"]["head"]["class_path"], "head")
+    _report_paths(folder, head.inputs)
+
+
+def _report_paths(folder: Path, fields: tuple[str, ...]) -> None:
+    """Print what is in the folder of a fit, and how to use its checkpoint."""
     checkpoints = folder / "checkpoints"
     paths = {
         "config": folder / "config.yaml",
-        "metrics": metrics,
+        "metrics": folder / "metrics.csv",
         "results": folder / "results.json",
-        "loss curve": curve,
+        "loss curve": folder / "loss.png",
         **{f"checkpoint ({path.stem})": path for path in sorted(checkpoints.glob("*.ckpt"))},
     }
     print("\nRun folder:")
     for name, path in paths.items():
         if path.exists():
             print(f"  {name + ':':<20} {path}")
-    best = checkpoints / "best.ckpt"
-    fields = model.head.inputs
-    text = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
-    print(f"\nUse it:  llmkit infer {best if best.exists() else checkpoints / 'last.ckpt'} {text!r}", flush=True)
+    found = [path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()]
+    found += sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if found:
+        text = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
+        print(f"\nUse it:  llmkit infer {found[0]} {text!r}", flush=True)
 
 
 def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
@@ -99,6 +123,10 @@ def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> N
     if not is_debug_run(trainer):
         results = {**values, "precision": str(trainer.precision)}
         (run_folder(trainer) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _print(values, prefix)
+
+
+def _print(values: Mapping[str, Any], prefix: str) -> None:
     for name, value in values.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"  {name.removeprefix(f'{prefix}_'):<20} {shown}")
