@@ -20,6 +20,7 @@ HUSHED = (
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already
     ".*Total length of `list` across ranks is zero.*",
+    ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
     ".*The dirpath has changed from.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*lr_scheduler.step.. before `optimizer.step.*",
@@ -57,13 +58,20 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
 
 
 def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
-    """Return whether a fit resumes a run that reached its end, and has reported it, with the same data."""
+    """Return whether a fit resumes a run that reached its end, and has reported it, with the same model and data."""
     if not (stored.path.parent.parent / "results.json").is_file():
         return False
-    own = stored.part["config"].get("data", {})
-    same = all(own.get(name) == tree["data"][name] for name in ("source", "train", "validation", "validation_share"))
     limits = {**tree["trainer"], **filled_in(tree["trainer"])}
+    model = {name: value for name, value in stored.part["model"].items() if name not in ("optimizer", "scheduler")}
+    same = _agree({"model": model, "data": stored.part["config"].get("data", {})}, tree)
     return same and has_ended(stored.content, limits["max_steps"], limits["max_epochs"])
+
+
+def _agree(one: Any, two: Any) -> bool:
+    """Return whether two trees of settings have the same values where both have one."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return all(_agree(one[name], two[name]) for name in one.keys() & two.keys())
+    return bool(one == two)
 
 
 def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:

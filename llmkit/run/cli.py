@@ -20,7 +20,7 @@ from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
-from llmkit.run.failures import explain, is_out_of_memory
+from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, unlogged
 from llmkit.run.progress import Progress
 from llmkit.run.report import report_evaluation, report_fit, write_predictions
@@ -156,12 +156,17 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except UserError:
+            self.release_folder()
             raise
         except Exception as error:
+            self.release_folder()
             step = self.trainer.global_step if self.command == "fit" else -1
             if self.stored is not None and not explain(error) and is_damaged_state(self.stored, error, step):
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
+            refused = refusal(error)
+            if refused is not None:
+                raise UserError(refused) from error
             if not is_out_of_memory(error):
                 raise
             model, data = self.model, self.datamodule
@@ -173,6 +178,12 @@ class CLI(LightningCLI):
                 f"{self.trainer.precision}. Lower {batch} first (trainer.accumulate_grad_batches makes up for it), "
                 f"then model.context or model.dim"
             ) from error
+
+    def release_folder(self) -> None:
+        """Remove the run's folder if nothing is in it: the run has failed."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.release()
 
     def before_fit(self) -> None:
         """Note that a requeued SLURM job resumes its checkpoint."""

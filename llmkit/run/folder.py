@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ def claim(parent: Path) -> int:
     Raises UserError where no folder can be created.
     """
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        taken = (re.fullmatch(r"version_(\d+)", path.name) for path in parent.iterdir())
+        taken = (re.fullmatch(r"version_(\d+)", path.name) for path in (parent.iterdir() if parent.is_dir() else ()))
         number = 1 + max((int(match[1]) for match in taken if match), default=-1)
         while True:
             try:
-                (parent / f"version_{number}").mkdir()
+                (parent / f"version_{number}").mkdir(parents=True)
                 return number
             except FileExistsError:
                 number += 1
@@ -51,13 +50,22 @@ class RunLogger(CSVLogger):
         super().__init__(output, name)
         self.writes = writes
         self.number: int | None = None
+        self.made: list[Path] = []
 
     @property
     def version(self) -> Any:
         """N of ``version_N``. On other processes than the first it is None until ``RunFolder`` has passed it on."""
         if self.number is None and getattr(rank_zero_only, "rank", 0) == 0:
+            parents = [path for path in (Path(self.root_dir), Path(self.save_dir)) if not path.exists()]
             self.number = claim(Path(self.root_dir))
+            self.made = [Path(self.root_dir, f"version_{self.number}"), *parents]
         return self.number
+
+    def release(self) -> None:
+        """Remove the folder, and those above it that were made for it, if nothing was put into them."""
+        with suppress(OSError):
+            for path in self.made:
+                path.rmdir()
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write a row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
 from llmkit.run.folder import run_folder
+from llmkit.run.saving import Checkpoints
 from llmkit.sequence import on_device
 
 
@@ -33,7 +34,9 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     _report_metrics(trainer, model, "val")
     if sample:
         print(f"\nSample:\n{sample}")
-    _report_paths(folder, model.head.inputs)
+    others = [saver for saver in trainer.checkpoint_callbacks if not isinstance(saver, Checkpoints)]
+    saved = [getattr(saver, name, "") for saver in others for name in ("best_model_path", "last_model_path")]
+    _report_paths(folder, model.head.inputs, [Path(path) for path in saved if path])
 
 
 def report_finished(stored: Stored) -> None:
@@ -50,8 +53,8 @@ def report_finished(stored: Stored) -> None:
     _report_paths(folder, head.inputs)
 
 
-def _report_paths(folder: Path, fields: tuple[str, ...]) -> None:
-    """Print what is in the folder of a fit, and how to use its checkpoint."""
+def _report_paths(folder: Path, fields: tuple[str, ...], saved: Sequence[Path] = ()) -> None:
+    """Print what is in the folder of a fit, and how to use its checkpoint, or else one of those ``saved`` elsewhere."""
     checkpoints = folder / "checkpoints"
     paths = {
         "config": folder / "config.yaml",
@@ -64,8 +67,7 @@ def _report_paths(folder: Path, fields: tuple[str, ...]) -> None:
     for name, path in paths.items():
         if path.exists():
             print(f"  {name + ':':<20} {path}")
-    found = [path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()]
-    found += sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt", *saved) if path.exists()]
     if found:
         text = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
         print(f"\nUse it:  llmkit infer {found[0]} {text!r}", flush=True)

@@ -7,7 +7,7 @@ import math
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from llmkit.errors import note
+from llmkit.errors import Problem, UserError, note, unknown
 from llmkit.lightning import is_debug_run, set_validation_interval, validate_now
 
 DEFAULT_INTERVAL = 500
@@ -21,7 +21,8 @@ class Validations(Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at how long the run is."""
+        """Look at how long the run is, and at what callbacks wait for. Raises UserError for a metric there never is."""
+        check_monitors(trainer, pl_module)
         self._steps = trainer.estimated_stepping_batches
         batches = self._steps * trainer.accumulate_grad_batches
         interval = trainer.val_check_interval
@@ -45,3 +46,18 @@ class Validations(Callback):
         """Have a validation follow the last step."""
         if trainer.global_step >= self._steps:
             validate_now(trainer)
+
+
+def check_monitors(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Raise UserError for a callback that monitors a ``val_`` metric which the head does not have.
+
+    Lightning would notice at the first validation. A callback of the user's own may log further ones.
+    """
+    known = [f"val_{name}" for name in getattr(model, "val_metrics", ())]
+    if {type(callback).__module__.partition(".")[0] for callback in trainer.callbacks} - {"lightning", "llmkit"}:
+        return
+    for callback in trainer.callbacks:
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and name.startswith("val_") and name not in known:
+            text = f"{type(callback).__name__}: {unknown('metric', name, known)}"
+            raise UserError(Problem("trainer.callbacks", text))
