@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,6 +60,15 @@ def logs_this_step(trainer: pl.Trainer) -> bool:
     return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % log_interval(trainer) == 0
 
 
+def align_logged_step(trainer: pl.Trainer) -> None:
+    """Make the step that metrics are logged with that of the optimizer; for ``on_train_batch_start``.
+
+    Lightning's own count stays one behind, for good, in a run that resumes a checkpoint of a validation which its own
+    interval does not have.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 def can_resume_here(trainer: pl.Trainer) -> bool:
     """Return whether a checkpoint written in ``on_train_batch_end`` of the present batch resumes exactly.
 
@@ -78,6 +88,35 @@ def can_resume_here(trainer: pl.Trainer) -> bool:
 def set_validation_interval(trainer: pl.Trainer, batches: int) -> None:
     """Validate after every so many training batches; for ``on_train_start``, when Lightning has set its own number."""
     trainer.val_check_batch = batches
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Have a validation follow the present batch; for ``on_train_batch_end`` of the last one of a run.
+
+    A validation after a time (``val_check_interval`` of hours) stays as it is.
+    """
+    if trainer.val_check_batch is None:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if trainer.check_val_every_n_epoch is None:
+        trainer.val_check_batch = progress.total.ready
+    else:
+        trainer.val_check_batch, trainer.check_val_every_n_epoch = progress.current.ready, 1
+
+
+def write_step_metrics(trainer: pl.Trainer) -> None:
+    """Write what was logged in the present step, for ``on_train_batch_end``: Lightning does it later."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def has_ended(checkpoint: dict[str, Any], max_steps: int, max_epochs: int | None) -> bool:
+    """Return whether nothing is left to train for a run that resumes a checkpoint; -1: no limit."""
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]["current"]
+    # A checkpoint of the last validation is within the last epoch, which has no batch left.
+    done = epochs["ready" if loop["epoch_loop.batch_progress"]["is_last_batch"] else "processed"]
+    steps = checkpoint["global_step"]
+    return bool(steps and (0 <= max_steps <= steps or 0 <= (-1 if max_epochs is None else max_epochs) <= done))
 
 
 def restart_validation(checkpoint: dict[str, Any]) -> None:
@@ -105,6 +144,12 @@ def requeue_signal(trainer: pl.Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+def requeue_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Return the checkpoint that this SLURM job saved before it was requeued. A fit resumes it by itself."""
+    path = trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+    return None if path is None else Path(path)
 
 
 def raised_while_resuming(error: BaseException) -> bool:

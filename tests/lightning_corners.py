@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning
 import lightning.pytorch as pl
@@ -43,6 +44,9 @@ class Tiny(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.fail = fail
         self.seen: list[Any] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        corners.align_logged_step(self.trainer)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         if self.fail:
@@ -92,6 +96,24 @@ class Watch(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.validating:
             corners.restart_validation(checkpoint)
+
+
+class End(Callback):
+    """Has the last batch validated, and saves in that validation and after it; writes each step's metrics early."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        corners.write_step_metrics(trainer)
+        if trainer.global_step == 2 * STEPS:
+            corners.validate_now(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / "end.ckpt")
 
 
 class Rows(CSVLogger):
@@ -168,6 +190,24 @@ def check_resume(folder: Path) -> None:
             raise AssertionError("nothing was raised")
 
 
+def check_end(folder: Path) -> None:
+    """The last batch is validated in whatever interval, metrics are written when asked, and the end is noticed."""
+    for every, interval in ((None, 5), (1, 5), (3, 1.0)):
+        rows = Rows(folder)
+        options: dict[str, Any] = {"check_val_every_n_epoch": every, "val_check_interval": interval, "logger": rows}
+        seen = fit(trainer(folder, Watch(), End(folder), **options), Tiny())
+        assert seen[-1 - VALIDATION :] == [("validation",), *(("validation batch", i) for i in range(VALIDATION))]
+        steps = [step - 1 for step in range(1, 2 * STEPS + 1) if step % LOGGED == 0]
+        assert rows.steps == [step for step in steps for _ in range(2)]
+        for name, ended in (("3", False), (str(2 * STEPS), True), ("end", True)):
+            if (folder / f"{name}.ckpt").exists():
+                content = torch.load(folder / f"{name}.ckpt", weights_only=True)
+                for limits in ((-1, 2), (2 * STEPS, None), (2 * STEPS, -1), (2 * STEPS, 9)):
+                    assert corners.has_ended(content, *limits) == ended, (name, limits)
+                for limits in ((-1, 3), (2 * STEPS + 1, None), (-1, -1)):
+                    assert not corners.has_ended(content, *limits), (name, limits)
+
+
 def check_settings(folder: Path) -> None:
     """Seed, debug runs, the logging interval, and SLURM's signal."""
     os.environ.pop("PL_GLOBAL_SEED", None)
@@ -178,6 +218,13 @@ def check_settings(folder: Path) -> None:
     assert corners.log_interval(trainer(folder, log_every_n_steps=0)) == 1
     assert [corners.is_debug_run(trainer(folder, fast_dev_run=debug)) for debug in (False, True, 2)] == [0, 1, 1]
     assert corners.requeue_signal(trainer(folder)) is None
+    job = trainer(folder)
+    for newest in (None, folder / "hpc_ckpt_1.ckpt", folder / "hpc_ckpt_2.ckpt"):
+        if newest:
+            newest.touch()
+        assert corners.requeue_checkpoint(job) is None
+        with mock.patch.object(SLURMEnvironment, "detect", return_value=True):
+            assert corners.requeue_checkpoint(job) == newest
     for requeue, answer in ((True, signal.SIGUSR2), (False, None)):
         slurm = SLURMEnvironment(auto_requeue=requeue, requeue_signal=signal.SIGUSR2)
         assert corners.requeue_signal(trainer(folder, plugins=[slurm])) == answer
@@ -207,7 +254,7 @@ def check_llmkit(folder: Path) -> None:
 
 def check_all(parent: Path) -> None:
     """Run the checks, each in a folder of its own."""
-    for check in (check_counts, check_resume, check_settings, check_llmkit):
+    for check in (check_counts, check_resume, check_end, check_settings, check_llmkit):
         folder = parent / check.__name__
         folder.mkdir()
         check(folder)

@@ -19,10 +19,12 @@ from lightning_corners import CLI_HOOKS, check_all
 from llmkit.data import DataModule
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI
+from llmkit.run.folder import RunFolder, RunLogger
 from llmkit.run.progress import Progress
 from llmkit.run.saving import Checkpoints, WholeFileIO
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
+from llmkit.run.validation import Validations
 from llmkit.testing.resume import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +69,7 @@ def test_one_module_knows_the_private_corners() -> None:
 
 CLASSES = (
     *(CLI, LanguageModel, DataModule, WholeFileIO),
-    *(Checkpoints, GracefulShutdown, Progress, Throughput, Trace),
+    *(Checkpoints, GracefulShutdown, Progress, RunFolder, RunLogger, Throughput, Trace, Validations),
 )
 
 

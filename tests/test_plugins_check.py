@@ -124,8 +124,8 @@ def test_reference_from_a_file(folder: Path) -> None:
     ("words", "message"),
     [
         (
-            ["multi_head"],
-            "'multi_head' does not name a plugin. Expected family/name (attention/multi_head), ",
+            ["multi_haed"],
+            "'multi_haed' does not name a plugin. Expected family/name (attention/multi_head), ",
         ),
         (["attention/multi_haed"], "unknown attention 'multi_haed'. Did you mean 'multi_head'?"),
         (["atention/multi_head"], "unknown family 'atention'. Did you mean 'attention'?"),

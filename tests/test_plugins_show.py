@@ -328,7 +328,7 @@ def test_papers() -> None:
     ("words", "says"),
     [
         (("attention/multi_hed",), ("unknown attention 'multi_hed'", "'multi_head'")),
-        (("multi_head",), ("'multi_head' does not name a plugin", "family/name")),
+        (("multi_haed",), ("'multi_haed' does not name a plugin", "family/name", "Did you mean 'multi_head'?")),
         (("attention/multi_head", "--init.heads", 3), ("no argument 'heads'", "num_heads")),
         (("attention/multi_head", "--dim", 0), ("argument --dim: must be at least 1, got 0",)),
         (("attention/multi_head", "--context", "x"), ("--context", "'x'")),

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from command import TINY, Result, done, llmkit
 
 import llmkit as llmkit_package
+from llmkit.run.folder import claim
 from llmkit.run.saving import WholeFileIO, sweep, write_whole
 
 
@@ -88,6 +91,21 @@ def test_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt.part", "last.ckpt"]
 
 
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Eight of them look for the next number at the same time, four times over."""
+    parent = tmp_path / "runs" / "name"
+    (parent / "version_7").mkdir(parents=True)
+    together = threading.Barrier(8)
+
+    def begin(_: int) -> int:
+        together.wait()
+        return claim(parent)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(begin, range(32))) == list(range(8, 40))
+    assert len(list(parent.iterdir())) == 33
+
+
 WORSE = ("--model.optimizer", "{name: SGD, lr: 6.0}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
 """A rate at which the loss soon gets worse, so that the best checkpoint is an early one."""
 
@@ -105,11 +123,18 @@ def steps_of(result: Result) -> dict[str, int]:
     return {path.name: read(path)["global_step"] for path in folder.iterdir()}
 
 
+def rows(result: Result, name: str) -> list[tuple[int, float]]:
+    """Return what a run logged under a name, with the number of steps until then."""
+    lines = (result.folder / "metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    cells = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
+    return [(int(cell["step"]) + 1, float(cell[name])) for cell in cells if cell[name]]
+
+
 def scores(result: Result) -> dict[int, float]:
-    rows = (result.folder / "metrics.csv").read_text().splitlines()
-    names = rows[0].split(",")
-    cells = [dict(zip(names, row.split(","), strict=True)) for row in rows[1:]]
-    return {int(cell["step"]) + 1: float(cell["val_loss"]) for cell in cells if cell["val_loss"]}
+    found = rows(result, "val_loss")
+    assert len(dict(found)) == len(found)  # one a step
+    return dict(found)
 
 
 def test_which_checkpoints_there_are(words: list[str]) -> None:
@@ -126,13 +151,38 @@ def test_which_checkpoints_there_are(words: list[str]) -> None:
 def test_a_resumed_run_has_the_best_checkpoint_of_before(words: list[str], tmp_path: Path) -> None:
     """It lies in the run's own folder, and decides what the closing report measures, as without the interruption."""
     schedule = (*words, *WORSE)
+    own = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    schedule += ("--trainer.log_every_n_steps", "2", "--trainer.logger", json.dumps(own))
     whole = done(*schedule, "--trainer.max_steps", "12", "--name", "whole")
+    (second,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert second.read_text().splitlines() == (whole.folder / "metrics.csv").read_text().splitlines()
     done(*schedule, "--trainer.max_steps", "9", "--name", "parts")
     resumed = done(*schedule, "--trainer.max_steps", "12", "--name", "parts", "--ckpt_path", "last")
     assert resumed.folder.name == "version_1"
     assert steps_of(resumed)["best.ckpt"] == steps_of(whole)["best.ckpt"] < 9
     results = [json.loads((run.folder / "results.json").read_text()) for run in (whole, resumed)]
     assert results[0] == results[1]
+    curves = [scores(run) for run in (whole, resumed)]
+    assert curves[0].keys() == {4, 8, 12}  # and not the best value at the last step
+    assert curves[1] == {**curves[0], 9: curves[1][9]}  # the first part was validated at its end
+    logged = [rows(run, "train_loss") for run in (whole, resumed)]
+    assert logged[0] == logged[1]
+    end = ("--ckpt_path", whole.folder / "checkpoints" / "last.ckpt", "--trainer.limit_val_batches", "1")
+    last = done("validate", *end)
+    assert f"loss                 {curves[0][12]:.4f}" in last.out
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "validated", "noted"),
+    [(4, 10, {4, 8, 10}, "warmup_steps 100 is more than the 10 steps"), (20, 3, {3}, "val_check_interval 20 is more")],
+)
+def test_the_last_step_is_validated(
+    interval: int, steps: int, validated: set[int], noted: str, words: list[str]
+) -> None:
+    result = done(*words, "--trainer.val_check_interval", interval, "--trainer.max_steps", steps)
+    assert scores(result).keys() == validated
+    assert noted in result.err
+    assert "best.ckpt" in steps_of(result)
 
 
 def test_weights_that_are_not_finite_are_not_saved(words: list[str], tmp_path: Path) -> None:
@@ -143,6 +193,21 @@ def test_weights_that_are_not_finite_are_not_saved(words: list[str], tmp_path: P
     assert "step 6: the weights are not finite" in result.err
     (last,) = (tmp_path / "runs").rglob("last.ckpt")
     assert read(last)["global_step"] == 3
+
+
+def test_without_a_logger_a_run_has_a_folder_too(words: list[str], tmp_path: Path) -> None:
+    """All is in it, but no metrics; neither the second run nor a validation writes over it."""
+    checkpoint = ""
+    for number in range(2):
+        checkpoint = str(done(*words, "--trainer.logger", "false").checkpoint)
+        folder = tmp_path / "runs" / "run" / f"version_{number}"
+        assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.yaml", "results.json"}
+    done("validate", "--ckpt_path", checkpoint, "--trainer.logger", "false")
+    debugged = done("validate", "--ckpt_path", checkpoint, "--trainer.fast_dev_run", "true")
+    assert "loss" in debugged.out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+    written = sorted(path.parent.name for path in (tmp_path / "runs").rglob("results.json"))
+    assert written == ["version_0", "version_1", "version_2"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("every_n_steps", "0"), ("keep", "-1")])
@@ -169,15 +234,28 @@ def test_from_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("--trainer.limit_val_batches", "0")], ids=["validated", "not validated"])
-def test_a_finished_run_that_is_resumed_ends_as_it_did(words: list[str], more: tuple[str, ...]) -> None:
-    first = done(*words, "--trainer.max_steps", "8", *WORSE, *more)
-    again = done(*words, "--trainer.max_steps", "8", *WORSE, *more, "--ckpt_path", "last")
-    assert again.folder != first.folder
-    assert again.checkpoint.name == first.checkpoint.name
+def test_a_finished_run_that_is_resumed_says_so(words: list[str], more: tuple[str, ...], tmp_path: Path) -> None:
+    """It reports what it reported, and trains, measures and writes nothing; one that was not reported yet is."""
+    command = (*words, "--trainer.max_steps", "8", *WORSE, *more)
+    first = done(*command)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = done(*command, "--ckpt_path", "last")
+    assert "finished: " in again.out
+    assert "of step 8" in again.out
+    assert again.out[again.out.index("\nRun folder") :] == first.out[first.out.index("\nRun folder") :]
+    for line in first.out.partition("\nValidation:\n")[2].partition("\n\n")[0].splitlines():
+        assert line in again.out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+    results = (first.folder / "results.json").read_text()
+    (first.folder / "results.json").unlink()
+    reported = done(*command, "--ckpt_path", "last")
+    assert reported.folder != first.folder
+    assert reported.checkpoint.name == first.checkpoint.name
     names = {"last.ckpt"} if more else {"last.ckpt", "best.ckpt"}
     for name in names:
-        one, two = (read(run.folder / "checkpoints" / name) for run in (first, again))
+        one, two = (read(run.folder / "checkpoints" / name) for run in (first, reported))
         assert one["global_step"] == two["global_step"]
-    assert {path.name for path in (again.folder / "checkpoints").iterdir()} == names
-    results = [(run.folder / "results.json").read_text() for run in (first, again)]
-    assert results[0] == results[1]
+    assert {path.name for path in (reported.folder / "checkpoints").iterdir()} == names
+    assert (reported.folder / "results.json").read_text() == results
+    if not more:
+        assert scores(reported) == scores(first)

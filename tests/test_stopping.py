@@ -44,7 +44,7 @@ def last(result: Result) -> dict[str, Any]:
 
 
 def same(one: Result, two: Result, logged: bool = True) -> None:
-    """Assert that two finished runs are equal in weights, optimizer, results and (after the stop) metrics."""
+    """Assert that two finished runs are equal in weights, optimizer, results and metrics."""
     first, second = last(one), last(two)
     for content in (first, second):
         # How many validation batches were begun: one more, where one was not ended.
@@ -57,8 +57,7 @@ def same(one: Result, two: Result, logged: bool = True) -> None:
     assert results[0] == results[1]
     if not logged:
         return
-    rows = [rows_of(run) for run in (one, two)]
-    assert rows[1] == rows[0][-len(rows[1]) :]
+    assert rows_of(one) == rows_of(two)
 
 
 def rows_of(run: Result) -> list[dict[str, str]]:
@@ -105,17 +104,28 @@ def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatc
         return 0
 
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", requeue)
-    done(*words, "--name", "job", *sender(signal.SIGUSR1, 5))
+    command = (*words, "--name", "job", *sender(signal.SIGUSR1, 5))
+    first = done(*command)
     assert commands == [["scontrol", "requeue", "7"]]
     (saved,) = tmp_path.rglob("hpc_ckpt_1.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 6
-    requeued = done(*words, "--name", "job")
-    rows = (requeued.folder / "metrics.csv").read_text().splitlines()
-    assert rows[1].split(",")[rows[0].split(",").index("step")] == "6"  # the seventh step is its first
+    second = done(*words, "--name", "second", "--ckpt_path", "last")  # of the same job
+    assert "no run below" in second.err
+    same(whole, second)
+    requeued = done(*command)
+    assert str(saved) in requeued.err
     same(whole, requeued)
+    assert [a == b for a, b in zip(speeds(first), speeds(requeued), strict=True)] == [True] * 6 + [False] * 2
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     other = done(*words, "--name", "job")
-    assert len((other.folder / "metrics.csv").read_text().splitlines()) > len(rows)
+    assert "requeued" not in other.err
+    assert not set(speeds(first)) & set(speeds(other))
+
+
+def speeds(run: Result) -> list[str]:
+    """Return how fast each step was, which no two steps are: rows that are equal were copied, not computed again."""
+    with (run.folder / "metrics.csv").open(newline="") as handle:
+        return [row["tokens_per_second"] for row in csv.DictReader(handle) if row["tokens_per_second"]]
 
 
 def test_runs_of_epochs_stopped_at_their_ends(tmp_path: Path) -> None:

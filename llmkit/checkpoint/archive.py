@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,22 @@ MOST = 500_000
 """Values in one file. Tensors are one each; a vocabulary is one text."""
 LONGEST = 2**28
 """Characters of all texts together, counted as often as they are referred to."""
+
+
+def file_of(path: str | Path, *names: str) -> Path:
+    """Return the checkpoint that a path means: itself, or the first of ``names`` in a run folder.
+
+    The folder of an experiment means its newest run that has one. Raises UserError for a folder without any.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    runs = [(int(match[1]), run) for run in folder.iterdir() if (match := re.fullmatch(r"version_(\d+)", run.name))]
+    for place in (folder, folder / "checkpoints", *(run / "checkpoints" for _, run in sorted(runs, reverse=True))):
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    raise UserError(f"{path} is a folder without a checkpoint: it has no {' or '.join(names)}")
 
 
 def read(file: Path) -> Any:

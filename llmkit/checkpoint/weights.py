@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llmkit import registry
+from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, read, restore_tokenizer
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
@@ -25,6 +26,7 @@ def initial(path: str | Path) -> tuple[Stored, Tokenizer]:
 
     Of its classes only the tokenizer's is needed. Raises UserError when the file cannot be read.
     """
+    path = file_of(path, "best.ckpt", "last.ckpt")
     content = read(path)
     part, where = content["llmkit"], f"checkpoint {path}"
     check_classes({**part, "model": {}}, where)

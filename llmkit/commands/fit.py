@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from llmkit.checkpoint.content import Stored
 from llmkit.config.plan import plan
-from llmkit.run.cli import CLI
+from llmkit.lightning import has_ended
+from llmkit.run.cli import CLI, filled_in
+from llmkit.run.report import report_finished
 
 HUSHED = (
     ".*does not have many workers.*",
@@ -16,6 +20,7 @@ HUSHED = (
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already
     ".*Total length of `list` across ranks is zero.*",
+    ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
     ".*The dirpath has changed from.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*lr_scheduler.step.. before `optimizer.step.*",
@@ -39,6 +44,10 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         cli(command, [command, "--help"])
         return 0
     planned = plan(command, argv, asked)
+    stored = planned.stored
+    if command == "fit" and not asked and stored is not None and _is_finished(stored, planned.config.tree):
+        report_finished(stored)
+        return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in HUSHED:
@@ -46,6 +55,23 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     with planned.placed():
         cli(command, planned.args, planned.stored)
     return 0
+
+
+def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
+    """Return whether a fit resumes a run that reached its end, and has reported it, with the same model and data."""
+    if not (stored.path.parent.parent / "results.json").is_file():
+        return False
+    limits = {**tree["trainer"], **filled_in(tree["trainer"])}
+    model = {name: value for name, value in stored.part["model"].items() if name not in ("optimizer", "scheduler")}
+    same = _agree({"model": model, "data": stored.part["config"].get("data", {})}, tree)
+    return same and has_ended(stored.content, limits["max_steps"], limits["max_epochs"])
+
+
+def _agree(one: Any, two: Any) -> bool:
+    """Return whether two trees of settings have the same values where both have one."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return all(_agree(one[name], two[name]) for name in one.keys() & two.keys())
+    return bool(one == two)
 
 
 def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:

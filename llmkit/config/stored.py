@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, read
 from llmkit.config.layers import Layer, Tree
 from llmkit.errors import UserError, note
@@ -47,7 +48,7 @@ def find(command: str, layers: Sequence[Layer], named: str, with_file: bool, ask
         return None
     folder = output / str(settings["name"])
     try:
-        stored = choose(str(wanted), folder)
+        stored = choose(str(wanted), folder, command)
     except UserError as error:
         raise UserError(f"{source['ckpt_path']}: {error}") from error
     if stored is None:
@@ -57,14 +58,18 @@ def find(command: str, layers: Sequence[Layer], named: str, with_file: bool, ask
     return stored
 
 
-def choose(wanted: str, folder: Path) -> Stored | None:
+def choose(wanted: str, folder: Path, command: str) -> Stored | None:
     """Return the checkpoint that is meant, read; None for ``last`` where there is none below ``folder`` yet.
 
     ``last`` is the newest checkpoint of the newest run, ``best`` the newest best one. One that cannot be read is
-    skipped, with a note. Raises UserError when none can be read.
+    skipped, with a note. A run folder means its last checkpoint to ``fit``, else its best one.
+
+    Raises UserError when none can be read.
     """
     if wanted not in ("best", "last"):
-        return Stored(Path(wanted), read(wanted))
+        names = ("best.ckpt", "last.ckpt")
+        path = file_of(wanted, *(reversed(names) if command == "fit" else names))
+        return Stored(path, read(path))
     pattern = "best.ckpt" if wanted == "best" else "*.ckpt"
     found = sorted(
         folder.glob(f"version_*/checkpoints/{pattern}"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkit.errors import note
+from llmkit.errors import Problem, UserError, note
 
 VERSION = 4  # part of every key: raise it when the format of what is stored changes
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
@@ -27,8 +27,11 @@ DAY = 24 * 3600  # seconds
 
 
 def root(cache_dir: str | None) -> Path:
-    """Return the cache folder: the argument, else $LLMKIT_CACHE, else ~/.cache/llmkit."""
-    return Path(cache_dir or os.environ.get("LLMKIT_CACHE") or "~/.cache/llmkit").expanduser()
+    """Return the cache folder: the argument, else $LLMKIT_CACHE, else ~/.cache/llmkit. Raises UserError for a file."""
+    folder = Path(cache_dir or os.environ.get("LLMKIT_CACHE") or "~/.cache/llmkit").expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(Problem("data.cache_dir", f"{folder} is a file, not a folder"))
+    return folder
 
 
 def digest(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from llmkit import registry
@@ -78,19 +78,26 @@ class Parts:
         parameters = inspect.signature(registry.target_of(self.factories["scheduler"])).parameters
         is_open = "total_steps" in parameters and self.spec["scheduler"]["init_args"].get("total_steps") is None
         schedule: LRScheduler = self.build("scheduler", optimizer, **({"total_steps": total_steps} if is_open else {}))
+        if isinstance(schedule, ReduceLROnPlateau):
+            text = "ReduceLROnPlateau waits for a metric, but schedules here are functions of the step: use cosine, say"
+            raise UserError(Problem("model.scheduler", text))
         return schedule
 
     def try_out(self, topology: Topology) -> None:
         """Report parts that cannot work together before any data is prepared. Raises UserError."""
         with torch.device("meta"):
             net = self.backbone(topology, vocab_size=1, num_layers=1)
-        groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": kind} for kind in ("matrix", "embedding")]
+        weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+        groups = [{"params": [w], "kind": kind} for w, kind in zip(weights, ("matrix", "embedding"), strict=True)]
         name = "optimizer"
         try:
             optimizer = self.build(name, groups)
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step(lambda: 0.0)  # refused by one for sparse gradients
             name = "scheduler"
             self.schedule(optimizer, 1000)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise UserError(Problem(f"model.{name}", str(error))) from error
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
 from typing import Any
 
@@ -10,31 +10,29 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
-from llmkit.errors import Problem, UserError
-from llmkit.lightning import is_debug_run, raised_while_resuming, set_validation_interval
+from llmkit.errors import Problem, UserError, note
+from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
-from llmkit.run.failures import explain, is_out_of_memory
+from llmkit.run.failures import explain, is_out_of_memory, refusal
+from llmkit.run.folder import RunFolder, RunLogger, unlogged
 from llmkit.run.progress import Progress
 from llmkit.run.report import report_evaluation, report_fit, write_predictions
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
-
-DEFAULT_VAL_INTERVAL = 500
-"""Batches between two validations, at most, when the config does not set them."""
+from llmkit.run.validation import DEFAULT_INTERVAL, Validations
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
     "check_val_every_n_epoch": None,  # val_check_interval counts steps, whatever an epoch is
-    "val_check_interval": DEFAULT_VAL_INTERVAL,  # lowered by validate_last_step
+    "val_check_interval": DEFAULT_INTERVAL,  # Validations lowers it
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
@@ -70,6 +68,7 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
+        self.identity = hashlib.sha256(" ".join(args).encode()).hexdigest()[:8]
         super().__init__(
             LanguageModel,
             DataModule,
@@ -128,22 +127,24 @@ class CLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
-        if given.get("logger") is not False:
-            folder_logger = CSVLogger(save_dir=output, name=self._get(self.config_init, "name"))
-            kwargs["logger"] = [folder_logger, *_listed(given.get("logger"))]
+        writes = given.get("logger") is not False
+        folder_logger = RunLogger(output, self._get(self.config_init, "name"), writes)
+        kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
-        own: list[pl.Callback] = [LambdaCallback(on_train_start=validate_last_step), GracefulShutdown(), throughput]
+        own: list[pl.Callback] = [Validations(), throughput]
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
+        own.append(GracefulShutdown())  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self._get(self.config_init, "checkpoint"))
-        kwargs["callbacks"] = [*callbacks, *own]
+        kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
         if given.get("default_root_dir") is None:
-            # A requeued SLURM job looks here for its checkpoint, so no other run may write here.
+            # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
+            # job nor another command of this one.
             job = os.environ.get("SLURM_JOB_ID")
-            kwargs["default_root_dir"] = f"{output}/slurm_{job}" if job else output
+            kwargs["default_root_dir"] = f"{output}/slurm_{job}/{self.identity}" if job else output
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -155,12 +156,17 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except UserError:
+            self.release_folder()
             raise
         except Exception as error:
+            self.release_folder()
             step = self.trainer.global_step if self.command == "fit" else -1
             if self.stored is not None and not explain(error) and is_damaged_state(self.stored, error, step):
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(f"checkpoint {self.stored.path}: its training state is damaged ({text})") from error
+            refused = refusal(error)
+            if refused is not None:
+                raise UserError(refused) from error
             if not is_out_of_memory(error):
                 raise
             model, data = self.model, self.datamodule
@@ -173,13 +179,29 @@ class CLI(LightningCLI):
                 f"then model.context or model.dim"
             ) from error
 
+    def release_folder(self) -> None:
+        """Remove the run's folder if nothing is in it: the run has failed."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.release()
+
+    def before_fit(self) -> None:
+        """Note that a requeued SLURM job resumes its checkpoint."""
+        requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
+        if requeued is not None and self.trainer.is_global_zero:
+            note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")
+
     def after_fit(self) -> None:
         """Measure the best checkpoint and print the closing report."""
         trainer, model = self.trainer, self.model
         if is_debug_run(trainer) or trainer.interrupted:
             return
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)
+        saver = trainer.checkpoint_callback
+        # The best step may be the last one, which has just been measured.
+        if not (isinstance(saver, Checkpoints) and saver.best_step == trainer.global_step and model.results):
+            best = getattr(saver, "best_model_path", "")
+            with unlogged(trainer):  # the values of the best step do not belong to the last one
+                trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)
         report_fit(trainer, model)
 
     def validate(self, model: LanguageModel, **kwargs: Any) -> None:
@@ -200,16 +222,6 @@ class CLI(LightningCLI):
 def _listed(value: Any) -> list[Any]:
     """Return the loggers or callbacks that a config names: none, one, or several."""
     return value if isinstance(value, list) else [] if value in (None, True) else [value]
-
-
-def validate_last_step(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-    """Fit the default validation interval to the run, so that the last step is validated.
-
-    1,200 batches are validated every 400 (not at 500 and 1,000, with the last 200 unseen).
-    """
-    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    if trainer.val_check_interval == DEFAULT_VAL_INTERVAL and batches not in (0, float("inf")):
-        set_validation_interval(trainer, max(1, int(batches / math.ceil(batches / DEFAULT_VAL_INTERVAL))))
 
 
 def filled_in(given: Any) -> dict[str, Any]:

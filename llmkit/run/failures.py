@@ -14,13 +14,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import llmkit
 from llmkit import imports, registry
+from llmkit.errors import Problem
 
 CORE = Path(llmkit.__file__).resolve().parent
 HELPERS = (CORE / "contracts.py", CORE / "sequence.py", CORE / "ops")
 """Modules that plugins call: an error raised there is reported as one of the calling plugin."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What the system says of a file or folder that the user named and that cannot be written or read."""
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError)
+REFUSED_BY = {
+    "/torch/optim/lr_scheduler": "model.scheduler",
+    "/torch/optim/": "model.optimizer",
+    "/lightning/pytorch/core/optimizer": "model.scheduler",
+    "/lightning/pytorch/callbacks/": "trainer.callbacks",
+    "/lightning/pytorch/tuner/": "trainer.callbacks",
+    "/lightning/pytorch/loggers/": "trainer.logger",
+    "/lightning/pytorch/profilers/": "trainer.profiler",
+    "/lightning/pytorch/strategies/": "trainer.strategy",
+}
+"""Part of a file's path, and the config key that decides what runs there; the first that fits counts."""
 LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
@@ -56,7 +72,26 @@ def explain(error: BaseException) -> Failure | None:
         report = report or _plugin_report(*_quoted_frames(str(cause)))
         if report:
             return Failure(report, 1)
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in UNUSABLE and cause.filename:
+            return Failure(f"llmkit: error: {cause.filename} cannot be used: {cause.strerror}", 2)
     return None
+
+
+def refusal(error: BaseException) -> Problem | None:
+    """Return what Lightning or an optimizer of torch refuses while a run is under way, under the key it is about.
+
+    A refusal is Lightning's MisconfigurationException, or an error raised by a statement in a file of ``REFUSED_BY``.
+    One that a mistake of ours causes in there is not.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    file = Path(last[0].filename).as_posix() if last else ""
+    raised = bool(last) and (last[0].line or "").lstrip().startswith("raise ")
+    key = next((key for part, key in REFUSED_BY.items() if part in file), "")
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, MisconfigurationException):
+        return Problem(key, text if key else f"Lightning: {text}")
+    return Problem(key, text) if key and raised and isinstance(error, REFUSALS) else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

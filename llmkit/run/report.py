@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from llmkit import registry
+from llmkit.checkpoint.content import Stored
+from llmkit.errors import Problem, UserError
+from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
-from llmkit.run.saving import run_folder
+from llmkit.run.folder import run_folder
+from llmkit.run.saving import Checkpoints
 from llmkit.sequence import on_device
 
 
@@ -27,30 +34,60 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     _report_metrics(trainer, model, "val")
     if sample:
         print(f"\nSample:\n{sample}")
+    others = [saver for saver in trainer.checkpoint_callbacks if not isinstance(saver, Checkpoints)]
+    saved = [getattr(saver, name, "") for saver in others for name in ("best_model_path", "last_model_path")]
+    _report_paths(folder, model.head.inputs, [Path(path) for path in saved if path])
+
+
+def report_finished(stored: Stored) -> None:
+    """Print the report of a run that ended before, from its folder: nothing was left to train."""
+    folder, step = stored.path.parent.parent, stored.content["global_step"]
+    print(
+        f"finished: {stored.path} is of step {step}, the last one; a larger trainer.max_steps (or max_epochs) resumes"
+    )
+    values = json.loads((folder / "results.json").read_text())
+    values.pop("precision", None)
+    print("\nValidation:" if values else "\nNo validation data, so no metrics.")
+    _print(values, "val")
+    head: Any = registry.class_of(stored.part["model"]["head"]["class_path"], "head")
+    _report_paths(folder, head.inputs)
+
+
+def _report_paths(folder: Path, fields: tuple[str, ...], saved: Sequence[Path] = ()) -> None:
+    """Print what is in the folder of a fit, and how to use its checkpoint, or else one of those ``saved`` elsewhere."""
     checkpoints = folder / "checkpoints"
     paths = {
         "config": folder / "config.yaml",
-        "metrics": metrics,
+        "metrics": folder / "metrics.csv",
         "results": folder / "results.json",
-        "loss curve": curve,
+        "loss curve": folder / "loss.png",
         **{f"checkpoint ({path.stem})": path for path in sorted(checkpoints.glob("*.ckpt"))},
     }
     print("\nRun folder:")
     for name, path in paths.items():
         if path.exists():
             print(f"  {name + ':':<20} {path}")
-    best = checkpoints / "best.ckpt"
-    fields = model.head.inputs
-    text = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
-    print(f"\nUse it:  llmkit infer {best if best.exists() else checkpoints / 'last.ckpt'} {text!r}", flush=True)
+    found = [path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt", *saved) if path.exists()]
+    if found:
+        text = "TEXT" if len(fields) == 1 else json.dumps(dict.fromkeys(fields, "TEXT"))
+        print(f"\nUse it:  llmkit infer {found[0]} {text!r}", flush=True)
 
 
 def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
-    """Write and print validation or test results, and draw the confusion matrix if there is one."""
+    """Print validation or test results, write them, and draw the confusion matrix if there is one.
+
+    Raises UserError where nothing was evaluated.
+    """
+    if not model.results:
+        name = {"val": "validation"}.get(prefix, prefix)
+        text = f"no rows to evaluate: see data.{name} and trainer.limit_{prefix}_batches"
+        raise UserError(Problem(f"data.{name}", text + (", and data.validation_share" if prefix == "val" else "")))
     if not trainer.is_global_zero:
         return
     folder = run_folder(trainer)
     _report_metrics(trainer, model, prefix)
+    if is_debug_run(trainer):
+        return
     matrix = model.results.get(f"{prefix}_confusion_matrix")
     if matrix is not None:
         path = folder / "confusion_matrix.png"
@@ -61,7 +98,7 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
 
 def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
     """Write one JSON line per answer to ``predictions.jsonl`` in the run folder."""
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or is_debug_run(trainer):
         return
     path = run_folder(trainer) / "predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +108,10 @@ def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
 
 
 def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
-    """Write ``results.json`` and print it: scalars and, where a metric has one, the signature of its computation."""
+    """Print the results and write them to ``results.json``, unless this is a debug run.
+
+    They are scalars and, where a metric has one, the signature of its computation.
+    """
     values: dict[str, Any] = {
         name: float(value)
         for name, value in model.results.items()
@@ -82,10 +122,13 @@ def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> N
         signature = getattr(metric, "signature", None)
         if callable(signature) and f"{prefix}_{name}" in values:
             values[f"{prefix}_{name}_signature"] = signature()
-    folder = run_folder(trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {**values, "precision": str(trainer.precision)}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if not is_debug_run(trainer):
+        results = {**values, "precision": str(trainer.precision)}
+        (run_folder(trainer) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _print(values, prefix)
+
+
+def _print(values: Mapping[str, Any], prefix: str) -> None:
     for name, value in values.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"  {name.removeprefix(f'{prefix}_'):<20} {shown}")

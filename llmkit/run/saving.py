@@ -16,13 +16,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
 
 from llmkit.checkpoint.content import read
 from llmkit.errors import Problem, UserError
 from llmkit.lightning import can_resume_here, is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.step import local_shard
+from llmkit.run.folder import run_folder
 
 PART = ".part"
 """Suffix of a file that is being written; what a killed run leaves behind is never taken for a checkpoint."""
@@ -236,11 +236,3 @@ def _step_of(path: Path) -> int | None:
         return int(read(path)["global_step"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Return the folder of this run."""
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            return Path(logger.log_dir)
-    return Path(trainer.log_dir or trainer.default_root_dir)

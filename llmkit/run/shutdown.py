@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation
-from llmkit.run.saving import Checkpoints, run_folder
+from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation, write_step_metrics
+from llmkit.run.folder import run_folder
+from llmkit.run.saving import Checkpoints
 
 
 class GracefulShutdown(Callback):
@@ -49,7 +50,7 @@ class GracefulShutdown(Callback):
         # Processes have to agree on a signal that one of them received. That takes time, so they do it rarely.
         every = log_interval(trainer) if trainer.world_size > 1 else 1
         if (batch_idx + 1) % every == 0 and can_resume_here(trainer):
-            self._stop_if_asked(trainer)
+            self._stop_if_asked(trainer, between_steps=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that a validation is not done yet."""
@@ -64,7 +65,7 @@ class GracefulShutdown(Callback):
         """Note that the validation is done."""
         self._validating = False
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+    def _stop_if_asked(self, trainer: pl.Trainer, between_steps: bool = False) -> None:
         received = self._received
         if trainer.world_size > 1:
             number = torch.tensor(received, device=trainer.strategy.root_device)
@@ -75,8 +76,12 @@ class GracefulShutdown(Callback):
         if received not in (signal.SIGINT, signal.SIGTERM):
             requeue = self._previous.get(received)
             if callable(requeue):
+                if isinstance(trainer.checkpoint_callback, Checkpoints):
+                    trainer.checkpoint_callback.save(trainer)  # for a command with --ckpt_path last
                 requeue(received, None)
             return
+        if between_steps:
+            write_step_metrics(trainer)
         path, saver = run_folder(trainer) / "checkpoints" / "last.ckpt", trainer.checkpoint_callback
         if isinstance(saver, Checkpoints):
             saver.save(trainer)

@@ -1,4 +1,4 @@
-"""The plugin that a command names: ``family/name``, ``file.py:Class`` or ``package.module:Class``."""
+"""The plugin that a command names: ``name``, ``family/name``, ``file.py:Class`` or ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from llmkit import registry
 from llmkit.commands import Parser
 from llmkit.config.argv import raw
-from llmkit.errors import UserError, unknown
+from llmkit.errors import UserError, nearest, unknown
 from llmkit.imports import import_modules
 from llmkit.registry import Entry
 
@@ -21,7 +21,7 @@ class NoContract(UserError):  # noqa: N818
 
 def add_target(parser: Parser) -> None:
     """Add the plugin and its arguments: ``locate`` finds the one, ``init_args`` reads the others."""
-    parser.add_argument("target", metavar="TARGET", help="family/name, file.py:Class or package.module:Class")
+    parser.add_argument("target", metavar="TARGET", help="name, family/name, file.py:Class or package.module:Class")
     text = "an argument of the plugin, such as --init.num_heads 4; may be repeated"
     parser.add_argument("--init.ARGUMENT", metavar="VALUE", help=text)
 
@@ -35,12 +35,16 @@ def locate(text: str) -> Entry:
     """
     if ":" not in text:
         family, slash, name = text.partition("/")
-        if not slash:
-            raise UserError(
-                f"'{text}' does not name a plugin. Expected family/name (attention/multi_head), file.py:Class or "
-                "module:Class."
-            )
-        return registry.find(family, name)
+        if slash:
+            return registry.find(family, name)
+        names = {f"{family}/{name}": name for family in registry.DEFAULTS for name in registry.entries(family)}
+        found = [key for key, name in names.items() if name == text]
+        if len(found) == 1:
+            return registry.find(*found[0].split("/"))
+        raise UserError(
+            f"'{text}' {'names ' + ' and '.join(found) if found else 'does not name a plugin'}. Expected family/name "
+            f"(attention/multi_head), file.py:Class or module:Class.{'' if found else nearest(text, names.values())}"
+        )
     cls = find("class", text)
     if not isinstance(cls, type):
         raise UserError(f"{text} is not a class")
