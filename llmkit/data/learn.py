@@ -11,7 +11,7 @@ from llmkit.contracts import Head, Tokenizer
 from llmkit.data import cache, identity
 from llmkit.data.corpus import Reader
 from llmkit.data.prepare import Column, texts
-from llmkit.errors import Problem, UserError, blame
+from llmkit.errors import Problem, UserError, blame, returned
 
 
 def train_tokenizer(
@@ -49,7 +49,11 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
             head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
         except UserError as error:
             raise UserError(Problem(reader.source.key, ": ".join([*place, str(error)]))) from error
-        cache.write_text(path / "info.json", json.dumps(head.info()))
+        try:
+            text = json.dumps(head.info())
+        except (TypeError, ValueError) as error:
+            raise returned(head, "info", head.info(), f"plain data for JSON: {error}") from error
+        cache.write_text(path / "info.json", text)
         learned = True
 
     used = identity.of_head(head, folder)

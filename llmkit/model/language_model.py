@@ -148,8 +148,8 @@ class LanguageModel(pl.LightningModule):
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
-        self.val_metrics = nn.ModuleDict(self.head.metrics("validation"))
-        self.test_metrics = nn.ModuleDict(self.head.metrics("test"))
+        self.val_metrics = self.parts.metrics(self.head, "validation")
+        self.test_metrics = self.parts.metrics(self.head, "test")
         self.kinds = parameter_kinds(self)
         if self.spec["compile"]:
             self.net.compile()

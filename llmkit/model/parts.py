@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
+from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.contracts import Topology
-from llmkit.errors import Problem, UserError, blame
+from llmkit.contracts import Head, Stage, Topology
+from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
 
@@ -79,6 +80,14 @@ class Parts:
         is_open = "total_steps" in parameters and self.spec["scheduler"]["init_args"].get("total_steps") is None
         schedule: LRScheduler = self.build("scheduler", optimizer, **({"total_steps": total_steps} if is_open else {}))
         return schedule
+
+    @staticmethod
+    def metrics(head: Head, stage: Stage) -> nn.ModuleDict:
+        """Return a head's new metrics. Raises UserError for anything that is not a torchmetrics metric by name."""
+        found = head.metrics(stage)
+        if not (isinstance(found, dict) and all(isinstance(metric, Metric) for metric in found.values())):
+            raise returned(head, "metrics", found, "a mapping of names to torchmetrics metrics")
+        return nn.ModuleDict(found)
 
     def try_out(self, topology: Topology) -> None:
         """Report parts that cannot work together before any data is prepared. Raises UserError."""
