@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from llmkit.config.plan import plan
+from llmkit.data import cache
+from llmkit.errors import note
 from llmkit.run.cli import CLI
+from llmkit.testing import first_use
 
 HUSHED = (
     ".*does not have many workers.*",
@@ -43,9 +49,19 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in HUSHED:
         warnings.filterwarnings("ignore", text)
+    if command == "fit" and not asked:
+        examine_plugins(planned.config.tree)
     with planned.placed():
         cli(command, planned.args, planned.stored)
     return 0
+
+
+def examine_plugins(config: dict[str, Any]) -> None:
+    """Print a note for each plugin of a config that is not llmkit's own and fails the examination at first use."""
+    if not config["examine"] or rank_zero_only.rank:
+        return
+    for line in first_use.examine(config, cache.root(config["data"]["cache_dir"])):
+        note(f"{line} (all checks: llmkit plugins check; --examine false leaves this out)")
 
 
 def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:

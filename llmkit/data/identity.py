@@ -61,12 +61,12 @@ def of_trained(tokenizer: Tokenizer, folder: Path) -> list[Any] | None:
 
 
 def of_value(owner: object, value: Any, folder: Path) -> list[Any] | None:
-    """Return a description of any value that belongs to a head or tokenizer. None if it cannot be described."""
+    """Return a description of any value that belongs to a plugin or its class. None if it cannot be described."""
     return _described(owner, folder, lambda naming: [naming.value(value)])
 
 
 def _described(thing: object, folder: Path, describe: Any) -> list[Any] | None:
-    cls = type(thing)
+    cls = thing if isinstance(thing, type) else type(thing)
     packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
     packages -= {"torch", "llmkit", *sys.stdlib_module_names}
     try:
