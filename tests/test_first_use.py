@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     imports.imported.discard("used_first")
 
 
-def lines(folder: Path, dim: int = 16, **parts: str) -> list[str]:
+def lines(folder: Path, parts: dict[str, str], dim: int = 16) -> list[str]:
     config: dict[str, Any] = {"model": {"dim": dim}, "data": {}}
     for name, value in parts.items():
         group = config["data" if name == "tokenizer" else "model"]
@@ -82,7 +82,7 @@ def lines(folder: Path, dim: int = 16, **parts: str) -> list[str]:
 )
 def test_what_fails_is_named(folder: Path, key: str, cls: str, failing: str) -> None:
     for _ in range(2):  # until it is mended
-        (line,) = lines(folder, **{key.partition(".")[2]: f"used_first.{cls}"})
+        (line,) = lines(folder, {key.partition(".")[2]: f"used_first.{cls}"})
         assert line.startswith(f"{key}: {cls} (file used_first.py, line ")
         assert f" fails the check {failing}: " in line
 
@@ -96,15 +96,15 @@ def test_what_passes_is_examined_once(folder: Path, monkeypatch: pytest.MonkeyPa
         return check(family, plugin, **options)
 
     monkeypatch.setattr(testing, "check", count)
-    assert lines(folder, attention="used_first.Good", cross_attention="used_first.Good") == []
+    assert lines(folder, {"attention": "used_first.Good", "cross_attention": "used_first.Good"}) == []
     assert calls == ["attention", "attention"]  # built, and examined
-    assert lines(folder, attention="used_first.Good", norm="llmkit_plugins.norm.RMSNorm") == []
+    assert lines(folder, {"attention": "used_first.Good", "norm": "llmkit_plugins.norm.RMSNorm"}) == []
     assert len(calls) == 2
     (folder / "used_first.py").write_text(PLUGINS + "\n# edited\n")
     del sys.modules["used_first"]  # as the next process finds it
-    assert lines(folder, attention="used_first.Good") == [] and len(calls) == 4
-    assert lines(folder, dim=20, attention="used_first.Wide") == [] and len(calls) == 7
-    assert lines(folder, dim=24, attention="used_first.Wide") == []  # the run itself says that it cannot be built
+    assert lines(folder, {"attention": "used_first.Good"}) == [] and len(calls) == 4
+    assert lines(folder, {"attention": "used_first.Wide"}, 20) == [] and len(calls) == 7
+    assert lines(folder, {"attention": "used_first.Wide"}, 24) == []  # the run itself says that it cannot be built
 
 
 def test_every_property_exists_and_fit_prints_the_line(folder: Path) -> None:

@@ -55,7 +55,8 @@ class Layer(nn.Module):
 
     def _residual(self, x: Tensor, norm: Any, part: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if self.norm_first:
-            return x + self.dropout(_like(x, part, part(_like(x, norm, norm(x)), *args, **kwargs)))
+            y: Tensor = x + self.dropout(_like(x, part, part(_like(x, norm, norm(x)), *args, **kwargs)))
+            return y
         return _like(x, norm, norm(x + self.dropout(_like(x, part, part(x, *args, **kwargs)))))
 
 
