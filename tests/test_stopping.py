@@ -17,7 +17,6 @@ import torch
 from command import TINY, Result, done, llmkit
 
 from llmkit import main
-from llmkit.run import shutdown
 from llmkit.run.throughput import LOGGED as SPEED
 from llmkit.testing.resume import differ
 
@@ -116,7 +115,7 @@ def ended(words: list[str], monkeypatch: pytest.MonkeyPatch, *more: str) -> str:
         assert number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL
         raise Ended
 
-    monkeypatch.setattr(shutdown.signal, "raise_signal", end)
+    monkeypatch.setattr(signal, "raise_signal", end)
     err = io.StringIO()
     before = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stderr(err), pytest.raises(Ended):

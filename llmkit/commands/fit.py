@@ -58,7 +58,7 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
 
 def examine_plugins(config: dict[str, Any]) -> None:
     """Print a note for each plugin of a config that is not llmkit's own and fails the examination at first use."""
-    if not config["examine"] or getattr(rank_zero_only, "rank", 0):
+    if not config["examine"] or getattr(rank_zero_only, "rank", None):
         return
     for line in first_use.examine(config, cache.root(config["data"]["cache_dir"])):
         note(f"{line} (all checks: llmkit plugins check; --examine false leaves this out)")

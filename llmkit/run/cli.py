@@ -108,6 +108,7 @@ class CLI(LightningCLI):
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         if self.stored is not None:  # its weights replace those that its training began with
             self.config[self.command].model.init_from = None
+            self.config[self.command].model.word_vectors = None
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
