@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
@@ -66,3 +68,21 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Return the standard sentence for a name that is not among ``allowed``."""
     names = sorted(allowed)
     return f"unknown {kind} '{name}'.{nearest(name, names)} Allowed: {', '.join(names) or '(none)'}."
+
+
+def place(thing: Any) -> str:
+    """Return the name of a class or function with its file and line, ``Mine (file mine.py, line 5)``."""
+    name = getattr(thing, "__qualname__", repr(thing))
+    try:
+        file, line = inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1]
+    except (OSError, TypeError):  # typed into a shell, or not written in Python
+        return name
+    return f"{name} (file {os.path.basename(file or '?')}, line {line})"
+
+
+def returned(plugin: object, method: str, value: Any, wanted: str) -> UserError:
+    """Return the error for a method of a plugin that gave something else than its contract says."""
+    found = getattr(type(plugin), method, type(plugin))
+    shape = f" of the shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    kind = "nothing" if value is None else f"a {type(value).__name__}{shape}"
+    return UserError(f"{place(found)} returned {kind}; the contract wants {wanted}")

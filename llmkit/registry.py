@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from llmkit.errors import UserError, nearest, unknown
+from llmkit.errors import UserError, nearest, place, unknown
 
 DEFAULTS: dict[str, str] = {
     "tokenizer": "bpe",
@@ -73,6 +74,8 @@ class Entry:
         """Import the class. Raises UserError, with the cause, when that fails or the class breaks its contract."""
         found = self.find()
         check_contract(self.family, self.name, found)
+        if self.family in DEFAULTS:
+            check_signatures(self.family, self.name, found)
         return found
 
     def find(self) -> type:
@@ -155,8 +158,36 @@ def find(family: str, name: str) -> Entry:
     known = entries(family)
     key = name.lower() if family in TORCH else name
     if key not in known:
-        raise UserError(unknown(family, name, known))
+        unnamed = _unnamed(family, name, known)
+        raise UserError((unnamed and f"unknown {family} '{name}'. {unnamed}") or unknown(family, name, known))
     return known[key]
+
+
+def _unnamed(family: str, name: str, known: Mapping[str, Entry]) -> str:
+    """Return how to use a class that is imported but has no name, if there is one: the nearest to ``name``."""
+    if family in TORCH or "llmkit.contracts" not in sys.modules:
+        return ""
+    named = {entry.target for entry in known.values()}
+    packages = {target.partition(":")[0].partition(".")[0] for target in named if "." in target} | {"llmkit"}
+    left, found = [contract(family)], []
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        module = cls.__module__
+        here = getattr(sys.modules.get(module), cls.__name__, None) is cls and module.partition(".")[0] not in packages
+        if here and f"{module}:{cls.__qualname__}" not in named and not inspect.isabstract(cls):
+            found.append(cls)
+    by_name = {cls.__name__.lower(): cls for cls in found}
+    near = difflib.get_close_matches(
+        name.replace("_", "").lower(), by_name, n=1, cutoff=0.8 if nearest(name, known) else 0.0
+    )
+    if not near:
+        return ""
+    cls = by_name[near[0]]
+    return (
+        f"{place(cls)} is not registered: put @register('{family}', '{name}') above it, or give its path, "
+        f"{cls.__module__}.{cls.__qualname__}. Allowed: {', '.join(known)}."
+    )
 
 
 def default(family: str) -> str:
@@ -180,6 +211,28 @@ def check_contract(family: str, name: str, cls: Any) -> None:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
+
+
+def check_signatures(family: str, name: str, cls: type) -> None:
+    """Raise UserError unless each method of a class takes what the contract calls it with."""
+    for how in vars(contract(family)).values():
+        own = getattr(cls, getattr(how, "__name__", ""), how)
+        if not inspect.isfunction(how) or not inspect.isfunction(own) or own is how:
+            continue
+        parameters = inspect.signature(how).parameters.values()
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if "cross" not in getattr(cls, "roles", ("cross",)):
+            by_name = [item for item in by_name if item != "memory"]  # which is passed to cross-attention only
+        builds = own.__name__ == "__init__"  # it may need arguments of its own
+        takes = [p.name for p in parameters if p.name in PASSED or (not builds and p.kind is p.POSITIONAL_OR_KEYWORD)]
+        given = ["self", *takes] if builds else takes
+        bind = inspect.signature(own).bind_partial if builds else inspect.signature(own).bind
+        try:
+            bind(*given, **dict.fromkeys(by_name))
+        except TypeError as error:
+            called = ", ".join([*given, *(["*"] if by_name else []), *by_name])
+            text = f"{place(own)}: {error}; the contract calls it as {own.__name__}({called})"
+            raise UserError(f"{family} '{name}': {text}") from error
 
 
 def register(family: str, name: str) -> Callable[[T], T]:

@@ -221,6 +221,7 @@ WRONG_VALUES = [
     config("data: {train: text.txt, format: cvs}", "data.format", "Did you mean 'csv'?", "parquet"),
     config("data: {train: text.txt, format: lines, pattern: '('}", "data.pattern", "regular expression"),
     config("data: {train: text.txt, encoding: utf9}", "data.encoding", "utf9"),
+    config("seed: 3", "seed", "Did you mean 'seed_everything'?", "unknown key 'seed'"),
     config("seed_everything: abc", "seed_everything", "whole number", "'abc'"),
     config("name: [a]", "name", "expected text"),
     config("imports: 3", "case.yaml", "imports", "3"),

@@ -87,6 +87,7 @@ def test_every_value_has_its_origin(folder: Path) -> None:
     assert set(trainer) == {f"trainer.{key}" for key in (*TRAINER_DEFAULTS, "precision", "max_epochs")}
     assert trainer["trainer.max_epochs"] == (10, "default of llmkit")
     assert trainer["trainer.gradient_clip_val"] == (1.0, "default of llmkit")
+    assert shown("--config", "small.yaml", "--seed", "3")["seed_everything"] == (3, "command line")
     assert shown("--config", "small.yaml", "--all")["trainer.devices"] == ("auto", "default")
     assert shown("--config", "small.yaml", "--trainer.num_nodes", "1")["trainer.num_nodes"] == (1, "command line")
 

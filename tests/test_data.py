@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import itertools
 import os
 import pickle
 import random
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from data_fakes import BOS, EOS, PAD, CharTokenizer, Joining, Labelling, Recorder, Translating, bound, trainer
+from torch import nn
 
 from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, batches, cache
@@ -545,6 +551,75 @@ def test_a_tokenizer_of_other_settings_misses(tmp_path: Path) -> None:
     assert counts(tmp_path, path, tokenizer=Lower) == (1, 1, 2)
     assert counts(tmp_path, path, tokenizer=lambda: Lower(True))[0] == 1
     assert counts(tmp_path, path, tokenizer=Lower) == (0, 0, 0)
+
+
+class Arguments(Labelling):
+    """A head with an argument of any type."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+
+def test_arguments_of_any_type_are_in_the_key(tmp_path: Path) -> None:
+    path, words = table(tmp_path, 30), tmp_path / "words.txt"
+    words.write_text("a")
+
+    def count(given: Any) -> int:
+        return counts(tmp_path, path, head=Arguments(given))[2]
+
+    pairs = [
+        (re.compile("a"), re.compile("a", re.IGNORECASE)),
+        (lambda text: text.lower(), lambda text: text.upper()),
+        (partial(str.replace, "a"), partial(str.replace, "b")),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])),
+        ({1: {"a", "b"}}, {1: {"a", "c"}}),
+        (Path("a"), Path("b")),
+        (nn.Dropout(0.1), nn.Dropout(0.2)),
+    ]
+    for one, other in pairs:
+        assert [count(one), count(copy.deepcopy(one)), count(other), count(one)] == [2, 0, 2, 0], one
+    assert [count(str(words)), count(str(words))] == [2, 0]
+    words.write_text("b")
+    assert [count(str(words)), count(str(words))] == [2, 0]
+
+
+def test_what_cannot_be_described_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path, 30)
+    assert [counts(tmp_path, path, head=Arguments(threading.Lock()))[1:] for _ in range(2)] == [(1, 2), (1, 2)]
+    assert "what Arguments makes of the data is not kept in the cache: attribute 'given'" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").glob("*.*"))) == 6  # until the process ends
+    for own in cache._own:
+        own.cleanup()
+    assert not list((tmp_path / "cache").glob("*.*"))
+
+
+def test_an_edited_file_of_a_plugin_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file counts that the plugin imports within a function, by way of another; but not before it is read again."""
+    path, helper = table(tmp_path, 30), tmp_path / "edited_helper.py"
+    (tmp_path / "edited_package").mkdir()
+    (tmp_path / "edited_package" / "__init__.py").write_text("")
+    (tmp_path / "edited_package" / "plugin.py").write_text(
+        "from data_fakes import Labelling\nfrom . import middle\nclass Edited(Labelling):\n    pass\n"
+    )
+    (tmp_path / "edited_package" / "middle.py").write_text("def clean(x):\n    import edited_helper\n    return x\n")
+    helper.write_text("A = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def count() -> tuple[int, int, int]:
+        head: Any = importlib.import_module("edited_package.plugin")
+        importlib.import_module("edited_helper")
+        return counts(tmp_path, path, head=head.Edited())
+
+    try:
+        assert [count(), count()] == [(1, 1, 2), (0, 0, 0)]
+        helper.write_text("A = 22\n")
+        assert count() == (0, 0, 0)  # the code that runs is still the old one
+        del sys.modules["edited_helper"]
+        assert [count(), count()] == [(0, 1, 2), (0, 0, 0)]
+    finally:
+        for name in [name for name in sys.modules if name.startswith("edited_")]:
+            del sys.modules[name]
 
 
 def test_a_given_tokenizer_and_head_are_used(tmp_path: Path) -> None:

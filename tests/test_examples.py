@@ -14,10 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from command import done
 
-from llmkit import registry
+from llmkit import LanguageModel, plugin, registry
+from llmkit.sequence import Sequence, padded, segments_of
+from llmkit_plugins.tokenizer import Byte
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = (
@@ -57,6 +61,36 @@ def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(line.rpartition(" ")[2]) < 2 for line in printed[:2]), printed
     assert "day.\\nAfter" in printed[2]
     assert not list(tmp_path.iterdir())  # it cleans up
+
+
+@pytest.mark.parametrize("head", ["classification", "generation"])
+def test_export(head: str, tmp_path: Path) -> None:
+    """The exported file answers as the checkpoint does, at other sizes than it was exported with, padded or not."""
+    example = runpy.run_path(str(EXAMPLES / "export.py"))
+    pl.seed_everything(0, verbose=False)
+    model = LanguageModel(head=plugin("head", head), dim=16, num_layers=1, context=16)
+    model.tokenizer, model.head_ready = Byte(), True
+    if head == "classification":
+        model.head.set_info({"labels": ["a", "b", "c"]})
+    model.configure_model()
+    with torch.no_grad():
+        model.network.embedding.weight.mul_(20)  # an untrained network would be undecided everywhere
+    file = tmp_path / "model.pt2"
+    torch.export.save(example["export"](model.eval()), file)
+    exported = torch.export.load(file).module()
+    texts = ["a text", "another text", "one"]
+    rows = model.tokenizer.encode_batch(texts)
+    ids, segments = padded(rows, 0), segments_of([len(row) for row in rows])
+    scores = exported(ids, segments).softmax(-1)
+    if head == "classification":
+        answers = [list(answer["probabilities"].values()) for answer in model.predict(texts)]
+        torch.testing.assert_close(scores, torch.tensor(answers))
+    else:
+        for row in range(len(texts)):
+            network, length = model.network, len(rows[row])
+            hidden = network.decode(ids[row : row + 1, :length], Sequence.dense(length))
+            expected = (hidden @ network.embedding.weight.T).softmax(-1)
+            torch.testing.assert_close(scores[row, :length], expected[0])
 
 
 def test_local_plugin(tmp_path: Path, library: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 import beside
 from torch import nn
 from llmkit import register
-from llmkit.contracts import Attention
+from llmkit.contracts import Attention, Feedforward
 from llmkit_plugins.head.classification import Classification
 from llmkit_plugins.tokenizer import Char
 
@@ -42,7 +42,7 @@ class Faulty(Attention):
             raise AttributeError("while it is built")  # init
 
     def forward(self, x, seq, *, memory=None, state=None):
-        if x.is_meta:
+        if x.is_meta and self.at != "device":
             return x
         if self.at == "part":
             return self.inner(x)  # call of the part
@@ -50,7 +50,26 @@ class Faulty(Attention):
             return x @ x[0, :3]  # torch
         if self.at == "beside":
             beside.fail()  # beside
+
+
+        if self.at == "device":
+            return x + torch.arange(x.shape[1])[None, :, None]  # device
         return x
+
+
+class Twisted(Faulty):
+    def forward(self, x, seq, *, memory=None, state=None):  # twisted
+        return {"tuple": (x, None), "nothing": None, "shape": x[:, :1]}[self.at]
+
+
+class Signature(Faulty):
+    def forward(self, x, mask=None):  # signature
+        return x
+
+
+class Pair(Feedforward):
+    def forward(self, x):  # pair
+        return x, x
 
 
 @register("head", "faulty")
@@ -59,12 +78,25 @@ class FaultyHead(Classification):
         super().__init__()
         self.at = at
 
-    def encode(self, rows, tokenizer, max_length):
+    def encode(self, rows, tokenizer, max_length):  # list
         if self.at == "encode":
             raise KeyError("text")  # encode
-        return super().encode(rows, tokenizer, max_length)
+        found = super().encode(rows, tokenizer, max_length)
+        return {"list": list(found), "short": {**found, "ids": found["ids"][1:]}}.get(self.at, found)
 
-    def collate(self, features, tokenizer):
+    def loss(self, net, batch):  # loss
+        return super().loss(net, batch).total
+
+    def metrics(self, stage):  # metrics
+        found = super().metrics(stage)
+        return list(found) if self.at == "metrics" else found
+
+    def info(self):  # info
+        return {"labels": set(self.labels)} if self.at == "info" else super().info()
+
+    def collate(self, features, tokenizer):  # tuple
+        if self.at == "tuple":
+            return tuple(features)
         if self.at == "collate":
             raise ZeroDivisionError("in a batch")  # collate
         return super().collate(features, tokenizer)
@@ -138,6 +170,76 @@ def test_a_plugin_that_raises(folder: Path, words: tuple[str, ...], who: str, ma
     )
     assert any(line.strip().endswith(f"# {mark}") for line in rest)
     assert all(re.match(r'  File "|    ', line) for line in rest)  # frames, and nothing else
+
+
+def chosen(name: str, at: str = "") -> tuple[str, ...]:
+    return ("--model.attention", f"faulty_plugins.{name}", *(("--model.attention.at", at) if at else ()))
+
+
+SHAPE = "; the contract wants a tensor of the input's shape, (B, T, D) = (1, 2, 16)"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "what", "mark", "message"),
+    [
+        (chosen("Twisted", "tuple"), "attention", "Twisted.forward", "twisted", f" returned a tuple{SHAPE}"),
+        (chosen("Twisted", "nothing"), "attention", "Twisted.forward", "twisted", f" returned nothing{SHAPE}"),
+        (
+            chosen("Twisted", "shape"),
+            *("attention", "Twisted.forward", "twisted", f" returned a Tensor of the shape (1, 1, 16){SHAPE}"),
+        ),
+        (
+            chosen("Signature"),
+            *("attention", "Signature.forward", "signature"),
+            ": got an unexpected keyword argument 'state'; the contract calls it as forward(self, x_BTD, seq, *,",
+        ),
+        (
+            ("--model.feedforward", "faulty_plugins.Pair"),
+            "feedforward",
+            "Pair.forward",
+            "pair",
+            f" returned a tuple{SHAPE}",
+        ),
+        (
+            (*HEAD, "loss"),
+            "",
+            "FaultyHead.loss",
+            "loss",
+            " returned a Tensor of the shape (); the contract wants a Loss",
+        ),
+        ((*HEAD, "metrics"), "", "FaultyHead.metrics", "metrics", " returned a list; the contract wants a mapping of"),
+        ((*HEAD, "info"), "", "FaultyHead.info", "info", " returned a dict; the contract wants plain data for JSON"),
+        ((*HEAD, "list"), "", "FaultyHead.encode", "list", " returned a list; the contract wants a dict of columns"),
+        ((*HEAD, "short"), "", "FaultyHead.encode", "list", " returned 26 values as the feature 'ids' of 27 rows; the"),
+        (
+            (*HEAD, "tuple"),
+            "",
+            "FaultyHead.collate",
+            "tuple",
+            " returned a tuple; the contract wants a dict of tensors",
+        ),
+    ],
+)
+def test_a_broken_contract(folder: Path, words: tuple[str, ...], key: str, what: str, mark: str, message: str) -> None:
+    """One line names the method, its file and line, and what the contract wants."""
+    result = fit(*words)
+    assert result.code == 2
+    line = next(line for line in result.err.splitlines() if line.startswith("llmkit: error: "))
+    assert f"{what} (file faulty_plugins.py, line {line_of(mark)}){message}" in line
+    assert f"model.{key}: " in line if key else "model." not in line
+
+
+def test_a_tensor_on_another_device(folder: Path) -> None:
+    result = fit(*ATTENTION, "device")
+    assert result.code == 1 and f"attention faulty (file faulty_plugins.py, line {line_of('device')})" in result.err
+    assert "Make new tensors where the input is: torch.arange(n, device=x.device)" in result.err
+
+
+def test_a_class_without_a_name(folder: Path) -> None:
+    result = fit("--model.attention", "twisted")
+    assert result.code == 2
+    assert "unknown attention 'twisted'. Twisted (file faulty_plugins.py, line " in result.err
+    assert "put @register('attention', 'twisted') above it, or give its path, faulty_plugins.Twisted." in result.err
 
 
 def test_debug_shows_everything(folder: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
+from llmkit import main
 from llmkit.run.throughput import LOGGED as SPEED
 from llmkit.testing.resume import differ
 
@@ -90,6 +95,49 @@ def test_the_second_ctrl_c_stops_at_once(words: list[str], tmp_path: Path) -> No
     with pytest.raises(SystemExit):  # Lightning's way to leave on a KeyboardInterrupt
         llmkit(*words, "--trainer.callbacks", two)
     assert not list(tmp_path.rglob("last.ckpt"))
+
+
+def test_the_second_sigterm_stops_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that asks twice is obeyed: the signal has its usual effect, here replaced by an exception."""
+    two = json.dumps([json.loads(sender(signal.SIGTERM, 3)[1])] * 2)
+    assert "by the second signal; nothing more is saved" in ended(words, monkeypatch, "--trainer.callbacks", two)
+
+
+class Ended(BaseException):
+    """The process has ended."""
+
+
+def ended(words: list[str], monkeypatch: pytest.MonkeyPatch, *more: str) -> str:
+    """Run a fit that SIGTERM ends without saving; returns what it printed to stderr."""
+
+    def end(number: int) -> None:
+        assert number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL
+        raise Ended
+
+    monkeypatch.setattr(signal, "raise_signal", end)
+    err = io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stderr(err), pytest.raises(Ended):
+        main.main([*words, *more])
+    signal.signal(signal.SIGTERM, before)
+    assert not list(Path(words[words.index("--output") + 1]).rglob("last.ckpt"))
+    return err.getvalue()
+
+
+def test_a_signal_during_compilation_stops_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler, replaced by one that gets the signal, may take minutes; before the first step nothing is lost."""
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        def forward(*tensors: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # interrupted by the signal
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile)
+    err = ended(words, monkeypatch, "--model.compile", "true")
+    assert "the first step compiles the network" in err
+    assert "stopped by SIGTERM during the compilation, before the first step; nothing more is saved" in err
 
 
 def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
-from llmkit.data import cache
+from llmkit.data import identity
 from llmkit_plugins.tokenizer import BPE, Pretrained, byte_pairs
 from llmkit_plugins.tokenizer.base import HuggingFace, byte_level
 from llmkit_plugins.tokenizer.byte_pairs import Encoder, bytes_by_character, same_by_tiktoken
@@ -189,10 +189,10 @@ def test_other_letters_are_noticed(bpe: BPE, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_made_ready_stays_here(bpe: BPE, tmp_path: Path) -> None:
     tokenizer = BPE(400)
     tokenizer.from_state(bpe.to_state())
-    before = cache.identity(tokenizer, tmp_path)
+    before = identity.of_tokenizer(tokenizer, tmp_path)
     tokenizer.encode("the the the the")
     assert tokenizer._encoder is not None and tokenizer._encoder._fast is not None
-    assert cache.identity(tokenizer, tmp_path) == before
+    assert identity.of_tokenizer(tokenizer, tmp_path) == before
     assert pickle.loads(pickle.dumps(tokenizer))._encoder is None
     tokenizer.train(iter(["other words, other merges"] * 9))
     assert tokenizer.encode_batch(["the the the the"]) == alone(tokenizer, ["the the the the"])

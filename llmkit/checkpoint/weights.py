@@ -113,3 +113,13 @@ def _kind(weight: Tensor | None) -> str:
 def name_of(spec: Any) -> str:
     """Return the class name of a plugin's spec; any other value as text."""
     return str(spec["class_path"]).rpartition(".")[2] if isinstance(spec, dict) else str(spec)
+
+
+def check_class(stored: Stored, brought: type, configured: type) -> None:
+    """Raise UserError when the configured tokenizer is of another class than the one that ``init_from`` brings."""
+    if configured is not brought:
+        text = (
+            f"is {configured.__name__}, but model.init_from {stored.path} brings a trained {brought.__name__}: "
+            "remove data.tokenizer or model.init_from"
+        )
+        raise UserError(Problem("data.tokenizer", text))

@@ -7,11 +7,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from llmkit.checkpoint.content import Stored
 from llmkit.config.plan import plan
+from llmkit.data import cache
+from llmkit.errors import note
 from llmkit.lightning import has_ended
 from llmkit.run.cli import CLI, filled_in
 from llmkit.run.report import report_finished
+from llmkit.testing import first_use
 
 HUSHED = (
     ".*does not have many workers.*",
@@ -52,6 +57,8 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in HUSHED:
         warnings.filterwarnings("ignore", text)
+    if command == "fit" and not asked:
+        examine_plugins(planned.config.tree)
     with planned.placed():
         cli(command, planned.args, planned.stored)
     return 0
@@ -72,6 +79,14 @@ def _agree(one: Any, two: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(two, Mapping):
         return all(_agree(one[name], two[name]) for name in one.keys() & two.keys())
     return bool(one == two)
+
+
+def examine_plugins(config: dict[str, Any]) -> None:
+    """Print a note for each plugin of a config that is not llmkit's own and fails the examination at first use."""
+    if not config["examine"] or getattr(rank_zero_only, "rank", None):
+        return
+    for line in first_use.examine(config, cache.root(config["data"]["cache_dir"])):
+        note(f"{line} (all checks: llmkit plugins check; --examine false leaves this out)")
 
 
 def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:

@@ -14,6 +14,9 @@ from llmkit.config.files import parse_yaml
 from llmkit.config.layers import COMMAND_LINE, Layer
 from llmkit.errors import Problem, UserError
 
+SHORT = {"--seed": "seed_everything"}
+"""Options that stand for a key of another name."""
+
 Options = list[tuple[str, str | None]]
 
 
@@ -59,7 +62,7 @@ def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
     ``--trainer.callbacks+=NAME`` appends to a list.
     """
     for option, text in options:
-        key = option.removeprefix("--")
+        key = SHORT.get(option) or option.removeprefix("--")
         if text is None:
             problems.append(Problem("", f"{COMMAND_LINE}: {option} needs a value"))
             continue

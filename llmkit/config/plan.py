@@ -150,7 +150,8 @@ def _check(stack: Stack) -> list[Problem]:
         return next((f"{owner}.{name}" for owner in owners), "")
 
     for name in [name for name in tree if name not in TOP_KEYS]:
-        problems.append(unknown_key("", name, TOP_KEYS, elsewhere(name)))
+        meant = command_line.SHORT.get(f"--{name}") or elsewhere(name)
+        problems.append(unknown_key("", name, TOP_KEYS, meant))
         del tree[name]
     head = _class(tree, "model.head")
     if head is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -12,18 +11,15 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llmkit.errors import Problem, UserError, note
 
-VERSION = 4  # part of every key: raise it when the format of what is stored changes
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
 MAPPED = ".bin"  # suffix of arrays that are mapped and may be large: only their size is checked
 DAY = 24 * 3600  # seconds
+_own: list[tempfile.TemporaryDirectory[str]] = []  # entries without a key
 
 
 def root(cache_dir: str | None) -> Path:
@@ -36,7 +32,7 @@ def root(cache_dir: str | None) -> Path:
 
 def digest(value: Any) -> str:
     """Return the hash of JSON-able data, whatever the order of dictionary keys."""
-    return hashlib.sha256(json.dumps([VERSION, value], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def file_digest(path: str | Path, folder: Path) -> str:
@@ -64,11 +60,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def entry(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
+def entry(folder: Path, key: str | None, write: Callable[[Path], None]) -> Path:
     """Return the folder of an entry; if it is missing or damaged, ``write`` first fills a new one.
 
-    Several processes may do so at once: the first one wins, the others delete their copy.
+    Several processes may do so at once: the first one wins, the others delete their copy. Without a key the folder is
+    this process's own, and is deleted when it ends.
     """
+    if key is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        _own.append(tempfile.TemporaryDirectory(prefix=f"{digest(None)}.", dir=folder, ignore_cleanup_errors=True))
+        path = Path(_own[-1].name)
+        write(path)
+        return path
     path = folder / key
     if path.is_dir():
         damage = _damage(path)
@@ -119,28 +123,3 @@ def _sweep(folder: Path) -> None:
                 continue
             if time.time() - written > DAY:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def identity(thing: object, folder: Path) -> list[Any]:
-    """Return what the results of a head or tokenizer depend on: its class, the source code of the class, its settings.
-
-    The code is that of the files which define the class and its bases: after a plugin is edited, results that the
-    earlier code stored are not used. Settings are the attributes that are JSON-able.
-    """
-    files = set()
-    for cls in type(thing).__mro__:
-        if cls.__module__.partition(".")[0] not in ("builtins", "abc", "torch", "typing"):
-            with suppress(TypeError, OSError):  # a class typed into a shell has no file
-                files.add(inspect.getsourcefile(cls))
-    code = sorted(file_digest(file, folder) for file in files if file and os.path.isfile(file))
-    hidden = vars(nn.Module()) if isinstance(thing, nn.Module) else {}
-    settings = {name: value for name, value in vars(thing).items() if name not in hidden and _jsonable(value)}
-    return [f"{type(thing).__module__}.{type(thing).__qualname__}", code, settings]
-
-
-def _jsonable(value: Any) -> bool:
-    try:
-        json.dumps(value, sort_keys=True)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True

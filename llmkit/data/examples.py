@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmkit.contracts import Batch, Head, Tokenizer
 from llmkit.data.tokens import Index, split_batches
-from llmkit.errors import note
+from llmkit.errors import note, returned
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,10 @@ class Examples:
 
     def __getitem__(self, indices: Index) -> Batch:
         """Return these examples as one batch of the head's ``collate``."""
-        return self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
+        batch = self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
+        if not isinstance(batch, dict):
+            raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
+        return batch
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:

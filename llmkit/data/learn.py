@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llmkit import registry
 from llmkit.contracts import Head, Tokenizer
-from llmkit.data import cache
+from llmkit.data import cache, identity
 from llmkit.data.corpus import Reader
 from llmkit.data.prepare import Column, texts
-from llmkit.errors import Problem, UserError, blame
+from llmkit.errors import Problem, UserError, blame, returned
 
 
 def train_tokenizer(
@@ -26,11 +26,12 @@ def train_tokenizer(
         cache.write_text(path / "state.json", tokenizer.to_state())
 
     try:
-        spec = repr(registry.spec_of(factory)) if factory else ""
+        spec = registry.spec_of(factory)["init_args"] if factory else {}
     except UserError:  # not a class of the registry: the settings of the tokenizer have to identify it
-        spec = ""
-    words = {name: f"{cut.__module__}.{cut.__qualname__}" for name, cut in head.words.items()}
-    key = cache.digest(["tokenizer", reader.identity, words, cache.identity(tokenizer, folder), spec])
+        spec = {}
+    used = [identity.of_tokenizer(tokenizer, folder), identity.of_value(tokenizer, spec, folder)]
+    used.append(identity.of_value(head, dict(head.words), folder))
+    key = None if None in used else cache.digest(["tokenizer", reader.identity, used])
     path = cache.entry(folder, key, write)
     if not tokenizer.trained:
         tokenizer.from_state((path / "state.json").read_text(encoding="utf-8"))
@@ -48,9 +49,14 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
             head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
         except UserError as error:
             raise UserError(Problem(reader.source.key, ": ".join([*place, str(error)]))) from error
-        cache.write_text(path / "info.json", json.dumps(head.info()))
+        try:
+            text = json.dumps(head.info())
+        except (TypeError, ValueError) as error:
+            raise returned(head, "info", head.info(), f"plain data for JSON: {error}") from error
+        cache.write_text(path / "info.json", text)
         learned = True
 
-    path = cache.entry(folder, cache.digest(["head", reader.identity, cache.identity(head, folder)]), write)
+    used = identity.of_head(head, folder)
+    path = cache.entry(folder, None if used is None else cache.digest(["head", reader.identity, used]), write)
     if not learned:
         head.set_info(json.loads((path / "info.json").read_text(encoding="utf-8")))

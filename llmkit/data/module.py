@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
-from llmkit.data import cache
+from llmkit.data import cache, identity
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
@@ -242,9 +242,9 @@ class DataModule(pl.LightningDataModule):
             summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
             cache.write_text(folder / "skipped.json", json.dumps([text for text in summaries if text]))
 
-        used = [cache.identity(head, self._folder), head.info(), self._context]
-        state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
-        key = cache.digest([stage == "predict", reader.joins, self.pack, reader.identity, used, state])
+        used = [identity.of_head(head, self._folder), identity.of_trained(tokenizer, self._folder)]
+        settings = [head.info(), self._context, stage == "predict", reader.joins, self.pack]
+        key = None if None in used else cache.digest([reader.identity, settings, used])
         path = cache.entry(self._folder, key, write)
         for summary in json.loads((path / "skipped.json").read_text()):
             text = f"{reader.source.key}: {summary}"

@@ -12,7 +12,7 @@ from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data.formats import shortened
 from llmkit.data.rows import Bad, RawRows, Row, Skipped, flaw
 from llmkit.data.tokens import Piece
-from llmkit.errors import Problem, UserError, nearest
+from llmkit.errors import Problem, UserError, nearest, place, returned
 
 GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
 
@@ -223,7 +223,25 @@ class Encoder:
             yield from self._group(group[:half], skipped)
             yield from self._group(group[half:], skipped)
         else:
+            self._check(found, len(group))
             yield self._pieces(group, found["ids"]) if self.joins else found
+
+    def _check(self, found: Any, rows: int) -> None:
+        """Raise UserError unless the head returned columns of features, a value for each row."""
+        if not isinstance(found, dict):
+            raise returned(self.head, "encode", found, "a dict of columns")
+        for name, column in found.items():
+            if not isinstance(column, list) or len(column) != rows:
+                held = f"{len(column)} values" if isinstance(column, list) else f"a {type(column).__name__}"
+                got = f"{held} as the feature '{name}' of {rows} rows; the contract wants a list with one for each row"
+                raise UserError(f"{place(type(self.head).encode)} returned {got}")
+            first = column[0][:1] if isinstance(column[0], list) else column[:1]
+            if not all(isinstance(value, int | str | np.integer) for value in first):
+                kind = (
+                    f"{type(column[0]).__name__}{' of ' + type(first[0]).__name__ if first[0] is not column[0] else ''}"
+                )
+                got = f"{kind} as a value of the feature '{name}'; the contract wants ints, lists of ints, or strings"
+                raise UserError(f"{place(type(self.head).encode)} returned {got}")
 
     def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:
         """Return the tokens of each item, with the bytes of its texts."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
-from llmkit.errors import Problem, UserError, blame
+from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.ops.elementwise import Dropout
 from llmkit.registry import target_of
 from llmkit.sequence import Memory, Sequence, State
@@ -48,14 +48,27 @@ class Layer(nn.Module):
         self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None, cross_state: State | None
     ) -> Tensor:
         """Return the layer's output, (B, T, D)."""
-        x_BTD = self._residual(x_BTD, self.attention_norm, lambda x: self.attention(x, seq, state=state))
-        if (cross := self.cross) is not None:
-            x_BTD = self._residual(x_BTD, self.cross_norm, lambda x: cross(x, seq, memory=memory, state=cross_state))
+        x_BTD = self._residual(x_BTD, self.attention_norm, self.attention, seq, state=state)
+        if self.cross is not None:
+            x_BTD = self._residual(x_BTD, self.cross_norm, self.cross, seq, memory=memory, state=cross_state)
         return self._residual(x_BTD, self.feedforward_norm, self.feedforward)
 
-    def _residual(self, x: Tensor, norm: Any, part: Callable[[Tensor], Tensor]) -> Tensor:
-        y: Tensor = x + self.dropout(part(norm(x))) if self.norm_first else norm(x + self.dropout(part(x)))
+    def _residual(self, x: Tensor, norm: Any, part: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if self.norm_first:
+            y: Tensor = x + self.dropout(_like(x, part, part(_like(x, norm, norm(x)), *args, **kwargs)))
+            return y
+        return _like(x, norm, norm(x + self.dropout(_like(x, part, part(x, *args, **kwargs)))))
+
+
+def _like(x_BTD: Tensor, part: nn.Module, y: Any, method: str = "forward") -> Tensor:
+    """Return what a part made of ``x_BTD``. Raises UserError unless it has its shape: another one may broadcast."""
+    if isinstance(y, Tensor) and y.shape == x_BTD.shape:
         return y
+    kinds = {Attention: "attention", Feedforward: "feedforward", Norm: "norm", Position: "position"}
+    name = next((name for kind, name in kinds.items() if isinstance(part, kind)), "")
+    name = "cross_attention" if getattr(part, "role", "") == "cross" else name
+    with blame(f"model.{name}"):
+        raise returned(part, method, y, f"a tensor of the input's shape, (B, T, D) = {tuple(x_BTD.shape)}")
 
 
 class Backbone(nn.Module, Network):
@@ -172,13 +185,14 @@ class Backbone(nn.Module, Network):
     ) -> Tensor:
         """Return the hidden states of a stack of layers, (B, T, D)."""
         seq.position = self.position
-        x_BTD: Tensor = self.dropout(self.position.add(self.embedding(ids_BT), seq.positions_BT))
+        embedded_BTD = self.embedding(ids_BT)
+        added_BTD = self.position.add(embedded_BTD, seq.positions_BT)
+        x_BTD: Tensor = self.dropout(_like(embedded_BTD, self.position, added_BTD, "add"))
         layers, norm = (self.encoder, self.encoder_norm) if stack == "encoder" else (self.decoder, self.decoder_norm)
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
             x_BTD = layer(x_BTD, seq, memory, own, cross)
-        hidden: Tensor = norm(x_BTD)
-        return hidden
+        return _like(x_BTD, norm, norm(x_BTD))
 
     @property
     def _runs_compiled(self) -> bool:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
+from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.contracts import Topology
-from llmkit.errors import Problem, UserError, blame
+from llmkit.contracts import Head, Stage, Topology
+from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
 
@@ -82,6 +83,14 @@ class Parts:
             text = "ReduceLROnPlateau waits for a metric, but schedules here are functions of the step: use cosine, say"
             raise UserError(Problem("model.scheduler", text))
         return schedule
+
+    @staticmethod
+    def metrics(head: Head, stage: Stage) -> nn.ModuleDict:
+        """Return a head's new metrics. Raises UserError for anything that is not a torchmetrics metric by name."""
+        found = head.metrics(stage)
+        if not (isinstance(found, dict) and all(isinstance(metric, Metric) for metric in found.values())):
+            raise returned(head, "metrics", found, "a mapping of names to torchmetrics metrics")
+        return nn.ModuleDict(found)
 
     def try_out(self, topology: Topology) -> None:
         """Report parts that cannot work together before any data is prepared. Raises UserError."""

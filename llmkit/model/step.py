@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
 
 from llmkit.contracts import Batch, Loss
-from llmkit.errors import UserError, note
+from llmkit.errors import UserError, note, returned
 from llmkit.lightning import batches_begun, log_interval
 from llmkit.ops.metrics import EXACT
 
@@ -142,6 +142,8 @@ class OptimizerStep:
 
     def loss(self, model: pl.LightningModule, summed: Loss) -> tuple[Tensor, Tensor]:
         """Return the loss to back-propagate for a batch, and the mean loss of the step so far."""
+        if not isinstance(summed, Loss):
+            raise returned(model.head, "loss", summed, "a Loss(total, count)")
         return self.accumulator.add(summed, _batches(model.trainer))
 
     def finish(self, model: pl.LightningModule, optimizer: Optimizer, limit: float | None) -> None:

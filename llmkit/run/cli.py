@@ -47,6 +47,7 @@ TOP: dict[str, tuple[Any, Any, str]] = {
     "output": (str, "runs", "Run folders are OUTPUT/NAME/version_N; default: runs."),
     "imports": (list[str] | str | None, None, "Local modules or .py files with plugins."),
     "seed_everything": (bool | int, 0, "Seed of weights, dropout and the order of the data; default: 0."),
+    "examine": (bool, True, "Whether fit examines plugins that are not llmkit's own when they are first used."),
     "ckpt_path": (str | None, None, "A checkpoint to resume from: a file, or best or last of the newest run."),
     "weights_only": (bool | None, None, "How Lightning reads the checkpoint; true: plain data only."),
 }
@@ -87,7 +88,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add llmkit's own top-level keys."""
-        for name in ("name", "output", "imports"):
+        for name in ("name", "output", "imports", "examine"):
             kind, default, text = TOP[name]
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(Checkpoints, "checkpoint")
@@ -106,6 +107,7 @@ class CLI(LightningCLI):
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         if self.stored is not None:  # its weights replace those that its training began with
             self.config[self.command].model.init_from = None
+            self.config[self.command].model.word_vectors = None
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:

@@ -141,6 +141,8 @@ def _plugin_report(frames: list[Frame], message: str) -> str | None:
     who = _name([frame for frame in frames[first : last + 1] if frame.file == raised.file])
     shown = [frames[i].text for i in range(first, len(frames)) if kinds[i] in ("plugin", "own")]
     head = f"{who} (file {raised.file.name}, line {raised.line}) raised {' '.join(message.split())}"
+    if re.search(r"same device|expected device|device.* meta", message):
+        head = head.rstrip("!.") + ". Make new tensors where the input is: torch.arange(n, device=x.device)"
     return f"llmkit: error: {head}\n{''.join(shown)}".rstrip("\n")
 
 

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmkit.errors import Stopped
+from llmkit.errors import Stopped, note
 from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation, write_step_metrics
 from llmkit.run.folder import run_folder
 from llmkit.run.saving import Checkpoints
@@ -21,32 +21,49 @@ from llmkit.run.saving import Checkpoints
 class GracefulShutdown(Callback):
     """Defers every signal to the end of the step, because weights that are half updated cannot be resumed.
 
-    A second Ctrl-C stops at once, without saving. SLURM's signal to requeue gets Lightning's own handler, only later.
+    A second signal stops at once, without saving, and so does the first one while the first step is compiled: that may
+    take minutes, more than a cluster grants, and there is nothing new to save. SLURM's signal to requeue gets
+    Lightning's own handler, only later.
     """
 
     def __init__(self) -> None:
         self._received = 0
+        self._compiling = False
         self._previous: dict[int, Any] = {}
         self._validating = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers."""
         self._received = 0
+        self._compiling = bool(getattr(pl_module, "spec", {}).get("compile"))
+        if self._compiling and trainer.is_global_zero:
+            note("the first step compiles the network, which takes a minute or more (model.compile)")
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, requeue_signal(trainer))):
             with contextlib.suppress(ValueError):  # not in the main thread: whoever runs the trainer handles signals
                 self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self._received == signal.SIGINT:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            self._received = number
+            return
+        name = signal.Signals(number).name
+        if self._compiling or self._received in (signal.SIGINT, signal.SIGTERM):
+            why = "during the compilation, before the first step" if self._compiling else "by the second signal"
+            print(f"\nllmkit: stopped by {name} {why}; nothing more is saved", file=sys.stderr, flush=True)
+            if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            print("\nllmkit: stopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
+            # As if there were no handler: an exception could get lost in the compiler, or wait for its processes.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
+        print(f"\nllmkit: {name}: stopping after this step; {again} to stop now", file=sys.stderr, flush=True)
         self._received = number
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop after the step; at the start of the validation if one is due, one batch later at the end of an epoch."""
+        self._compiling = False
         # Processes have to agree on a signal that one of them received. That takes time, so they do it rarely.
         every = log_interval(trainer) if trainer.world_size > 1 else 1
         if (batch_idx + 1) % every == 0 and can_resume_here(trainer):

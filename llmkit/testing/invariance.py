@@ -98,20 +98,23 @@ def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Findin
     return compare(model, data, rows)
 
 
-def compare(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
-    """Do what ``check`` does, after ``build``."""
+def compare(
+    model: LanguageModel, data: DataModule, rows: int = 64, log: Callable[[str], None] = lambda line: None
+) -> list[Finding]:
+    """Do what ``check`` does, after ``build``; ``log`` is called with a line of text before each part of the work."""
     assert model.tokenizer is not None
     net, head, training, decoding = model.network, model.head, model.training, model.head.decoding
     limit = min(decoding.max_new_tokens or NEW_TOKENS, NEW_TOKENS)
     head.decoding = dataclasses.replace(decoding, temperature=0.0, max_new_tokens=limit)
     model.eval()
     try:
-        found = _findings(net, head, model.tokenizer, data, rows)
+        found = _findings(net, head, model.tokenizer, data, rows, log)
         failed = {finding.what for finding in found if not finding.passed}
         weight = net.output_weight_VD
         if failed and weight.dtype == torch.float32 and weight.device.type != "mps":
+            log(f"{len(failed)} numbers differ: everything again in double precision")
             exact = copy.deepcopy(net).double(), copy.deepcopy(head).double()
-            again = {finding.what: finding for finding in _findings(*exact, model.tokenizer, data, rows)}
+            again = {finding.what: finding for finding in _findings(*exact, model.tokenizer, data, rows, log)}
             found = [_doubted(finding, again[finding.what]) for finding in found]
     finally:
         head.decoding = decoding
@@ -134,7 +137,9 @@ def build(model: LanguageModel, data: DataModule) -> None:
     model.configure_model()
 
 
-def _findings(net: Backbone, head: Head, tokenizer: Tokenizer, data: DataModule, count: int) -> list[Finding]:
+def _findings(
+    net: Backbone, head: Head, tokenizer: Tokenizer, data: DataModule, count: int, log: Callable[[str], None]
+) -> list[Finding]:
     stage: Stage = "validation" if data.val_dataloader() else "train"
     if stage == "train" and data.streaming:
         raise UserError("data.validation is needed to compare numbers of streamed data")
@@ -142,11 +147,18 @@ def _findings(net: Backbone, head: Head, tokenizer: Tokenizer, data: DataModule,
     rows = chosen(split, count)
     ways = arrangements(split, rows, data.batch_tokens or 2 * net.max_length)
     examined = Examined(net, head, tokenizer, split)
-    found = [*examined.losses(ways), *examined.metrics(ways), examined.answers(ways)]
+    found = []
+    for name, numbers in {"loss": examined.losses, "metrics": examined.metrics}.items():
+        log(f"{name} of {len(rows)} {stage} rows in {len(ways)} ways of batching")
+        found += numbers(ways)
+    log("answers")
+    found.append(examined.answers(ways))
     if isinstance(split, Blocks):
+        log("loss and metrics of padded rows")
         examined = Examined(net, head, tokenizer, Cut(split), " of padded rows")
         found += [*examined.losses(ways), *examined.metrics(ways)]
     if not data.streaming:
+        log(f"gradients, accumulated over {', '.join(map(str, ACCUMULATIONS))} batches")
         split = data.split("train")
         examined = Examined(net, head, tokenizer, Cut(split) if isinstance(split, Blocks) else split)
         found.append(examined.gradient(chosen(split, count)))

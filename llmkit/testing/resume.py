@@ -92,11 +92,15 @@ def check(
     }
     given = {word.split("=", 1)[0] for word in argv}
     argv = [*argv, *(f"--{key}={value}" for key, value in own.items() if f"--{key}" not in given)]
-    log(f"undisturbed run: {steps} steps")
+    log(f"undisturbed run: {steps} steps; the killed run that follows begins {kills + 1} times and takes longer")
+    begun = time.time()
     whole = Process(argv, folder / "whole")
     if whole.wait() != 0:
         raise RunFailed("the run fails on its own, without a kill", whole.stderr())
-    lines = whole.lines()
+    ended, lines = time.time(), whole.lines()
+    first = min((line["time"] for line in lines), default=ended)
+    seconds = (ended - first) + (kills + 1) * (first - begun)
+    log(f"it took {ended - begun:.0f} s; the killed run takes about {seconds:.0f} s")
     numbers = [line["at"] for line in lines if line["event"] == "batch"]
     verdict = Verdict(batches=len(numbers), validations=sum(line["event"] == "validation" for line in lines))
     rng = random.Random(seed)
@@ -118,6 +122,7 @@ def check(
             break
         if code != -signal.SIGKILL:
             raise RunFailed(f"a resumed run fails after {len(verdict.kills)} kill(s)", process.stderr())
+    log("comparing both runs")
     for kill, process in zip(verdict.kills, processes[1:], strict=False):
         kill.resumed_at = next((line["at"] for line in process.lines() if line["event"] == "start"), 0)
     verdict.differences = [*lines_differ(lines, [line for process in processes for line in process.lines()])]

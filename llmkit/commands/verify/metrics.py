@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import time
 from collections.abc import Sequence
 
 from llmkit.commands import Parser, at_least, columns
@@ -35,7 +37,13 @@ def _check(rows: int, cli: CLI) -> int:
         model.load_state_dict(cli.stored.content["state_dict"])
         weights = f"weights of {cli.stored.path}"
     model.to(cli.trainer.strategy.root_device)
-    findings = compare(model, data, rows)
+    start = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - start:4.0f} s: {line}", file=sys.stderr, flush=True)
+
+    log("this takes from seconds to a few minutes, the more the larger the model; fewer --rows take less")
+    findings = compare(model, data, rows, log)
     print(f"{weights}, at most {rows} rows, in single precision on {model.device.type}\n\n{table(findings)}")
     return int(not all(finding.passed for finding in findings))
 
