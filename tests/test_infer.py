@@ -11,6 +11,9 @@ import pytest
 from command import done, llmkit
 
 from llmkit import main
+from llmkit.data.formats import Options
+from llmkit.data.rows import Row
+from llmkit.data.sources import local
 
 OLD = Path(__file__).parent / "old_checkpoints"
 GENERATION, TRANSLATION = OLD / "generation.ckpt", OLD / "translation.ckpt"
@@ -52,6 +55,41 @@ def test_line_n_of_the_answers_is_of_line_n_of_the_input(checkpoint: Path, tmp_p
     expected = [next(alone) if text.strip() else "{}" for text in texts]
     assert done("infer", checkpoint, "--input", path, *options).out.splitlines() == expected
     assert done("infer", checkpoint, "--input", path, *options[:-1]).out.count("\n") == len(texts)
+
+
+@pytest.mark.parametrize(("checkpoint", "size"), [(GENERATION, 1), (GENERATION, 3), (TRANSLATION, 4)])
+def test_predict_writes_what_infer_prints(checkpoint: Path, size: int, tmp_path: Path) -> None:
+    """Line by line, sampled texts and blank lines too, at any batch size."""
+    path = tmp_path / "lines.txt"
+    path.write_text("\nthe cat\nthe cat\n\n \nthe cat\na mat\n\n")
+    limit = ("--model.decoding.max_new_tokens", "9") if checkpoint == GENERATION else ()
+    given: tuple[object, ...] = (path,) if checkpoint == GENERATION else (f"{{source: {path}}}",)
+    done(
+        *("predict", "--ckpt_path", checkpoint, "--data.predict", *given, "--data.batch_size", size, *limit),
+        *("--output", tmp_path, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    )
+    (found,) = tmp_path.rglob("predictions.jsonl")
+    words = ("infer", checkpoint, "--input", path, "--json", *(("--max_new_tokens", "9") if limit else ()))
+    assert found.read_text() == done(*words).out
+    assert [line == "{}" for line in found.read_text().splitlines()] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_blank_line_of_a_pattern_is_a_row_to_predict(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("1 the\n\n2 cat\n")
+    for blanks in (False, True):
+        options = Options("lines", r"\d (?P<text>.*)", blanks=blanks)
+        rows = [row.data["text"] for row in local("data.predict", str(path), options).read() if isinstance(row, Row)]
+        assert rows == (["the", "", "cat"] if blanks else ["the", "cat"])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
