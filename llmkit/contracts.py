@@ -22,7 +22,8 @@ Topology = Literal["decoder", "encoder", "encoder_decoder"]
 Role = Literal["causal", "bidirectional", "cross"]
 Stage = Literal["train", "validation", "test", "predict"]
 Batch = dict[str, Any]
-"""Tensors and lists of strings by name; the values of the batch's rows, or single numbers."""
+"""Tensors and lists of strings by name; the values of the batch's rows, or single numbers. ``rows`` (B,), if it is
+there, are the rows' numbers in the data, which what is sampled for a row depends on: see ``llmkit.ops.writing``."""
 
 IGNORE = -100  # a target with this value is not predicted (padding)
 

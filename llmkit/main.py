@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 
 from llmkit import __version__
 from llmkit.errors import Stopped, UserError, unknown
@@ -59,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
-        code = _dispatch([argument for argument in argv if argument != "--debug"])
-        sys.stdout.flush()  # here, so that a closed pipe is noticed here too
+        with _any_character():
+            code = _dispatch([argument for argument in argv if argument != "--debug"])
+            sys.stdout.flush()  # here, so that a closed pipe is noticed here too
         return code
     except UserError as error:
         if debug:
@@ -91,6 +95,21 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(failure.text, file=sys.stderr)
         return failure.code
+
+
+@contextlib.contextmanager
+def _any_character() -> Iterator[None]:
+    """Let stdout write characters that its encoding lacks as escapes (``\\u4f60``), as stderr does anyway."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -147,41 +147,69 @@ class Memory(NamedTuple):
         return Memory(self.x_BSD[rows], kept)
 
 
+MAX_BEAMS = 1024
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How text is generated.
+    """How text is generated. The names are those of Hugging Face transformers; a text is the prompt and what follows.
 
     Attributes:
         max_new_tokens: most tokens to add; None: as many as the head finds fit.
+        min_new_tokens: eos is not chosen before this many tokens were added.
         temperature: divides the scores before sampling; 0 is greedy.
         top_k: sample among the k best tokens only; 0 is off.
         top_p: sample among the fewest tokens whose probability reaches p (Holtzman et al. 2020, arXiv:1904.09751).
-        num_beams: width of the beam search; 1 is off. With beams the temperature is not used.
+        num_beams: width of the beam search; 1 is off. With beams the temperature is not used, and top_k and top_p are
+            refused.
         length_penalty: beam scores are divided by ((5 + length) / 6) ** penalty (Wu et al. 2016, arXiv:1609.08144).
-        seed: seed of the sampling.
+        num_return_sequences: how many of the beams an answer lists, best first.
+        repetition_penalty: divides positive scores of tokens that the text holds already, and multiplies negative ones
+            (Keskar et al. 2019, arXiv:1909.05858); of a beam search, log probabilities. 1 is off.
+        no_repeat_ngram_size: no n-gram of this many tokens comes twice in a text (Paulus et al. 2018,
+            arXiv:1705.04304); 0 is off.
+        stop_strings: a text ends before the first of these strings that is written.
+        seed: seed of the sampling. A draw is a function of the seed, the row and the position.
     """
 
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
     length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    stop_strings: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        for name in ("min_new_tokens", "no_repeat_ngram_size", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (off) or more, got {getattr(self, name)}")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens must be at most max_new_tokens, got {self.min_new_tokens}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+        if not abs(self.length_penalty) <= 10:
+            raise ValueError(f"length_penalty must be between -10 and 10, got {self.length_penalty}")
+        if not 1 <= self.num_beams <= MAX_BEAMS:
+            raise ValueError(f"num_beams must be at least 1 and at most {MAX_BEAMS}, got {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            number = self.num_return_sequences
+            raise ValueError(f"num_return_sequences must be at least 1 and at most num_beams, got {number}")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.stop_strings is not None and not all(self.stop_strings):
+            raise ValueError("stop_strings must not hold an empty string")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
 
 def padded(rows: list[list[int]], pad: int) -> Tensor:

@@ -23,6 +23,7 @@ from llmkit.config.files import fill_variables, read_yaml
 from llmkit.config.layers import COMMAND_LINE, DEFAULT, Layer, Stack, Tree
 from llmkit.config.stored import find, is_below, layer_of
 from llmkit.errors import Problem, UserError, unknown
+from llmkit.ops.sampling import unused
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
 
@@ -202,7 +203,7 @@ def _check_values(tree: Tree) -> Iterator[Problem]:
     if not 0 <= seed < 2**32:
         yield Problem("seed_everything", f"expected 0 or more and below 2**32, got {seed}")
     try:
-        DecodingOptions(**(tree["model"]["decoding"] or {}))
+        yield from unused(DecodingOptions(**(tree["model"]["decoding"] or {})))
     except ValueError as error:
         name, _, text = str(error).partition(" ")
         yield Problem(f"model.decoding.{name}", text)

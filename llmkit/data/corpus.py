@@ -118,7 +118,7 @@ class Corpus:
         if given is None:
             raise UserError(Problem(key, "is not set, and this run needs it"))
         if self.hub is None:
-            return local(key, given, replace(self.options, chunks=chunks))
+            return local(key, given, replace(self.options, chunks=chunks, blanks=stage == "predict"))
         if not isinstance(given, str):
             raise UserError(Problem(key, f"with data.source it is the name of a split, got {given}"))
         return self.hub.rows(key, given)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmkit.contracts import Batch, Head, Tokenizer
@@ -173,11 +174,11 @@ class Examples:
         return np.split(order, self._bounds[1:-1])
 
     def __getitem__(self, indices: Index) -> Batch:
-        """Return these examples as one batch of the head's ``collate``."""
+        """Return these examples as one batch of the head's ``collate``, with their numbers as ``rows``."""
         batch = self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
         if not isinstance(batch, dict):
             raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
-        return batch
+        return {**batch, "rows": torch.from_numpy(indices)}
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
@@ -188,3 +189,21 @@ def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, cont
             f"{count:,} of {total:,} texts{where} are longer than model.context ({context} tokens): "
             f"the {head.kept} of each is used"
         )
+
+
+Rows = Sequence[str] | Sequence[Mapping[str, Any]]
+"""Texts, or rows with the head's fields."""
+
+
+def batch_of(
+    head: Head, tokenizer: Tokenizer, context: int, rows: Rows, fields: Sequence[str], first: int = 0
+) -> Batch:
+    """Return texts or rows as one batch; a text is the first of the ``fields``, and the others are empty.
+
+    ``first`` is the number of the first row.
+    """
+    given = [row if isinstance(row, Mapping) else {**dict.fromkeys(fields, ""), fields[0]: row} for row in rows]
+    features = head.encode({name: [row[name] for row in given] for name in fields}, tokenizer, context)
+    note_truncated(head, features.get("truncated"), len(rows), context)
+    items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
+    return {**head.collate(items, tokenizer), "rows": torch.arange(first, first + len(rows))}

@@ -37,6 +37,7 @@ class Options:
     column_names: list[str] | None = None
     encoding: str = "utf-8"
     chunks: bool = False  # a text file is one document, read in chunks; otherwise each non-empty line is a row
+    blanks: bool = False  # a blank line of text or lines is a row of empty columns
 
     def __post_init__(self) -> None:
         """Raise UserError for an invalid pattern."""
@@ -69,7 +70,7 @@ def _text(path: str, options: Options) -> RawRows:
     for number, line, wrong in _numbered(path, options):
         if wrong:
             yield Bad(wrong, path, number)
-        elif line.strip():
+        elif line.strip() or options.blanks:
             yield Row({"text": line}, path, number)
 
 
@@ -104,6 +105,8 @@ def _lines(path: str, options: Options) -> RawRows:
                 yield Bad(wrong or f"does not match data.pattern: {line.strip()[:60]!r}", path, number)
             else:
                 yield Row(match.groupdict(), path, number)
+        elif options.blanks:
+            yield Row(dict.fromkeys(pattern.groupindex, ""), path, number)
 
 
 def _conll(path: str, options: Options) -> RawRows:

@@ -20,7 +20,7 @@ from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
 from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
-from llmkit.data.prepare import Encoder
+from llmkit.data.prepare import Encoder, with_text
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
@@ -140,6 +140,8 @@ class DataModule(pl.LightningDataModule):
         self._splits: dict[Stage, Blocks | Examples] = {}
         self._position: Position | None = None
         self._noted: set[str] = set()  # the notes about skipped rows so far
+        self.blank_rows: list[int] = []
+        """The numbers of the rows to predict that have no text: they get no answer, and keep their place."""
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
         """Set what the data is prepared for. ``setup`` calls it with the trainer's module's attributes of these names.
@@ -229,9 +231,10 @@ class DataModule(pl.LightningDataModule):
         encoder = Encoder(head, tokenizer, self._context, reader.joins)
 
         def write(folder: Path) -> None:
+            blank: list[int] = []
             refused = Skipped(reader.source.key, reader.skipped.policy)
             with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
-                groups = encoder.groups(reader.read(), refused, bar.update)
+                groups = encoder.groups(with_text(reader.read(), blank), refused, bar.update)
                 first = list(islice(groups, 1))
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
@@ -241,11 +244,15 @@ class DataModule(pl.LightningDataModule):
                     Features.of(chain(first, groups)).write(folder)
             summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
             cache.write_text(folder / "skipped.json", json.dumps([text for text in summaries if text]))
+            if stage == "predict":
+                cache.write_text(folder / "blank.json", json.dumps(blank))
 
         used = [identity.of_head(head, self._folder), identity.of_trained(tokenizer, self._folder)]
-        settings = [head.info(), self._context, stage == "predict", reader.joins, self.pack]
+        settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack]
         key = None if None in used else cache.digest([reader.identity, settings, used])
         path = cache.entry(self._folder, key, write)
+        if stage == "predict":
+            self.blank_rows = json.loads((path / "blank.json").read_text())
         for summary in json.loads((path / "skipped.json").read_text()):
             text = f"{reader.source.key}: {summary}"
             # Once: training and validation rows from the same files skip the same ones.

@@ -18,7 +18,10 @@ GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are enc
 
 
 class Item(NamedTuple):
-    """The head's fields of one row, the number of its document (most rows are one of their own), and its place."""
+    """The head's fields of one row, the number of its document (most rows are one of their own), and its place.
+
+    Of a row to predict that has no text, there are no fields.
+    """
 
     fields: dict[str, Any]
     document: int
@@ -37,6 +40,7 @@ class Fields:
     columns: Mapping[str, str]
     texts: frozenset[str]
     words: frozenset[str]
+    predict: bool
 
     @classmethod
     def of(cls, head: Head, columns: Mapping[str, str], predict: bool, single: bool) -> Fields:
@@ -52,7 +56,7 @@ class Fields:
         needed = head.inputs if predict else known
         plain_text = single and len(needed) == 1
         found = {name: "text" if plain_text else columns.get(name, name) for name in needed}
-        return cls(found, frozenset(head.texts), frozenset(head.words))
+        return cls(found, frozenset(head.texts), frozenset(head.words), predict)
 
     def items(self, rows: RawRows, skipped: Skipped) -> Iterator[Item]:
         """Yield rows with the head's fields; those that are bad or lack a field are added to ``skipped``."""
@@ -63,6 +67,8 @@ class Fields:
                 begins = begins or row.first  # the first rows of a document may be bad
                 found = self._fields(row)
                 if not isinstance(found, Bad):
+                    if self.predict and not any(str(value).strip() for value in found.values()):
+                        found = {}
                     document, begins = document + begins, False
                     skipped.seen += row.lines
                     yield Item(found, document, row.file, row.number)
@@ -189,6 +195,15 @@ def grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def with_text(items: Iterable[Item], blank: list[int]) -> Iterator[Item]:
+    """Yield the items that have fields; the numbers of the others are added to ``blank``."""
+    for number, item in enumerate(items):
+        if item.fields:
+            yield item
+        else:
+            blank.append(number)
 
 
 @dataclass(frozen=True)

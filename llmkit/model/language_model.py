@@ -22,7 +22,7 @@ from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, check_section, read, refusing, restore_tokenizer, section
 from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
-from llmkit.data.examples import note_truncated
+from llmkit.data.examples import Rows, batch_of
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import align_logged_step, batches_begun, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
@@ -283,26 +283,32 @@ class LanguageModel(pl.LightningModule):
 
     @torch.no_grad()
     def predict(
-        self, rows: list[str] | list[dict[str, Any]], options: DecodingOptions | None = None, **extra: Any
+        self, rows: Rows, options: DecodingOptions | None = None, first: int = 0, **extra: Any
     ) -> list[dict[str, Any]]:
         """Return the head's answer to each text or row.
 
         Args:
             rows: texts, or rows with the head's input fields.
             options: how text is generated; None: as the checkpoint says.
-            extra: further arguments of the head's ``predict`` (``on_token`` of the generation head).
+            first: the number of the first row; what is sampled for a row depends on its number.
+            extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
         """
+        batch = self._batch(rows, self.head.inputs, first)
+        return self.head.predict(self.network, batch, self._trained_tokenizer, options or self.head.decoding, **extra)
+
+    @torch.no_grad()
+    def score(self, rows: Rows) -> list[dict[str, Any]]:
+        """Return how probable the model finds each text or row, with targets; for heads that write text."""
+        head: Any = self.head
+        if not hasattr(head, "score"):
+            raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
+        scores: list[dict[str, Any]] = head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
+        return scores
+
+    def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
         self.eval()
-        first, tokenizer = self.head.inputs[0], self._trained_tokenizer
-        given = [
-            row if isinstance(row, Mapping) else {**dict.fromkeys(self.head.inputs, ""), first: row} for row in rows
-        ]
-        columns = {name: [row[name] for row in given] for name in self.head.inputs}
-        features = self.head.encode(columns, tokenizer, self.context)
-        note_truncated(self.head, features.get("truncated"), len(rows), self.context)
-        items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
-        batch = on_device(self.head.collate(items, tokenizer), self.device)
-        return self.head.predict(self.network, batch, tokenizer, options or self.head.decoding, **extra)
+        batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
+        return on_device(batch, self.device)
 
     # Checkpoints
 

@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Network
-from llmkit.errors import UserError
+from llmkit.ops.sampling import Chooser, Rules
 from llmkit.sequence import DecodingOptions, Memory, Sequence, padded, segments_of
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token id) as soon as a token is chosen."""
+
+Ends = Callable[[int, list[int]], bool]
+"""Whether the text of a row ends after these new ids, though the last one is not eos (a stop string)."""
+
+Beam = tuple[float, list[int]]
+"""A continuation with its score, or the sum of its log probabilities."""
 
 LOOK_EVERY = {"cpu": 1}
 """Steps between two looks of the host at the chosen tokens, by device; else 16, since a look waits for the device."""
@@ -138,13 +144,15 @@ def generate(
     eos_id: int,
     banned: Rows[int] = (),
     memory: Memory | None = None,
+    rows: Tensor | None = None,
     device: torch.device | str = "cpu",
     on_token: OnToken | None = None,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """Continue each prompt and return the new ids, without the final eos.
 
-    With ``num_beams`` above 1 by beam search, else by sampling, which is greedy at temperature 0. When sampling, a text
-    that outgrows the context is continued from its last half; a beam search ends at the context.
+    With ``num_beams`` above 1 by beam search, else by sampling, which is greedy at temperature 0. A text that outgrows
+    the context is continued from its last half.
 
     Args:
         net: the network, in eval mode.
@@ -154,16 +162,18 @@ def generate(
         eos_id: ends a row.
         banned: ids that are never chosen (padding, for example).
         memory: the encoder's output, for an encoder-decoder.
+        rows: the number of each row in the data, (B,), which its draws depend on; None: its place in the batch.
         device: where the network is.
         on_token: called with each token as it is chosen; sampling only.
+        ends: asked after each token whether the row ends; its last token is kept.
     """
+    rules = Rules(options, banned, eos_id, torch.device(device))
+    if options.num_beams > 1:
+        return [beams[0][1] for beams in beam_search(net, prompts, rules, memory, ends)]
     assert options.max_new_tokens is not None
+    choose = Chooser(options, rules, prompts, rows, torch.device(device))
     with column_major(net):
-        if options.num_beams > 1:
-            banned_ids = torch.tensor(list(banned), dtype=torch.long, device=device)
-            return _beam_search(net, prompts, options, options.max_new_tokens, eos_id, banned_ids, memory)
-        choose = Chooser(options, banned, torch.device(device))
-        return _sample(net, prompts, choose, options.max_new_tokens, eos_id, memory, on_token)
+        return _sample(net, prompts, choose, options.max_new_tokens, memory, on_token, ends)
 
 
 def _sample(
@@ -171,28 +181,34 @@ def _sample(
     prompts: list[list[int]],
     choose: Chooser,
     steps: int,
-    eos_id: int,
     memory: Memory | None,
     on_token: OnToken | None,
+    ends: Ends | None,
 ) -> list[list[int]]:
     """Continue each prompt by at most ``steps`` tokens, one ``choose`` at a time; see ``generate``."""
-    device = choose.banned.device
+    device, eos_id = choose.device, choose.rules.eos_id
     texts = [list(prompt) for prompt in prompts]
     starts = [max(0, len(text) - net.max_length) for text in texts]  # of what the network still sees of each text
     active = list(range(len(prompts)))  # the prompt of each row of the decoder
     waiting: list[Tensor] = []  # the tokens of steps that the host has not looked at yet, (B,) each
     look_every = 1 if on_token is not None else LOOK_EVERY.get(device.type, 16)
-    done: set[int] = set()
+    done: dict[int, int] = {}  # where the text of each row that ended ends
 
     def look() -> None:
         choose.check()
         for tokens in torch.stack(waiting).tolist():
             for row, token in zip(active, tokens, strict=True):
-                texts[row].append(token)
+                text = texts[row]
+                text.append(token)
+                if row in done:
+                    continue
                 if token == eos_id:
-                    done.add(row)
-                elif on_token is not None and row not in done:
+                    done[row] = len(text) - 1
+                    continue
+                if on_token is not None:
                     on_token(row, token)
+                if ends is not None and ends(row, text[len(prompts[row]) :]):
+                    done[row] = len(text)
         waiting.clear()
 
     decoder: Decoder | None = None
@@ -203,8 +219,7 @@ def _sample(
                 if waiting:
                     look()
                 for row in active:
-                    if len(texts[row]) - starts[row] >= net.max_length:  # a row is not cut by its neighbours
-                        starts[row] = len(texts[row]) - max(1, net.max_length // 2)
+                    starts[row] = _start(starts[row], len(texts[row]), net)  # a row is not cut by its neighbours
                 memory = decoder.memory
             decoder = Decoder(net, len(active), net.max_length, memory)
             kept = [texts[row][starts[row] :] for row in active]
@@ -224,66 +239,22 @@ def _sample(
         if 2 * len(rows) <= len(active):  # what is left is worth moving together
             rows_B = torch.tensor(rows, device=device)
             decoder.reorder(rows_B)
+            choose.keep(rows_B)
             chosen_B, active = chosen_B[rows_B], [active[index] for index in rows]
     # A row that ended was fed further tokens until the host looked or until it was left out.
-    new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
+    return [text[len(prompt) : done.get(row)] for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True))]
 
 
-class Chooser:
-    """Chooses the next token of each row as the options say: sampling, or the best one at temperature 0.
-
-    Args:
-        options: see DecodingOptions.
-        banned: ids that are never chosen.
-        device: where the scores are.
-    """
-
-    def __init__(self, options: DecodingOptions, banned: Rows[int], device: torch.device) -> None:
-        self.options = options
-        self.banned = torch.tensor(list(banned), dtype=torch.long, device=device)
-        self.generator = torch.Generator(device=device).manual_seed(options.seed)
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)
-
-    def __call__(self, scores_BV: Tensor) -> Tensor:
-        """Return one token id a row, (B,); the scores are used up."""
-        options = self.options
-        scores_BV = scores_BV.float()
-        if len(self.banned):
-            scores_BV.index_fill_(1, self.banned, -torch.inf)
-        if options.temperature == 0:
-            return scores_BV.argmax(-1)
-        scores_BV = scores_BV / options.temperature
-        if 0 < options.top_k < scores_BV.shape[-1]:
-            kth = scores_BV.topk(options.top_k, -1).values[:, -1:]
-            scores_BV = scores_BV.masked_fill(scores_BV < kth, -torch.inf)
-        if options.top_p < 1:
-            ordered, order = scores_BV.sort(-1, descending=True)
-            share = ordered.softmax(-1)
-            # Drop a token when those before it reach top_p already; the best one always stays.
-            ordered = ordered.masked_fill(share.cumsum(-1) - share >= options.top_p, -torch.inf)
-            scores_BV = torch.empty_like(scores_BV).scatter_(-1, order, ordered)
-        shares_BV = scores_BV.softmax(-1)
-        # Asking the device now would wait for it, and drawing from NaN would break it: ``check`` asks later.
-        self.broken |= shares_BV.isnan().any()
-        return torch.multinomial(shares_BV.nan_to_num(1.0), 1, generator=self.generator)[:, 0]
-
-    def check(self) -> None:
-        """Raise UserError when scores that were sampled from are not finite."""
-        if self.options.temperature > 0 and bool(self.broken):
-            raise UserError("the model's scores are NaN or infinite: its weights have diverged, or are damaged")
+def _start(start: int, length: int, net: Network) -> int:
+    """Return where the part of a text begins that the network reads: one that outgrew the context keeps half of it."""
+    return start if length - start < net.max_length else length - max(1, net.max_length // 2)
 
 
-def _beam_search(
-    net: Network,
-    prompts: list[list[int]],
-    options: DecodingOptions,
-    steps: int,
-    eos_id: int,
-    banned_ids: Tensor,
-    memory: Memory | None,
-) -> list[list[int]]:
-    """Return, for each prompt, the continuation with the best length-normalised log probability; see ``generate``.
+@torch.inference_mode()
+def beam_search(
+    net: Network, prompts: list[list[int]], rules: Rules, memory: Memory | None = None, ends: Ends | None = None
+) -> list[list[Beam]]:
+    """Return, for each prompt, its best continuations with their scores, best first; see ``generate``.
 
     The score of a finished continuation Y, eos included, is log p(Y) / ((5 + |Y|) / 6) ** length_penalty. A prompt is
     done when ``num_beams`` continuations are finished and no open one, at its present length, beats the worst of them.
@@ -295,8 +266,16 @@ def _beam_search(
         finished         a b            among the first two, so it counts
         open afterwards  a c d, a b e   continue rows 1 and 0 of the decoder, whose states are reordered like that
     """
-    beams, device = options.num_beams, banned_ids.device
-    most = min(steps, net.max_length - max(map(len, prompts)))
+    with column_major(net):
+        return _beam_search(net, prompts, rules, memory, ends)
+
+
+def _beam_search(
+    net: Network, prompts: list[list[int]], rules: Rules, memory: Memory | None, ends: Ends | None
+) -> list[list[Beam]]:
+    options, eos_id, device = rules.options, rules.eos_id, rules.banned.device
+    beams, steps = options.num_beams, options.max_new_tokens
+    assert steps is not None
 
     def normalised(score: float, length: int) -> float:
         return float(score / ((5 + length) / 6) ** options.length_penalty)
@@ -304,58 +283,68 @@ def _beam_search(
     finished: list[list[Beam]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt of each group of the decoder's rows
     beams_of: list[list[Beam]] = [[(0.0, [])] for _ in prompts]  # open ones of the active prompts: all begin alike
-    decoder = Decoder(net, len(prompts), len(prompts[0]) + max(most, 1), memory)
-    scores_BV = decoder.feed(torch.tensor(prompts, device=device))
-    for length in range(1, most + 1):
+    start = max(0, len(prompts[0]) - net.max_length)  # of what the network still sees of each text
+
+    def texts() -> Tensor:
+        whole = [prompts[prompt] + ids for prompt, rows in zip(active, beams_of, strict=True) for _, ids in rows]
+        return torch.tensor(whole, device=device)
+
+    def begin(texts_BL: Tensor) -> tuple[Decoder, Tensor]:
+        most = min(net.max_length, texts_BL.shape[1] - start + steps)
+        decoder = Decoder(net, len(texts_BL), most, memory)
+        return decoder, decoder.feed(texts_BL[:, start:])
+
+    decoder, scores_BV = begin(texts())
+    for length in range(1, steps + 1):
         width = len(beams_of[0])  # 1 at first, then always ``beams``
         sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
+        logp_BV = rules(scores_BV.float().log_softmax(-1), length - 1, texts() if rules.read_texts else None)
         # Twice as many candidates as beams: eos can use up at most one continuation of each.
-        candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
+        candidates = _best(logp_BV, sums_NW, 2 * beams)
         rows_kept: list[int] = []  # of the decoder
         groups: list[tuple[int, list[Beam]]] = []
         for group, (prompt, found) in enumerate(zip(active, candidates, strict=True)):
-            texts = [text for _, text in beams_of[group]]
-            ended = [c for c in found[:beams] if c[2] == eos_id and c[0] > -torch.inf]
-            finished[prompt] += [(normalised(score, length), texts[parent]) for score, parent, _ in ended]
+            before = [ids for _, ids in beams_of[group]]
+            stopped = [ends is not None and ends(prompt, [*before[parent], token]) for _, parent, token in found]
+            for (score, parent, token), stop in zip(found[:beams], stopped, strict=False):
+                if (stop or token == eos_id) and score > -torch.inf:
+                    ids = before[parent] if token == eos_id else [*before[parent], token]
+                    finished[prompt].append((normalised(score, length), ids))
             finished[prompt] = sorted(finished[prompt], key=lambda item: -item[0])[:beams]
-            going = [c for c in found if c[2] != eos_id][:beams]
+            going = [c for c, stop in zip(found, stopped, strict=True) if not stop and c[2] != eos_id][:beams]
             # A vocabulary smaller than the beam leaves some of its places empty.
             going += [(-torch.inf, 0, eos_id)] * (beams - len(going))
             full = len(finished[prompt]) == beams
             if full and normalised(going[0][0], length) <= finished[prompt][-1][0]:
                 continue
             rows_kept += [group * width + parent for _, parent, _ in going]
-            groups.append((prompt, [(score, [*texts[parent], token]) for score, parent, token in going]))
+            groups.append((prompt, [(score, [*before[parent], token]) for score, parent, token in going]))
         same_prompts = len(groups) == len(active) and width == beams
         active, beams_of = [prompt for prompt, _ in groups], [rows for _, rows in groups]
         if not active:
             break
-        if length < most:
+        if length < steps:
             if not same_prompts or rows_kept != list(range(len(rows_kept))):
                 decoder.reorder(torch.tensor(rows_kept, device=device), same_prompts)
-            last = [[text[-1]] for rows in beams_of for _, text in rows]
-            scores_BV = decoder.feed(torch.tensor(last, device=device))
+            if decoder.columns + 1 >= net.max_length:
+                start, memory = _start(start, len(prompts[0]) + length, net), decoder.memory
+                decoder, scores_BV = begin(texts())
+            else:
+                last = [[ids[-1]] for rows in beams_of for _, ids in rows]
+                scores_BV = decoder.feed(torch.tensor(last, device=device))
     for prompt, rows in zip(active, beams_of, strict=True):  # at the limit: open beams count as they stand
-        finished[prompt] += [(normalised(score, len(text)), text) for score, text in rows]
-    return [max(found, key=lambda item: item[0])[1] if found else [] for found in finished]
+        finished[prompt] += [(normalised(score, len(ids)), ids) for score, ids in rows if score > -torch.inf]
+    return [sorted(found, key=lambda item: -item[0]) or [(-torch.inf, [])] for found in finished]
 
 
-Beam = tuple[float, list[int]]
-"""A continuation with its score, or the sum of its log probabilities."""
-
-
-def _best(scores_BV: Tensor, sums_NW: Tensor, banned_ids: Tensor, count: int) -> list[list[tuple[float, int, int]]]:
+def _best(logp_BV: Tensor, sums_NW: Tensor, count: int) -> list[list[tuple[float, int, int]]]:
     """Return the best continuations of each prompt, best first: sum of log probabilities, beam, token.
 
     Args:
-        scores_BV: of what comes next, B = N W.
+        logp_BV: log probabilities of what comes next, B = N W.
         sums_NW: the sums of W beams for each of N prompts.
-        banned_ids: what must not come next.
         count: most continuations returned per prompt.
     """
-    logp_BV = scores_BV.float().log_softmax(-1)
-    if len(banned_ids):
-        logp_BV.index_fill_(1, banned_ids, -torch.inf)
     prompts, each = len(sums_NW), min(count, logp_BV.shape[-1])
     # The best of a prompt are among the best of its beams: sums are made of these alone.
     best_BK, token_BK = logp_BV.topk(each, -1)

@@ -218,7 +218,8 @@ class CLI(LightningCLI):
 
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
-        write_predictions(self.trainer, self.trainer.predict(model, **kwargs) or [])
+        batches = self.trainer.predict(model, **kwargs) or []
+        write_predictions(self.trainer, batches, self.datamodule.blank_rows)
 
 
 def _listed(value: Any) -> list[Any]:

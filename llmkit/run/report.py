@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,28 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
     print(f"  results: {folder / 'results.json'}", flush=True)
 
 
-def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
-    """Write one JSON line per answer to ``predictions.jsonl`` in the run folder."""
+def write_predictions(trainer: pl.Trainer, batches: list[Any], blank: list[int]) -> None:
+    """Write one JSON line per row to ``predictions.jsonl`` in the run folder: ``{}`` for a row that is ``blank``."""
     if not trainer.is_global_zero or is_debug_run(trainer):
         return
     path = run_folder(trainer) / "predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for batch in batches for answer in batch)
+        answers = in_place((answer for batch in batches for answer in batch), set(blank))
+        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     print(f"predictions: {path}")
+
+
+def in_place(answers: Iterable[Any], blank: set[int]) -> Iterator[Any]:
+    """Yield the answers, with ``{}`` where the number of a row is ``blank``."""
+    number = 0
+    for answer in [*answers, None]:
+        while number in blank:
+            yield {}
+            number += 1
+        if answer is not None:
+            yield answer
+            number += 1
 
 
 def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:

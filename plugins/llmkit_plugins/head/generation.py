@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.decoding import OnToken, generate
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import BitsPerByte, MeanLoss, Perplexity
+from llmkit.ops.writing import OnText, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
@@ -59,44 +59,50 @@ class Generation(Head):
         metrics["bits_per_byte"].update(loss, batch["bytes"])
 
     def predict(
-        self,
-        net: Network,
-        batch: Batch,
-        tokenizer: Tokenizer,
-        options: DecodingOptions,
-        on_token: OnToken | None = None,
+        self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions, on_text: OnText | None = None
     ) -> list[dict[str, Any]]:
-        """Return ``prompt`` and ``text`` (the continuation) of each row."""
+        """Return ``prompt`` and ``text`` (the continuation) of each row; several ``candidates`` if asked for."""
         prompts = _real_rows(batch["ids"], batch.get("segments"))
-        arguments: dict[str, Any] = {
-            "eos_id": tokenizer.eos_id,
-            "banned": special_ids(tokenizer) - {tokenizer.eos_id},
-            "device": batch["ids"].device,
-        }
-        if options.num_beams > 1:
-            # Rows of different lengths cannot share a beam search.
-            new = [generate(net, [prompt[-net.max_length // 2 :]], options, **arguments)[0] for prompt in prompts]
-        else:
-            new = generate(net, prompts, options, on_token=on_token, **arguments)
-        texts = tokenizer.decode_batch(new)
-        starts = tokenizer.decode_batch(prompts)
-        return [{"prompt": start, "text": text} for start, text in zip(starts, texts, strict=True)]
+        device = batch["ids"].device
+        found = write(net, prompts, tokenizer, options, rows=batch.get("rows"), device=device, on_text=on_text)
+        return [{"prompt": texts[0].prompt, **answer(texts, options)} for texts in found]
 
     def show(self, answer: dict[str, Any]) -> str:
-        """Return the prompt with its continuation."""
-        return f"{answer['prompt']}{answer['text']}"
+        """Return the prompt with its continuation, or a line for each candidate."""
+        return shown(answer, answer["prompt"])
+
+    def score(self, net: Network, batch: Batch) -> list[dict[str, Any]]:
+        """Return the log probability of each text's tokens after the first, its number of tokens and its perplexity.
+
+        Each token is predicted from all before it; of a text longer than the context, from half a context or more.
+        """
+        weight_VD, device, half = net.output_weight_VD, batch["ids"].device, max(1, net.max_length // 2)
+        rows = _real_rows(batch["ids"], batch.get("segments"))
+        parts: list[tuple[int, list[int], list[int]]] = []  # row, what is read, and what is predicted
+        for row, ids in enumerate(rows):
+            start, done = 0, 1  # the tokens before ``done`` are predicted already
+            while done < len(ids):
+                end = min(start + net.max_length + 1, len(ids))
+                parts.append((row, ids[start : end - 1], [*[IGNORE] * (done - start - 1), *ids[done:end]]))
+                start, done = end - half, end
+        totals, counts = [0.0] * len(rows), [0] * len(rows)
+        for first in range(0, len(parts), len(rows)):
+            group = parts[first : first + len(rows)]
+            ids_BT, targets_BT = padded([ids for _, ids, _ in group], 0), padded([t for *_, t in group], IGNORE)
+            segments_BT = segments_of([len(ids) for _, ids, _ in group])
+            seq = Sequence.of(ids_BT.to(device), None if segments_BT is None else segments_BT.to(device))
+            hidden_BTD = net.decode(ids_BT.to(device), seq)
+            for (row, *_), hidden_TD, targets_T in zip(group, hidden_BTD, targets_BT.to(device), strict=True):
+                loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+                totals[row] += float(loss.total)
+                counts[row] += int(loss.count)
+        return [scored(total, count) for total, count in zip(totals, counts, strict=True)]
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
         """Return a continuation of the first words of the validation text."""
         prompt = {"ids": batch["ids"][:1, : min(16, net.max_length // 2)]}
         answer = self.predict(net, prompt, tokenizer, self.decoding)[0]
         return f"{answer['prompt']}|{answer['text']}"
-
-
-def special_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids that stand for no text."""
-    names = ("pad_id", "bos_id", "eos_id", "unk_id", "mask_id", "sep_id")
-    return {getattr(tokenizer, name) for name in names}
 
 
 def _real_rows(ids_BT: Tensor, segments_BT: Tensor | None) -> list[list[int]]:

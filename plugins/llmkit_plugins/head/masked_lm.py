@@ -13,8 +13,9 @@ from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.losses import linear_cross_entropy, rows_at_once
 from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.ops.sampling import scrambled
+from llmkit.ops.writing import special_ids
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
-from llmkit_plugins.head.generation import special_ids
 
 MASK = "[MASK]"
 """Marks a token to guess in a text."""
@@ -196,14 +197,6 @@ def fixed_draws(ids_BT: Tensor, seq: Sequence) -> Tensor:
     keys_BT = scrambled(documents_BT + places_BT)
     draws = [scrambled(keys_BT + number) >> 40 & 0xFFFFFF for number in range(3)]
     return torch.stack(draws).float() / 2**24
-
-
-def scrambled(values: Tensor) -> Tensor:
-    """Return integers that look random, equal ones for equal ones (after splitmix64: Steele et al. 2014)."""
-    values = (values + 1) * -0x61C8864680B583EB
-    # A shift copies the sign into the upper bits, which have to be empty.
-    values = (values ^ (values >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
-    return values ^ (values >> 27 & 2**37 - 1)
 
 
 def encode_masked(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
-from llmkit.ops.decoding import generate
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.ops.writing import Written, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Memory, Sequence, first_rows, padded, segments_of
-from llmkit_plugins.head.generation import special_ids
 
 
 class SequenceToSequence(Head):
@@ -92,37 +91,43 @@ class SequenceToSequence(Head):
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
         if of_texts:
-            texts = self._write(net, batch, memory, tokenizer, self.decoding)
+            texts = [found[0].text for found in self._write(net, batch, memory, tokenizer, self.decoding)]
             for metric in of_texts:
                 metric.update(texts, batch["reference"])
 
     def _write(
         self, net: Network, batch: Batch, memory: Memory, tokenizer: Tokenizer, options: DecodingOptions
-    ) -> list[str]:
+    ) -> list[list[Written]]:
         starts = [[tokenizer.bos_id]] * len(batch["source"])
-        limit = options.max_new_tokens or net.max_length - 1  # not of the batch: an answer does not depend on it
-        ids = generate(
-            net,
-            starts,
-            dataclasses.replace(options, max_new_tokens=limit),
-            eos_id=tokenizer.eos_id,
-            banned=sorted(special_ids(tokenizer) - {tokenizer.eos_id}),
-            memory=memory,
-            device=batch["source"].device,
-        )
-        return tokenizer.decode_batch(ids)
+        # Not of the batch: an answer does not depend on it.
+        limit = options.max_new_tokens or max(net.max_length - 1, options.min_new_tokens)
+        options = dataclasses.replace(options, max_new_tokens=limit)
+        rows, device = batch.get("rows"), batch["source"].device
+        return write(net, starts, tokenizer, options, memory=memory, rows=rows, device=device)
 
     def predict(
         self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
     ) -> list[dict[str, Any]]:
-        """Return the source, under its field's name, and ``text``, what was written, of each row."""
-        texts = self._write(net, batch, self._memory(net, batch), tokenizer, options)
+        """Return the source, under its field's name, and ``text``, what was written, of each row.
+
+        If several texts are asked for, all are in ``candidates``.
+        """
+        found = self._write(net, batch, self._memory(net, batch), tokenizer, options)
         sources = tokenizer.decode_batch(batch["source"].tolist())
-        return [{self.inputs[0]: source, "text": text} for source, text in zip(sources, texts, strict=True)]
+        both = zip(sources, found, strict=True)
+        return [{self.inputs[0]: source, **answer(texts, options)} for source, texts in both]
 
     def show(self, answer: dict[str, Any]) -> str:
-        """Return what was written."""
-        return str(answer["text"])
+        """Return what was written, or a line for each candidate."""
+        return shown(answer)
+
+    def score(self, net: Network, batch: Batch) -> list[dict[str, Any]]:
+        """Return the log probability of each target given its source, its number of tokens and its perplexity."""
+        seq = Sequence.dense(batch["ids"].shape[1], batch["ids"].device)
+        hidden_BTD = net.decode(batch["ids"], seq, memory=self._memory(net, batch))
+        both = zip(hidden_BTD, batch["targets"], strict=True)
+        losses = [linear_cross_entropy(hidden_TD, net.output_weight_VD, targets_T) for hidden_TD, targets_T in both]
+        return [scored(float(loss.total), int(loss.count)) for loss in losses]
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
         """Return two source texts with what was written for them."""
