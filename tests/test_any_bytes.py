@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_bad_rows import COLUMNS, LABEL, Sentences, question, squad, table
 
 from llmkit.data.corpus import Corpus
-from llmkit.data.formats import Options
+from llmkit.data.opening import Options
 from llmkit.errors import UserError
 
 SENTENCES = [f"{letter} word {letter} \xe9\u4e2d" for letter in "abcdefgh"]

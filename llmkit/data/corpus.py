@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from llmkit.contracts import Head, Stage
 from llmkit.data import cache
-from llmkit.data.formats import Options
 from llmkit.data.hub import Hub
+from llmkit.data.opening import Options
 from llmkit.data.prepare import Fields, Item, cut, measure
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
@@ -76,7 +76,7 @@ class Corpus:
         joins = head.layout == "blocks" and stage != "predict"
         part = self._shared() and stage in ("train", "validation")
         source = self._source("train" if part else stage, chunks=joins and self.documents == "file")
-        fields = Fields.of(head, self.columns or {}, stage == "predict", source.single)
+        fields = Fields.of(head, self.columns or {}, stage == "predict", source)
         columns = [(name, column, name in fields.texts) for name, column in fields.columns.items()]
         # Files of a stream are too large to be read for a hash.
         files = [_stat(file) if self.streaming else cache.file_digest(file, self.folder) for file in source.files]

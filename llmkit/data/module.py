@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Callable
 from itertools import chain, islice
@@ -18,8 +17,8 @@ from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
-from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
+from llmkit.data.opening import Format, Options
 from llmkit.data.prepare import Encoder
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
@@ -48,14 +47,17 @@ class DataModule(pl.LightningDataModule):
         source: a data set for Hugging Face ``datasets``: its name on the hub, or a folder. The splits default to
             ``train``, ``validation`` and ``test``, where it has them.
         subset: which configuration of ``source``.
-        format: how files are read; ``auto`` goes by the suffix (unknown ones are text), or is ``lines`` with a
-            ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object per line, or one list.
+        format: how files are read; ``auto`` goes by the suffix, that of a compressed file before ``.gz``, ``.bz2``,
+            ``.xz``, ``.zst`` or ``.zip``; other files are text, or ``lines`` with a ``pattern``. Cells of CSV
+            and TSV are strings; TSV has no quoting. JSON: one object per line, or one list.
             ``conll``: a word per line with its tag, an empty line after each sentence; the columns are lists.
             ``squad``: questions about paragraphs in SQuAD's JSON, with the columns of the hub's ``squad``.
         pattern: regular expression that a whole line of format ``lines`` or ``conll`` must match; its named groups are
             the columns. Without it, column ``tokens`` is the first field of a ``conll`` line, ``tags`` the last one.
+        delimiter: the character between the cells of CSV; None: a comma.
         column_names: the columns of CSV or TSV files without a header.
-        columns: the column of each of the head's fields; default: the field's name.
+        columns: the column of each of the head's fields; default: the field's name. ``translation.en`` is the value
+            ``en`` of a column that holds mappings.
         encoding: encoding of text files.
         on_bad_row: what to do with a row that cannot be used: a line that is not JSON, is invalid in the encoding or
             does not match the pattern; a table's row with too few or too many cells; a missing column; an empty (null)
@@ -94,6 +96,7 @@ class DataModule(pl.LightningDataModule):
         subset: str | None = None,
         format: Format = "auto",
         pattern: str | None = None,
+        delimiter: str | None = None,
         column_names: list[str] | None = None,
         columns: dict[str, str] | None = None,
         encoding: str = "utf-8",
@@ -118,13 +121,9 @@ class DataModule(pl.LightningDataModule):
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
         if not 0 <= validation_share < 1:
             raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
-        try:
-            codecs.lookup(encoding)
-        except LookupError as error:
-            raise UserError(Problem("data.encoding", f"{error}")) from error
         self._folder = cache.root(cache_dir)
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
-        options = Options(format, pattern, column_names, encoding)
+        options = Options(format, pattern, column_names, encoding, delimiter)
         self._corpus = Corpus(
             given, source, subset, options, on_bad_row, columns, documents, validation_share, streaming, self._folder
         )

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmkit.contracts import Head, Stage, Tokenizer
-from llmkit.data.formats import shortened
-from llmkit.data.rows import Bad, RawRows, Row, Skipped, flaw
+from llmkit.data.opening import shortened
+from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
 from llmkit.data.tokens import Piece
 from llmkit.errors import Problem, UserError, nearest
 
 GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
+MISSING = object()  # the value of a column that a row does not have
 
 
 class Item(NamedTuple):
@@ -37,12 +38,13 @@ class Fields:
     columns: Mapping[str, str]
     texts: frozenset[str]
     words: frozenset[str]
+    advice: str = ""
 
     @classmethod
-    def of(cls, head: Head, columns: Mapping[str, str], predict: bool, single: bool) -> Fields:
+    def of(cls, head: Head, columns: Mapping[str, str], predict: bool, source: Source) -> Fields:
         """Return the fields of a head, without targets when predicting. Raises UserError for unknown ``columns``.
 
-        If the rows are plain text (``single``), their column serves as the only field that a head asks for.
+        If the rows of ``source`` are plain text, their column serves as the only field that a head asks for.
         """
         known = tuple(dict.fromkeys((*head.inputs, *head.targets)))
         for name in columns:
@@ -50,9 +52,9 @@ class Fields:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
                 raise UserError(Problem("data.columns", f"the head has no field '{name}'.{hint}"))
         needed = head.inputs if predict else known
-        plain_text = single and len(needed) == 1
+        plain_text = source.single and len(needed) == 1
         found = {name: "text" if plain_text else columns.get(name, name) for name in needed}
-        return cls(found, frozenset(head.texts), frozenset(head.words))
+        return cls(found, frozenset(head.texts), frozenset(head.words), source.advice)
 
     def items(self, rows: RawRows, skipped: Skipped) -> Iterator[Item]:
         """Yield rows with the head's fields; those that are bad or lack a field are added to ``skipped``."""
@@ -74,11 +76,13 @@ class Fields:
     def _fields(self, row: Row) -> dict[str, Any] | Bad:
         fields = {}
         for name, column in self.columns.items():
-            if column not in row.data:
-                hint = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
-                missing = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {hint}"
-                return Bad(missing, row.file, row.number)
-            value = row.data[column]
+            value = _value(row.data, column)
+            if value is MISSING:
+                known = _columns(row.data)
+                meant = nearest(column, known)
+                hint = f"Columns: {shortened(known) or '(none)'}. data.columns names those to read."
+                missing = f"has no column '{column}' for the head's field '{name}'.{meant} {hint}"
+                return Bad(missing if meant else missing + self.advice, row.file, row.number)
             problem = flaw(value) if isinstance(value, str) else self._problem(name, value)
             if problem:
                 return Bad(f"{problem} in column '{column}'", row.file, row.number)
@@ -88,6 +92,8 @@ class Fields:
 
     def _problem(self, name: str, value: Any) -> str | None:
         """Return what is wrong with the value of a field that is not a string."""
+        if value is REPEATED:
+            return "has more than one value"
         if value is None:
             return "has an empty cell (null)"
         parts = value if isinstance(value, list) else [value]
@@ -96,6 +102,23 @@ class Fields:
         if (is_text and len(strings) < len(parts)) or isinstance(value, bytes):
             return f"has {type(value).__name__}, expected text or a list of texts,"
         return flaw("".join(strings))
+
+
+def _value(data: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column; ``translation.en`` is also the value ``en`` of the mapping ``translation``."""
+    if column in data:
+        return data[column]
+    outer, dot, inner = column.partition(".")
+    nested = data.get(outer)
+    return _value(nested, inner) if dot and isinstance(nested, Mapping) else MISSING
+
+
+def _columns(data: Mapping[str, Any]) -> list[str]:
+    """Return the names of a row's columns, those of nested mappings dotted."""
+    names = []
+    for name, value in data.items():
+        names += [f"{name}.{inner}" for inner in _columns(value)] if isinstance(value, Mapping) else [name]
+    return names
 
 
 def num_characters(item: Item) -> int:
