@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from llmkit.data.progress import Step
 from llmkit.errors import note
 
 VERSION = 4  # part of every key: raise it when the format of what is stored changes
@@ -44,7 +45,7 @@ def file_digest(path: str | Path, folder: Path) -> str:
     try:
         return memo.read_text()
     except (OSError, ValueError):
-        with open(path, "rb") as file:
+        with Step(f"hashing {path}"), open(path, "rb") as file:
             found = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     # A file changed a moment ago can change again within the resolution of its times.
     if time.time_ns() - changed > 2e9:

@@ -15,6 +15,7 @@ from llmkit.data import cache
 from llmkit.data.hub import Hub
 from llmkit.data.opening import Options
 from llmkit.data.prepare import Fields, Item, cut, measure
+from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
@@ -92,7 +93,8 @@ class Corpus:
 
             def read_part() -> Iterator[Item]:
                 if text not in self._sizes:  # measured once for both parts
-                    self._sizes[text] = measure(read, text)
+                    with Step(f"counting {source.key}") as step:
+                        self._sizes[text] = measure(lambda: step.counted(read()), text)
                 return cut(read, self._sizes[text], source.key, share, stage, text)
 
             return Reader(source, read_part, [*identity, stage, share], joins, skipped)

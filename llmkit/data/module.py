@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from tqdm import tqdm  # type: ignore[import-untyped]
+import numpy as np
 
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
@@ -20,6 +20,7 @@ from llmkit.data.examples import Examples, Features, note_truncated
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.opening import Format, Options
 from llmkit.data.prepare import Encoder
+from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
@@ -229,8 +230,8 @@ class DataModule(pl.LightningDataModule):
 
         def write(folder: Path) -> None:
             refused = Skipped(reader.source.key, reader.skipped.policy)
-            with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
-                groups = encoder.groups(reader.read(), refused, bar.update)
+            with Step(f"encoding data.{stage}") as step:
+                groups = encoder.groups(reader.read(), refused, step.advance)
                 first = list(islice(groups, 1))
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
@@ -257,6 +258,10 @@ class DataModule(pl.LightningDataModule):
                 note_truncated(
                     head, features.values.get("truncated"), features.count, self._context, f" in data.{stage}"
                 )
+                for name, text in head.notes.items():
+                    marked = int(features.values.get(name, np.zeros(1)).sum())
+                    if marked:
+                        note(f"data.{stage}: {marked:,} of {features.count:,} rows {text}")
             return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:
