@@ -15,10 +15,11 @@ from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
-from llmkit.data.corpus import Corpus
+from llmkit.data.corpus import Columns, Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.opening import Format, Options
+from llmkit.data.parts import Shares, checked_limits
 from llmkit.data.prepare import Encoder
 from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped
@@ -58,7 +59,8 @@ class DataModule(pl.LightningDataModule):
         delimiter: the character between the cells of CSV; None: a comma.
         column_names: the columns of CSV or TSV files without a header.
         columns: the column of each of the head's fields; default: the field's name. ``translation.en`` is the value
-            ``en`` of a column that holds mappings.
+            ``en`` of a column that holds mappings. A list of columns: a text of them all, one below the other. A
+            mapping under the name of a split (``test: {text: body}``): other columns in that split.
         encoding: encoding of text files.
         on_bad_row: what to do with a row that cannot be used: a line that is not JSON, is invalid in the encoding or
             does not match the pattern; a table's row with too few or too many cells; a missing column; an empty (null)
@@ -68,7 +70,13 @@ class DataModule(pl.LightningDataModule):
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
-            the end of the text if there is only one. 0: no validation.
+            the end of each text if they are few or of very different sizes. 0: no validation.
+        test_share: share of ``train`` set aside as ``test``, in the same way.
+        folds: cut ``train`` into this many random parts of equal size, one of which is ``test``: for data that are
+            scored by cross-validation.
+        fold: which of the ``folds``, from 0.
+        limit: the most rows (or documents that are joined) of each split that are used, or of those in a mapping
+            (``{train: 1000}``): random ones, and a larger limit adds to them. All rows are predicted.
         tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
         pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
         streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
@@ -99,11 +107,15 @@ class DataModule(pl.LightningDataModule):
         pattern: str | None = None,
         delimiter: str | None = None,
         column_names: list[str] | None = None,
-        columns: dict[str, str] | None = None,
+        columns: Columns | None = None,
         encoding: str = "utf-8",
         on_bad_row: OnBadRow = "error",
         documents: Literal["file", "line"] = "file",
         validation_share: float = 0.1,
+        test_share: float = 0.0,
+        folds: int | None = None,
+        fold: int = 0,
+        limit: int | dict[str, int] | None = None,
         tokenizer: Callable[[], Tokenizer] | None = None,
         pack: bool = False,
         streaming: bool = False,
@@ -120,13 +132,16 @@ class DataModule(pl.LightningDataModule):
             least = int(name in sizes)
             if value is not None and value < least:
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
-        if not 0 <= validation_share < 1:
-            raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
+        shares = Shares.checked(validation_share, test_share, folds, fold, has_test=test is not None)
+        limits = checked_limits(limit)
+        if streaming and (shares.cut_test or limits):
+            key = "data.limit" if limits else "data.folds" if folds else "data.test_share"
+            raise UserError(Problem(key, "cannot be combined with data.streaming"))
         self._folder = cache.root(cache_dir)
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
         options = Options(format, pattern, column_names, encoding, delimiter)
         self._corpus = Corpus(
-            given, source, subset, options, on_bad_row, columns, documents, validation_share, streaming, self._folder
+            given, source, subset, options, on_bad_row, columns, documents, shares, limits, streaming, self._folder
         )
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
@@ -252,6 +267,9 @@ class DataModule(pl.LightningDataModule):
             if world()[0] == 0 and text not in self._noted:
                 note(text)
             self._noted.add(text)
+        limit = self._corpus.limits.get(stage)
+        if limit and world()[0] == 0:
+            note(f"data.{stage}: at most {limit:,} rows are used (data.limit)")
         if not reader.joins:
             features = Features.read(path)
             if world()[0] == 0:

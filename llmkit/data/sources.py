@@ -24,15 +24,20 @@ SUFFIXES: dict[str, Format] = {
 
 
 def files_of(key: str, value: str | list[str]) -> list[str]:
-    """Return the sorted files of paths and glob patterns. Raises UserError when one matches nothing."""
-    found: set[str] = set()
+    """Return the sorted files of paths and glob patterns, each once however it is spelled.
+
+    Raises UserError when one matches nothing.
+    """
+    found: dict[tuple[int, int], str] = {}  # by device and inode: of two links, too, one would be trained on the other
     for path in [value] if isinstance(value, str) else value:
         path = os.path.expanduser(path)
         matches = [path] if os.path.isfile(path) else [m for m in glob.glob(path, recursive=True) if os.path.isfile(m)]
         if not matches:
             raise UserError(Problem(key, _no_file(path)))
-        found.update(matches)
-    return sorted(found)
+        for match in matches:
+            info = os.stat(match)
+            found.setdefault((info.st_dev, info.st_ino), match)
+    return sorted(found.values())
 
 
 def _no_file(path: str) -> str:
