@@ -182,6 +182,8 @@ class _Walk:
         """Check one value, and return it typed."""
         if isinstance(value, Raw):
             value = self.typed(kind, value, key)
+        elif isinstance(value, dict):
+            value = self.words(kind, value, key)
         if key in registry.FAMILY_OF and value is not None:
             return self.plugin(registry.FAMILY_OF[key], value, key)
         if value is None and nullable:
@@ -205,6 +207,20 @@ class _Walk:
         if key in registry.FAMILY_OF or _named_class(kind, value) or fits(kind, value) or not fits(kind, str(text)):
             return value
         return str(text)
+
+    def words(self, kind: Any, given: Tree, key: str) -> Tree:
+        """Return a mapping with the words of the command line in it typed: ``--data.limit.train 100``."""
+        mapping = next((item for item in (kind, *typing.get_args(kind)) if typing.get_origin(item) is dict), None)
+        if mapping is None:
+            return given
+        inner = typing.get_args(mapping)[1]
+        found = dict(given)
+        for name, value in given.items():
+            if isinstance(value, Raw):
+                found[name] = self.typed(inner, value, f"{key}.{name}")
+            elif isinstance(value, dict):
+                found[name] = self.words(inner, value, f"{key}.{name}")
+        return found
 
     def plugin(self, family: str, value: Any, key: str) -> Any:
         """Check the value of a plugin's key, in any of its forms; returns ``{class_path, init_args}``."""

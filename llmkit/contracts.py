@@ -229,6 +229,8 @@ class Head(nn.Module, ABC):
     words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
     """Fields that are encoded word by word, and what cuts a value into the pieces that are encoded: a new tokenizer is
     trained on the pieces. Such a field that is not in ``texts`` may hold a list of words as well as a text."""
+    notes: ClassVar[Mapping[str, str]] = {}
+    """Features that are 1 in rows worth a note, and what it says after ``data.train: 3 of 100 rows``."""
     kept: ClassVar[str] = "start"
     """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_bad_rows import COLUMNS, LABEL, Sentences, question, squad, table
 
 from llmkit.data.corpus import Corpus
-from llmkit.data.formats import Options
+from llmkit.data.opening import Options
+from llmkit.data.parts import Shares
 from llmkit.errors import UserError
 
 SENTENCES = [f"{letter} word {letter} \xe9\u4e2d" for letter in "abcdefgh"]
@@ -75,9 +76,8 @@ def read_rows(folder: Path, name: str, content: bytes, on_bad_row: Any) -> list[
     options = Options(given.get("format", "auto"), given.get("pattern"), given.get("column_names"))
     (folder / name).write_bytes(content)
     paths: Any = {"train": str(folder / name), "validation": None, "test": None, "predict": None}
-    corpus = Corpus(
-        paths, None, None, options, on_bad_row, given.get("columns"), given.get("documents", "file"), 0, False, folder
-    )
+    columns, documents = given.get("columns"), given.get("documents", "file")
+    corpus = Corpus(paths, None, None, options, on_bad_row, columns, documents, Shares(), {}, False, folder)
     try:
         reader = corpus.reader("train", given.get("head") or Labelling())
         reader.check()

@@ -11,7 +11,7 @@ import pytest
 from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
 
 from llmkit.data import DataModule, hub
-from llmkit.data.formats import Options
+from llmkit.data.opening import Options
 from llmkit.data.rows import Bad, Row
 from llmkit.data.sources import local
 from llmkit.errors import UserError

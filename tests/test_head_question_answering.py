@@ -311,7 +311,7 @@ def test_the_answer_is_always_a_piece_of_the_context(context: str) -> None:
 # Answers
 
 
-def test_answers_that_do_not_stand_where_they_should(capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_that_do_not_stand_where_they_should() -> None:
     head = answering()
     text = "Bob met Ann. Then Ann met Bob."
     given: list[Any] = [
@@ -326,9 +326,8 @@ def test_answers_that_do_not_stand_where_they_should(capsys: pytest.CaptureFixtu
     found = [[text.rindex("Ann")], [0], [], [26]]
     assert [[spans[w][0] for w in starts] for starts in features["starts"]] == found
     assert features["starts"] == features["ends"]
-    told = capsys.readouterr().err
-    assert "answer_start is wrong for 2 of 4 questions" in told
-    assert "1 of 4 questions have no answer in their context" in told
+    assert features["moved"] == [1, 1, 0, 0]
+    assert features["untrained"] == [0, 0, 1, 0]
     with torch.no_grad():
         metrics: dict[str, Any] = head.metrics("validation")
         batch = batch_of(head, rows, 200)

@@ -53,6 +53,61 @@ def test_another_class_takes_none_of_the_old_arguments(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
+OTHER = "data.train is another one now (command line). "
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "left", "says"),
+    [
+        (
+            "validation: v.txt, test: t.txt, pattern: '(?P<text>.*)'",
+            ("--data.train", "new.txt"),
+            {"train": "new.txt", "validation": None, "test": None, "pattern": "(?P<text>.*)"},
+            OTHER + "Left out with the old one: data.validation (x.yaml:1), data.test (x.yaml:1); set them too to keep "
+            "them. Still in force: data.pattern (x.yaml:1).",
+        ),
+        (  # in either order, and each split for itself
+            "validation: {text: v.txt}, test: t.txt",
+            ("--data.validation", "mine.txt", "--data.train", "[new.txt]", "--data.test", "t.txt"),
+            {"train": ["new.txt"], "validation": "mine.txt", "test": "t.txt"},
+            "",
+        ),
+        (
+            "validation: v.txt, encoding: latin-1",
+            ("--config", "above.yaml"),
+            {"train": "above.txt", "validation": "above.v", "encoding": "latin-1"},
+            "data.train is another one now (above.yaml). Still in force: data.encoding (x.yaml:1).",
+        ),
+        ("validation: v.txt", ("--data.train", "text.txt"), {"train": "text.txt", "validation": "v.txt"}, ""),
+        ("validation: v.txt", ("--data.train+=more.txt",), {"validation": "v.txt"}, ""),
+        ("test: t.txt", ("--data.validation", "mine.txt"), {"train": "text.txt", "test": "t.txt"}, ""),
+        (
+            "test: t.txt, validation: v.txt",
+            ("--data.source", "hub/name"),
+            {"train": None, "validation": None, "test": None, "source": "hub/name"},
+            "data.source is another one now (command line). Left out with the old one: data.train (x.yaml:1), "
+            "data.validation (x.yaml:1), data.test (x.yaml:1); set",
+        ),
+        (
+            "source: hub/name, train: train, validation: dev",
+            ("--data.train", "train[:10%]"),
+            {"train": "train[:10%]", "validation": "dev"},
+            "",
+        ),
+    ],
+)
+def test_other_training_data_leave_out_the_splits_of_the_old(
+    content: str, words: tuple[str, ...], left: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "" if "train:" in content else "train: text.txt, "
+    Path("x.yaml").write_text(f"data: {{{train}{content}}}\n")
+    Path("above.yaml").write_text("data: {train: above.txt, validation: above.v}\n")
+    data = plan("fit", ["--config", "x.yaml", *words]).config.tree["data"]
+    assert {name: data[name] for name in left} == left
+    told = capsys.readouterr().err
+    assert says in told and bool(says) == bool(told)
+
+
 @pytest.mark.parametrize("text", ["1e3", "1e-3", "010", "12:30", "no", "2024-01-01", "0x10", "[a, b]", "null"])
 def test_a_word_means_what_it_means_in_a_file(text: str) -> None:
     for key in ("model.dim", "model.dropout", "model.tie_embeddings", "trainer.max_steps"):

@@ -61,7 +61,8 @@ def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
     ``--model.attention lstm`` chooses a plugin, ``--model.attention.num_heads 2`` sets an argument of it, and
     ``--trainer.callbacks+=NAME`` appends to a list.
     """
-    for option, text in options:
+    # Other training data leave out the splits of the layers below: those that are given here come first.
+    for option, text in sorted(options, key=lambda given: given[0].startswith(("--data.train", "--data.source"))):
         key = SHORT.get(option) or option.removeprefix("--")
         if text is None:
             problems.append(Problem("", f"{COMMAND_LINE}: {option} needs a value"))

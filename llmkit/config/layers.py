@@ -14,6 +14,10 @@ Tree = dict[str, Any]
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 
+SPLITS = ("validation", "test", "predict")
+READING = ("format", "pattern", "delimiter", "column_names", "columns", "encoding")
+"""Keys of ``data`` that say how files are read."""
+
 
 class Layer(NamedTuple):
     """One source of settings."""
@@ -42,6 +46,7 @@ class Stack:
     def add(self, layer: Layer) -> None:
         """Put a layer on top; a plugin of another class replaces the whole plugin, with a note on what that drops."""
         tree = expanded(layer.tree)
+        self._leave_out_splits(tree.get("data"), layer.source)
         self.tree = self._merge(self.tree, tree, "", layer.source)
         leaves = set(_leaves(tree))
         self._places |= dict.fromkeys(leaves, layer.source)
@@ -77,10 +82,46 @@ class Stack:
                 cls = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
                 note(f"{inner} is {cls} now; {dropped} of {self.at(inner)} no longer applies")
             if isinstance(old, dict):
-                below_it = f"{plain(inner)}."
-                self._places = {k: place for k, place in self._places.items() if not k.startswith(below_it)}
+                self._forget_below(inner)
             merged[name] = value
         return merged
+
+    def _leave_out_splits(self, above: Any, source: str) -> None:
+        """Where a layer trains on other data, leave out the other splits of the layers below, with a note.
+
+        They belong to the data below: a figure measured on them would be read as one for the new data. How files are
+        read stays as it is, and the note names it. Other splits of one ``data.source`` are not other data.
+        """
+        below = self.tree.get("data")
+        if not isinstance(above, dict) or not isinstance(below, dict):
+            return
+        key = next((key for key in ("source", "train") if key in above and _changes(below.get(key), above[key])), "")
+        if not key or not (below.get("train") or below.get("source")) or (key == "train" and below.get("source")):
+            return
+        dropped = {}
+        for name in (*(("train", "subset") if key == "source" else ()), *SPLITS):
+            if below.get(name) is not None and name not in above and not self._is_from(source, f"data.{name}"):
+                dropped[name] = self.at(f"data.{name}")
+                self._forget_below(f"data.{name}")
+                self.put(f"data.{name}", None, source)
+        stays = [name for name in READING if below.get(name) not in (None, "auto", "utf-8") and name not in above]
+        stays += ["tokenizer"] if self.of("data.tokenizer").startswith("checkpoint ") else []
+        kept = {name: self.at(f"data.{name}") for name in stays if not self._is_from(source, f"data.{name}")}
+        if dropped or kept:
+            text = f"data.{key} is another one now ({source})."
+            if dropped:
+                text += f" Left out with the old one: {_with_places(dropped)}; set them too to keep them."
+            if kept:
+                text += f" Still in force: {_with_places(kept)}."
+            note(text)
+
+    def _is_from(self, source: str, key: str) -> bool:
+        """Return whether a layer of this source set a value, or a part of it."""
+        places = (place for name, place in self._places.items() if name == key or name.startswith(f"{key}."))
+        return any(place == source or place.startswith(f"{source}:") for place in places)
+
+    def _forget_below(self, key: str) -> None:
+        self._places = {name: place for name, place in self._places.items() if not name.startswith(f"{plain(key)}.")}
 
     def put(self, key: str, value: Any, place: str) -> None:
         """Set one value and its place."""
@@ -118,6 +159,16 @@ class Stack:
         place_of = problem.place_of or key
         text = str(problem._replace(key=key))
         return f"{self.at(place_of)}: {text}" if place_of else text
+
+
+def _changes(old: Any, new: Any) -> bool:
+    """Return whether a value of a higher layer is another one than that below it."""
+    new = getattr(new, "value", new)
+    return bool(old != ({**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new))
+
+
+def _with_places(keys: Mapping[str, str]) -> str:
+    return ", ".join(f"data.{name} ({place})" for name, place in keys.items())
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[str]:

@@ -116,7 +116,8 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     if problems:
         raise UserError(*dict.fromkeys(map(stack.placed, problems)))
     data = stack.tree["data"]
-    if command in ("test", "predict") and not (data[command] or data["source"]):
+    is_cut = command == "test" and (data["test_share"] or data["folds"])
+    if command in ("test", "predict") and not (data[command] or data["source"] or is_cut):
         raise UserError(f"data.{command} is not set: give --data.{command} FILE")
     passed_on = [key if value is None else f"{key}={value}" for key, value in options if PASSED_ON.match(key)]
     return Plan(command, stack, stored, passed_on)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmkit.data.progress import Step
 from llmkit.errors import Problem, UserError, note
 
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
@@ -43,7 +44,7 @@ def file_digest(path: str | Path, folder: Path) -> str:
     try:
         return memo.read_text()
     except (OSError, ValueError):
-        with open(path, "rb") as file:
+        with Step(f"hashing {path}"), open(path, "rb") as file:
             found = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     # A file changed a moment ago can change again within the resolution of its times.
     if time.time_ns() - changed > 2e9:

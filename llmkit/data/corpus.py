@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from llmkit.contracts import Head, Stage
 from llmkit.data import cache
-from llmkit.data.formats import Options
 from llmkit.data.hub import Hub
-from llmkit.data.prepare import Fields, Item, cut, measure
+from llmkit.data.opening import Options
+from llmkit.data.parts import Shares, cut, limited, measure, numbered
+from llmkit.data.prepare import Fields, Item
+from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
 from llmkit.errors import Problem, UserError
+
+Columns = dict[str, str | list[str] | dict[str, str | list[str]]]
 
 
 class Reader(NamedTuple):
@@ -55,12 +59,13 @@ class Corpus:
     subset: str | None
     options: Options
     on_bad_row: OnBadRow
-    columns: dict[str, str] | None
+    columns: Columns | None
     documents: Literal["file", "line"]
-    validation_share: float
+    shares: Shares
+    limits: dict[Stage, int]
     streaming: bool
     folder: Path
-    _sizes: dict[str | None, tuple[int, int]] = field(default_factory=dict, init=False)
+    _sizes: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def hub(self) -> Hub | None:
@@ -69,33 +74,54 @@ class Corpus:
 
     def has(self, stage: Stage) -> bool:
         """Whether there are rows for a stage."""
-        return self._given(stage) is not None or (stage == "validation" and self._shared() and self.has("train"))
+        return self._given(stage) is not None or (stage in self._parts()[1:] and self.has("train"))
 
     def reader(self, stage: Stage, head: Head) -> Reader:
         """Return the reader of a stage. Raises UserError when nothing is configured or files are missing."""
         joins = head.layout == "blocks" and stage != "predict"
-        part = self._shared() and stage in ("train", "validation")
-        source = self._source("train" if part else stage, chunks=joins and self.documents == "file")
-        fields = Fields.of(head, self.columns or {}, stage == "predict", source.single)
+        shares = self._shares()
+        part = stage in self._parts()
+        given: Stage = "train" if part else stage
+        source = self._source(given, chunks=joins and self.documents == "file")
+        fields = Fields.of(head, self._columns(given), stage == "predict", source)
         columns = [(name, column, name in fields.texts) for name, column in fields.columns.items()]
         # Files of a stream are too large to be read for a hash.
         files = [_stat(file) if self.streaming else cache.file_digest(file, self.folder) for file in source.files]
         identity: list[Any] = [files, source.identity, columns, self.on_bad_row]
         skipped = Skipped(source.key, self.on_bad_row)
-        if not part:
-            return Reader(source, partial(_sharded, source, fields, skipped), identity, joins, skipped)
-        source = replace(source, sharded=None)  # the rows set aside are the first of the whole, not of a shard
-        read = partial(_sharded, source, fields, skipped)
-        if not self.streaming:
-            share = self.validation_share
+        if part:
+            source = replace(source, sharded=None)  # the rows set aside are the first of the whole, not of a shard
+        read: Callable[..., Iterator[Item]] = partial(_sharded, source, fields, skipped)
+        if part and self.streaming:
+            return self._part_of_a_stream(stage, source, read, identity, joins, skipped)
+        if part:
             text = next((name for name in fields.columns if name in fields.texts), None) if joins else None
+            identity += [stage, astuple(shares), text is not None]
+            read = partial(self._part, read, source.key, shares, stage, text)
+        if stage in self.limits:
+            identity.append(self.limits[stage])
+            read = partial(self._limited, read, stage, joins)
+        return Reader(source, read, identity, joins, skipped)
 
-            def read_part() -> Iterator[Item]:
-                if text not in self._sizes:  # measured once for both parts
-                    self._sizes[text] = measure(read, text)
-                return cut(read, self._sizes[text], source.key, share, stage, text)
+    def _part(
+        self, read: Callable[[], Iterator[Item]], key: str, shares: Shares, stage: Stage, text: str | None
+    ) -> Iterator[Item]:
+        if text not in self._sizes:  # measured once for all parts
+            with Step(f"counting {key}") as step:
+                self._sizes[text] = measure(lambda: step.counted(read()), text)
+        return cut(read, self._sizes[text], key, shares, stage, text)
 
-            return Reader(source, read_part, [*identity, stage, share], joins, skipped)
+    def _limited(self, read: Callable[[], Iterator[Item]], stage: Stage, joins: bool) -> Iterator[Item]:
+        key = ("limit", stage, joins)
+        if key not in self._sizes:
+            with Step(f"counting data.{stage}") as step:
+                self._sizes[key] = 1 + max((n for n, _ in step.counted(numbered(read, joins))), default=-1)
+        return limited(read, self._sizes[key], self.limits[stage], joins)
+
+    @staticmethod
+    def _part_of_a_stream(
+        stage: Stage, source: Source, read: Any, identity: list[Any], joins: bool, skipped: Skipped
+    ) -> Reader:
         identity += [stage, HELD_OUT]
         if stage == "validation":
             return Reader(source, lambda: take(read(), HELD_OUT), identity, joins, skipped)
@@ -105,12 +131,35 @@ class Corpus:
             raise UserError(Problem(source.key, text))
         return Reader(source, partial(read, skip=size), identity, joins, skipped)
 
-    def _shared(self) -> bool:
-        """Whether the rows of ``train`` are shared between training and validation."""
-        return self._given("validation") is None and self.validation_share > 0
+    def _columns(self, stage: Stage) -> dict[str, str | list[str]]:
+        """Return the columns of a stage: those of all stages, and those that are given for this one."""
+        found: dict[str, str | list[str]] = {}
+        own: dict[str, str | list[str]] = {}
+        for name, value in (self.columns or {}).items():
+            if not isinstance(value, dict):
+                found[name] = value
+            elif name not in get_args(Stage):
+                text = f"a mapping is for a split ({', '.join(get_args(Stage))}), '{name}' is none"
+                raise UserError(Problem("data.columns", text))
+            elif name == stage:
+                own = value
+        return found | own
+
+    def _shares(self) -> Shares:
+        """Return the shares of ``train`` that are in use."""
+        return self.shares if self._given("validation") is None else replace(self.shares, validation=0.0)
+
+    def _parts(self) -> tuple[Stage, ...]:
+        """Return the stages that share the rows of ``train``, itself first; none if it is not shared."""
+        shares = self._shares()
+        found: list[Stage] = ["validation"] if shares.validation else []
+        found += ["test"] if self.shares.cut_test else []
+        return ("train", *found) if found else ()
 
     def _given(self, stage: Stage) -> Files:
         given = self.given[stage]
+        if stage == "test" and self.shares.cut_test:
+            return None
         return stage if given is None and self.hub is not None and stage in self.hub.splits else given
 
     def _source(self, stage: Stage, chunks: bool) -> Source:

@@ -11,6 +11,7 @@ from llmkit.contracts import Head, Tokenizer
 from llmkit.data import cache, identity
 from llmkit.data.corpus import Reader
 from llmkit.data.prepare import Column, texts
+from llmkit.data.progress import Step
 from llmkit.errors import Problem, UserError, blame, returned
 
 
@@ -21,8 +22,8 @@ def train_tokenizer(
 
     def write(path: Path) -> None:
         reader.check()
-        with blame("data.tokenizer"):
-            tokenizer.train(texts(reader.read, head))
+        with blame("data.tokenizer"), Step("training the tokenizer") as step:
+            tokenizer.train(texts(lambda: step.counted(reader.read()), head))
         cache.write_text(path / "state.json", tokenizer.to_state())
 
     try:
@@ -46,7 +47,8 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
         reader.check()
         place: list[str] = []
         try:
-            head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
+            with Step(f"reading {reader.source.key} for the head"):
+                head.learn({name: Column(reader.read, name, place) for name in (*head.inputs, *head.targets)})
         except UserError as error:
             raise UserError(Problem(reader.source.key, ": ".join([*place, str(error)]))) from error
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Callable
 from itertools import chain, islice
@@ -10,17 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from tqdm import tqdm  # type: ignore[import-untyped]
+import numpy as np
 
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache, identity
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
-from llmkit.data.corpus import Corpus
+from llmkit.data.corpus import Columns, Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
-from llmkit.data.formats import Format, Options
 from llmkit.data.learn import learn_head, train_tokenizer
+from llmkit.data.opening import Format, Options
+from llmkit.data.parts import Shares, checked_limits
 from llmkit.data.prepare import Encoder, with_text
+from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
 from llmkit.data.stream import SAMPLE, Stream, take
@@ -48,14 +49,18 @@ class DataModule(pl.LightningDataModule):
         source: a data set for Hugging Face ``datasets``: its name on the hub, or a folder. The splits default to
             ``train``, ``validation`` and ``test``, where it has them.
         subset: which configuration of ``source``.
-        format: how files are read; ``auto`` goes by the suffix (unknown ones are text), or is ``lines`` with a
-            ``pattern``. Cells of CSV and TSV are strings; TSV has no quoting. JSON: one object per line, or one list.
+        format: how files are read; ``auto`` goes by the suffix, that of a compressed file before ``.gz``, ``.bz2``,
+            ``.xz``, ``.zst`` or ``.zip``; other files are text, or ``lines`` with a ``pattern``. Cells of CSV
+            and TSV are strings; TSV has no quoting. JSON: one object per line, or one list.
             ``conll``: a word per line with its tag, an empty line after each sentence; the columns are lists.
             ``squad``: questions about paragraphs in SQuAD's JSON, with the columns of the hub's ``squad``.
         pattern: regular expression that a whole line of format ``lines`` or ``conll`` must match; its named groups are
             the columns. Without it, column ``tokens`` is the first field of a ``conll`` line, ``tags`` the last one.
+        delimiter: the character between the cells of CSV; None: a comma.
         column_names: the columns of CSV or TSV files without a header.
-        columns: the column of each of the head's fields; default: the field's name.
+        columns: the column of each of the head's fields; default: the field's name. ``translation.en`` is the value
+            ``en`` of a column that holds mappings. A list of columns: a text of them all, one below the other. A
+            mapping under the name of a split (``test: {text: body}``): other columns in that split.
         encoding: encoding of text files.
         on_bad_row: what to do with a row that cannot be used: a line that is not JSON, is invalid in the encoding or
             does not match the pattern; a table's row with too few or too many cells; a missing column; an empty (null)
@@ -65,7 +70,13 @@ class DataModule(pl.LightningDataModule):
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
-            the end of the text if there is only one. 0: no validation.
+            the end of each text if they are few or of very different sizes. 0: no validation.
+        test_share: share of ``train`` set aside as ``test``, in the same way.
+        folds: cut ``train`` into this many random parts of equal size, one of which is ``test``: for data that are
+            scored by cross-validation.
+        fold: which of the ``folds``, from 0.
+        limit: the most rows (or documents that are joined) of each split that are used, or of those in a mapping
+            (``{train: 1000}``): random ones, and a larger limit adds to them. All rows are predicted.
         tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
         pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
         streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
@@ -94,12 +105,17 @@ class DataModule(pl.LightningDataModule):
         subset: str | None = None,
         format: Format = "auto",
         pattern: str | None = None,
+        delimiter: str | None = None,
         column_names: list[str] | None = None,
-        columns: dict[str, str] | None = None,
+        columns: Columns | None = None,
         encoding: str = "utf-8",
         on_bad_row: OnBadRow = "error",
         documents: Literal["file", "line"] = "file",
         validation_share: float = 0.1,
+        test_share: float = 0.0,
+        folds: int | None = None,
+        fold: int = 0,
+        limit: int | dict[str, int] | None = None,
         tokenizer: Callable[[], Tokenizer] | None = None,
         pack: bool = False,
         streaming: bool = False,
@@ -116,17 +132,16 @@ class DataModule(pl.LightningDataModule):
             least = int(name in sizes)
             if value is not None and value < least:
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
-        if not 0 <= validation_share < 1:
-            raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
-        try:
-            codecs.lookup(encoding)
-        except LookupError as error:
-            raise UserError(Problem("data.encoding", f"{error}")) from error
+        shares = Shares.checked(validation_share, test_share, folds, fold, has_test=test is not None)
+        limits = checked_limits(limit)
+        if streaming and (shares.cut_test or limits):
+            key = "data.limit" if limits else "data.folds" if folds else "data.test_share"
+            raise UserError(Problem(key, "cannot be combined with data.streaming"))
         self._folder = cache.root(cache_dir)
         given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
-        options = Options(format, pattern, column_names, encoding)
+        options = Options(format, pattern, column_names, encoding, delimiter)
         self._corpus = Corpus(
-            given, source, subset, options, on_bad_row, columns, documents, validation_share, streaming, self._folder
+            given, source, subset, options, on_bad_row, columns, documents, shares, limits, streaming, self._folder
         )
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
@@ -233,8 +248,8 @@ class DataModule(pl.LightningDataModule):
         def write(folder: Path) -> None:
             blank: list[int] = []
             refused = Skipped(reader.source.key, reader.skipped.policy)
-            with tqdm(desc=f"encoding {stage}", unit=" rows", delay=2, disable=None, leave=False) as bar:
-                groups = encoder.groups(with_text(reader.read(), blank), refused, bar.update)
+            with Step(f"encoding data.{stage}") as step:
+                groups = encoder.groups(with_text(reader.read(), blank), refused, step.advance)
                 first = list(islice(groups, 1))
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
@@ -259,12 +274,19 @@ class DataModule(pl.LightningDataModule):
             if world()[0] == 0 and text not in self._noted:
                 note(text)
             self._noted.add(text)
+        limit = self._corpus.limits.get(stage)
+        if limit and world()[0] == 0:
+            note(f"data.{stage}: at most {limit:,} rows are used (data.limit)")
         if not reader.joins:
             features = Features.read(path)
             if world()[0] == 0:
                 note_truncated(
                     head, features.values.get("truncated"), features.count, self._context, f" in data.{stage}"
                 )
+                for name, text in head.notes.items():
+                    marked = int(features.values.get(name, np.zeros(1)).sum())
+                    if marked:
+                        note(f"data.{stage}: {marked:,} of {features.count:,} rows {text}")
             return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from llmkit.contracts import Head, Stage, Tokenizer
-from llmkit.data.formats import shortened
-from llmkit.data.rows import Bad, RawRows, Row, Skipped, flaw
+from llmkit.contracts import Head, Tokenizer
+from llmkit.data.opening import shortened
+from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
 from llmkit.data.tokens import Piece
 from llmkit.errors import Problem, UserError, nearest, place, returned
 
 GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
+MISSING = object()  # the value of a column that a row does not have
 
 
 class Item(NamedTuple):
@@ -37,26 +36,29 @@ Progress = Callable[[int], Any]
 class Fields:
     """The head's fields that are read, and the column of each."""
 
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | list[str]]
     texts: frozenset[str]
     words: frozenset[str]
     predict: bool
+    advice: str = ""
 
     @classmethod
-    def of(cls, head: Head, columns: Mapping[str, str], predict: bool, single: bool) -> Fields:
+    def of(cls, head: Head, columns: Mapping[str, str | list[str]], predict: bool, source: Source) -> Fields:
         """Return the fields of a head, without targets when predicting. Raises UserError for unknown ``columns``.
 
-        If the rows are plain text (``single``), their column serves as the only field that a head asks for.
+        If the rows of ``source`` are plain text, their column serves as the only field that a head asks for.
         """
         known = tuple(dict.fromkeys((*head.inputs, *head.targets)))
         for name in columns:
             if name not in known:
                 hint = f"{nearest(name, known)} Fields: {', '.join(known)}."
                 raise UserError(Problem("data.columns", f"the head has no field '{name}'.{hint}"))
+            if not isinstance(columns[name], str) and name not in head.texts:
+                raise UserError(Problem(f"data.columns.{name}", "is not a text: it is read from one column"))
         needed = head.inputs if predict else known
-        plain_text = single and len(needed) == 1
+        plain_text = source.single and len(needed) == 1
         found = {name: "text" if plain_text else columns.get(name, name) for name in needed}
-        return cls(found, frozenset(head.texts), frozenset(head.words), predict)
+        return cls(found, frozenset(head.texts), frozenset(head.words), predict, source.advice)
 
     def items(self, rows: RawRows, skipped: Skipped) -> Iterator[Item]:
         """Yield rows with the head's fields; those that are bad or lack a field are added to ``skipped``."""
@@ -78,22 +80,28 @@ class Fields:
             skipped.seen += 1
 
     def _fields(self, row: Row) -> dict[str, Any] | Bad:
-        fields = {}
-        for name, column in self.columns.items():
-            if column not in row.data:
-                hint = f"Columns: {shortened(row.data) or '(none)'}. data.columns names those to read."
-                missing = f"has no column '{column}' for the head's field '{name}'.{nearest(column, row.data)} {hint}"
-                return Bad(missing, row.file, row.number)
-            value = row.data[column]
+        fields: dict[str, Any] = {}
+        pairs = ((name, column) for name, given in self.columns.items() for column in _listed(given))
+        for name, column in pairs:
+            value = _value(row.data, column)
+            if value is MISSING:
+                known = _columns(row.data)
+                meant = nearest(column, known)
+                hint = f"Columns: {shortened(known) or '(none)'}. data.columns names those to read."
+                missing = f"has no column '{column}' for the head's field '{name}'.{meant} {hint}"
+                return Bad(missing if meant else missing + self.advice, row.file, row.number)
             problem = flaw(value) if isinstance(value, str) else self._problem(name, value)
             if problem:
                 return Bad(f"{problem} in column '{column}'", row.file, row.number)
-            # A text may be a list of paragraphs.
-            fields[name] = "\n".join(value) if name in self.texts and isinstance(value, list) else value
+            # A text may be a list of paragraphs, and come from several columns.
+            value = "\n".join(value) if name in self.texts and isinstance(value, list) else value
+            fields[name] = f"{fields[name]}\n{value}" if name in fields else value
         return fields
 
     def _problem(self, name: str, value: Any) -> str | None:
         """Return what is wrong with the value of a field that is not a string."""
+        if value is REPEATED:
+            return "has more than one value"
         if value is None:
             return "has an empty cell (null)"
         parts = value if isinstance(value, list) else [value]
@@ -104,54 +112,30 @@ class Fields:
         return flaw("".join(strings))
 
 
+def _listed(columns: str | list[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else columns
+
+
+def _value(data: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column; ``translation.en`` is also the value ``en`` of the mapping ``translation``."""
+    if column in data:
+        return data[column]
+    outer, dot, inner = column.partition(".")
+    nested = data.get(outer)
+    return _value(nested, inner) if dot and isinstance(nested, Mapping) else MISSING
+
+
+def _columns(data: Mapping[str, Any]) -> list[str]:
+    """Return the names of a row's columns, those of nested mappings dotted."""
+    names = []
+    for name, value in data.items():
+        names += [f"{name}.{inner}" for inner in _columns(value)] if isinstance(value, Mapping) else [name]
+    return names
+
+
 def num_characters(item: Item) -> int:
     """Return the number of characters in the texts of an item."""
     return sum(len(value) for value in item.fields.values() if isinstance(value, str))
-
-
-def measure(read: ReadItems, text: str | None) -> tuple[int, int]:
-    """Return the number of documents of a split, and of the characters in field ``text``."""
-    count = size = 0
-    for item in read():
-        count = item.document + 1
-        size += len(item.fields[text]) if text else 0
-    return count, size
-
-
-def cut(
-    read: ReadItems, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None
-) -> Iterator[Item]:
-    """Yield the training or the validation part of a split that serves as both.
-
-    Of several documents (or rows), validation gets a random share, at least one, the same for every ``data.seed``. Of
-    a single text it gets the last share of the characters: 0.1 of 50 characters are the last 5.
-
-    Args:
-        read: reads the whole split.
-        size: what ``measure`` returned for it.
-        key: the config key of the split. Raises UserError for it when the split is a single row.
-        share: the share of the validation part.
-        part: the part to yield.
-        text: the field that is a text which can be cut; None: rows cannot be cut.
-    """
-    count, length = size
-    if count == 1 and text:
-        border = int(length * (1 - share))
-        begin, end = (0, border) if part == "train" else (border, length)
-        at = 0  # where the text of this item begins
-        for item in read():
-            piece = item.fields[text][max(0, begin - at) : max(0, end - at)]
-            at += len(item.fields[text])
-            if piece:
-                yield item._replace(fields={**item.fields, text: piece}, document=0)
-        return
-    if count == 1:
-        raise UserError(Problem(key, "has one row only, none is left for validation. Set data.validation."))
-    chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng(0).permutation(count)[: max(0, min(max(1, round(count * share)), count - 1))]] = True
-    for item in read():
-        if chosen[item.document] == (part == "validation"):
-            yield item
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ SHOWN = 3  # bad rows that a note names
 GIVE_UP = 10_000  # bad rows without a single good one: no need to read on
 
 
+REPEATED = object()
+"""The value of a column that a row has more than once."""
+
+
 class Row(NamedTuple):
     """One row as it was read, and its place."""
 
@@ -55,6 +59,7 @@ class Source:
     files: list[str] = field(default_factory=list)  # cached results depend on their contents
     identity: Any = None  # and on this
     sharded: Callable[[int, int], RawRows] | None = None  # (shard, shards): the source can split itself
+    advice: str = ""  # what may help when a column is missing
 
 
 @dataclass

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.formats import READERS, Format, Options, open_text
+from llmkit.data.formats import READERS
+from llmkit.data.opening import UNREADABLE, Format, Options, inner_name, lines, shortened
 from llmkit.data.rows import Bad, RawRows, Row, Source, flaw
 from llmkit.errors import Problem, UserError
 
@@ -23,15 +24,28 @@ SUFFIXES: dict[str, Format] = {
 
 
 def files_of(key: str, value: str | list[str]) -> list[str]:
-    """Return the sorted files of paths and glob patterns. Raises UserError when one matches nothing."""
-    found: set[str] = set()
+    """Return the sorted files of paths and glob patterns, each once however it is spelled.
+
+    Raises UserError when one matches nothing.
+    """
+    found: dict[tuple[int, int], str] = {}  # by device and inode: of two links, too, one would be trained on the other
     for path in [value] if isinstance(value, str) else value:
         path = os.path.expanduser(path)
         matches = [path] if os.path.isfile(path) else [m for m in glob.glob(path, recursive=True) if os.path.isfile(m)]
         if not matches:
-            raise UserError(Problem(key, f"no file '{path}'{_data_hint(path)}"))
-        found.update(matches)
-    return sorted(found)
+            raise UserError(Problem(key, _no_file(path)))
+        for match in matches:
+            info = os.stat(match)
+            found.setdefault((info.st_dev, info.st_ino), match)
+    return sorted(found.values())
+
+
+def _no_file(path: str) -> str:
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
+        inside = f"; '{os.path.join(path, '*')}' reads its files ({shortened(names)})" if names else " without files"
+        return f"'{path}' is a folder{inside}"
+    return f"no file '{path}'{_data_hint(path)}"
 
 
 def _data_hint(path: str) -> str:
@@ -64,49 +78,60 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
         identity: list[Any] = [list(columns), options.encoding]
     else:
         files = files_of(key, value)
-        formats = [_format_of(path, options) for path in files]
+        formats = [_format_of(key, path, options) for path in files]
         if "lines" in formats and options.pattern is None:
             text = "'lines' needs data.pattern, a regular expression with named groups"
             raise UserError(Problem("data.format", text))
+        if options.delimiter is not None and "csv" not in formats:
+            text = f"is for files of format csv, and {shortened(files)} are read as {', '.join(sorted(set(formats)))}"
+            raise UserError(Problem("data.delimiter", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
-        identity = [formats, options.pattern, options.column_names, options.encoding, options.chunks]
+        identity = [
+            *(formats, options.pattern, options.delimiter, options.column_names, options.encoding, options.chunks)
+        ]
     names = [Path(path).name for path in files]
-    return Source(key, names, partial(_read, key, readers), set(formats) == {"text"}, files, [names, *identity])
+    advice = ""
+    if {"csv", "tsv"} & set(formats) and options.column_names is None:
+        advice = " For a file without a header data.column_names names all of them."
+    if options.pattern is not None and not {"lines", "conll"} & set(formats):
+        advice += f" data.pattern is not used for {formats[0]}; data.format: lines reads any file by it."
+    single = set(formats) == {"text"}
+    return Source(key, names, partial(_read, key, readers), single, files, [names, *identity], advice=advice)
 
 
-def _format_of(path: str, options: Options) -> Format:
+def _format_of(key: str, path: str, options: Options) -> Format:
+    """Return the format of a file: the one that is set, or by its suffix, or lines if there is a pattern."""
     if options.format != "auto":
         return options.format
-    if options.pattern is not None:
-        return "lines"
-    return SUFFIXES.get(Path(path).suffix.lower(), "text")
+    with _reported(key, path):
+        suffix = Path(inner_name(path)).suffix.lower()
+    return SUFFIXES.get(suffix, "text" if options.pattern is None else "lines")
 
 
 def _read(key: str, readers: dict[str, Callable[[], RawRows]]) -> RawRows:
     """Yield the rows of each file. Raises UserError, in one line, for whatever a reader raises."""
     for path, reader in readers.items():
-        try:
+        with _reported(key, path):
             yield from reader()
-        except (OSError, ValueError, LookupError, RecursionError) as error:
-            text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
-            raise UserError(Problem(key, " ".join(text.split()))) from error
+
+
+@contextmanager
+def _reported(key: str, path: str) -> Iterator[None]:
+    """Raise UserError, in one line, for what is raised because of a file."""
+    try:
+        yield
+    except UNREADABLE as error:
+        text = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+        raise UserError(Problem(key, " ".join(text.split()))) from error
 
 
 def _parallel(columns: dict[str, str], options: Options) -> RawRows:
     """Yield a row for each line of files whose lines belong together; it is bad if any of its lines is."""
     paths = list(columns.values())
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_text(path, options)) for path in paths]
-        for number, lines in enumerate(zip_longest(*files), 1):
-            if None in lines:
-                counts = ", ".join(f"{path}: {_num_lines(path, options)}" for path in paths)
-                raise UserError(f"parallel files have unequal numbers of lines ({counts})")
-            flaws = ((flaw(line, options.encoding), path) for line, path in zip(lines, paths, strict=True))
-            bad = next((Bad(wrong, path, number) for wrong, path in flaws if wrong), None)
-            data = {name: line.rstrip("\n") for name, line in zip(columns, lines, strict=True)}
-            yield bad or Row(data, paths[0], number)
-
-
-def _num_lines(path: str, options: Options) -> int:
-    with open_text(path, options) as file:
-        return sum(1 for _ in file)
+    for number, parts in enumerate(zip_longest(*(lines(path, options) for path in paths)), 1):
+        if None in parts:
+            counts = ", ".join(f"{path}: {sum(1 for _ in lines(path, options))}" for path in paths)
+            raise UserError(f"parallel files have unequal numbers of lines ({counts})")
+        flaws = ((flaw(line, options.encoding), path) for line, path in zip(parts, paths, strict=True))
+        bad = next((Bad(wrong, path, number) for wrong, path in flaws if wrong), None)
+        yield bad or Row(dict(zip(columns, parts, strict=True)), paths[0], number)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
-from llmkit.errors import UserError, note
+from llmkit.errors import UserError
 from llmkit.ops.metrics import Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.words import Span, by_character, encode, means, pieces, words
@@ -58,6 +58,11 @@ class QuestionAnswering(Head):
     texts = ("question", "context")
     words: ClassVar = {"question": _pieces, "context": _pieces}
     monitor = ("f1", "max")
+    notes: ClassVar = {
+        "moved": "have a wrong answer_start: their answers were found elsewhere in the context",
+        "untrained": "have no answer in their context, or one that fits into no window: not trained on, but counted in "
+        "scores",
+    }
 
     def __init__(
         self,
@@ -86,7 +91,8 @@ class QuestionAnswering(Head):
         and ``sizes``, the number of ids of each of them; ``matches``: see ``_matches``. ``windows``: first word and
         word after the last one of each window. The candidates for first and last word are the words of the first
         window, then those of the second and so on: ``starts`` and ``ends`` are those that begin and end an answer.
-        ``question``, ``text`` (the context) and ``answers`` (JSON) are texts.
+        ``question``, ``text`` (the context) and ``answers`` (JSON) are texts. ``moved`` and ``untrained`` are 1 where
+        ``notes`` say so.
         """
         spans = [_spans(context) for context in rows["context"]]
         asked = encode(tokenizer, [_pieces(question) for question in rows["question"]])
@@ -132,9 +138,8 @@ class QuestionAnswering(Head):
     def _add_answers(
         self, features: dict[str, list[Any]], rows: Mapping[str, list[Any]], spans: list[list[Span]]
     ) -> None:
-        """Add the answers as text and as candidates; note those that are not where they should be."""
-        features |= {"starts": [], "ends": [], "answers": []}
-        moved = untrained = 0
+        """Add the answers as text and as candidates, and mark those that are not where they should be."""
+        features |= {name: [] for name in ("starts", "ends", "answers", "moved", "untrained")}
         for text, given, places, windows in zip(
             rows["context"], rows["answers"], spans, features["windows"], strict=True
         ):
@@ -152,17 +157,12 @@ class QuestionAnswering(Head):
                         starts.add(before + first - a)
                         ends.add(before + last - a)
                     before += b - a
-            moved += any(begin not in (None, start) for begin, (_, start) in zip(found, answers, strict=True))
-            untrained += not starts
+            moved = any(begin not in (None, start) for begin, (_, start) in zip(found, answers, strict=True))
+            features["moved"].append(int(moved))
+            features["untrained"].append(int(not starts))
             features["starts"].append(sorted(starts))
             features["ends"].append(sorted(ends))
             features["answers"].append(json.dumps([answer for answer, _ in answers]))
-        of = f"of {len(spans):,} questions"
-        if moved:
-            note(f"answer_start is wrong for {moved:,} {of}: their answers were found elsewhere in the context")
-        if untrained:
-            why = "have no answer in their context, or one that fits into no window"
-            note(f"{untrained:,} {of} {why}: not trained on, but counted in scores")
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return a batch of Q questions with at most K candidates.

@@ -1,0 +1,76 @@
+"""Word of a long step of the preparation: what is being done, how far it is, and for how long."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from llmkit.data.batches import world
+from llmkit.errors import note
+
+FIRST, NEXT = 2.0, 0.5  # seconds until the first line, and between two on a terminal
+LOGGED = 10.0  # seconds between the first two lines elsewhere (a log file); the time doubles with each line
+
+Thing = TypeVar("Thing")
+
+
+class Step:
+    """A step that may take long, as a context: after two seconds, lines on stderr say so.
+
+    They come from a thread of their own, because a tokenizer is trained in one long call of compiled code.
+
+    Args:
+        what: what is done, ``training the tokenizer``.
+        unit: what is counted.
+    """
+
+    def __init__(self, what: str, unit: str = "rows") -> None:
+        self.what, self.unit, self.count = what, unit, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Step:
+        """Begin."""
+        self._begun = time.monotonic()
+        if world()[0] == 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def advance(self, count: int = 1) -> None:
+        """Count what has been done."""
+        self.count += count
+
+    def counted(self, items: Iterable[Thing]) -> Iterator[Thing]:
+        """Yield items and count them."""
+        for item in items:
+            self.count += 1
+            yield item
+
+    def _watch(self) -> None:
+        if self._over.wait(FIRST):
+            return
+        if sys.stderr.isatty():
+            with tqdm(desc=self.what, unit=f" {self.unit}", leave=False) as bar:
+                bar.start_t -= FIRST
+                while not self._over.wait(NEXT):
+                    bar.update(self.count - bar.n)
+                    bar.refresh()
+            return
+        pause = LOGGED
+        while True:
+            done = f", {self.count:,} {self.unit}" if self.count else ""
+            note(f"{self.what}{done}, {time.monotonic() - self._begun:.0f} s")
+            if self._over.wait(pause):
+                return
+            pause *= 2

@@ -1,0 +1,66 @@
+"""What the preparation says: word of long steps, and notes that count all rows of a split."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from data_fakes import CharTokenizer, Labelling, bound
+
+from llmkit.contracts import Tokenizer
+from llmkit.data import prepare, progress
+
+
+class Slow(CharTokenizer):
+    """Takes a while, like a tokenizer that is trained in compiled code."""
+
+    def train(self, texts: Any) -> None:
+        super().train(texts)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_long_steps_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tty: bool
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "a,x\n" * 20)
+    settings: Any = {"train": str(path), "validation_share": 0.25, "tokenizer": Slow}
+    bound(Labelling(), 8, tmp_path / "first", **settings)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    monkeypatch.setattr(progress, "NEXT", 0.01)
+    monkeypatch.setattr(progress, "LOGGED", 10)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
+    bound(Labelling(), 8, tmp_path / "second", **settings)
+    said = capsys.readouterr().err
+    if tty:
+        assert "training the tokenizer: 15 rows" in said and said.rstrip(" ").endswith("\r")
+    else:
+        assert "llmkit: note: training the tokenizer, 15 rows, 0 s\n" in said
+        assert said.count("training") == 1  # the next line comes much later
+
+
+class Marking(Labelling):
+    """Marks the rows whose text is ``b``."""
+
+    notes: ClassVar = {"marked": "are marked"}
+
+    def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
+        found = super().encode(rows, tokenizer, max_length)
+        return {**found, "marked": [int(text == "b") for text in rows["text"]]}
+
+
+def test_notes_count_the_whole_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "GROUP", 10)
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "a,x\nb,x\n" * 30)
+    for _ in range(2):  # encoded, then from the cache
+        bound(Marking(), 8, tmp_path, train=str(path), validation_share=0)
+        assert capsys.readouterr().err == "llmkit: note: data.train: 30 of 60 rows are marked\n"
