@@ -23,7 +23,7 @@ from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
 from llmkit.run.progress import Progress
-from llmkit.run.report import report_evaluation, report_fit, write_predictions
+from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
@@ -134,6 +134,8 @@ class CLI(LightningCLI):
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [LambdaCallback(on_train_start=validate_last_step), GracefulShutdown(), throughput]
+        if self.command == "predict":
+            own.append(Predictions())
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
@@ -194,7 +196,7 @@ class CLI(LightningCLI):
 
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
-        write_predictions(self.trainer, self.trainer.predict(model, **kwargs) or [])
+        self.trainer.predict(model, return_predictions=False, **kwargs)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import chain, zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import distributed
 
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
-from llmkit.run.saving import run_folder
+from llmkit.run.saving import run_folder, write_whole
 from llmkit.sequence import on_device
 
 
@@ -59,15 +61,35 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
     print(f"  results: {folder / 'results.json'}", flush=True)
 
 
-def write_predictions(trainer: pl.Trainer, batches: list[Any]) -> None:
-    """Write one JSON line per answer to ``predictions.jsonl`` in the run folder."""
-    if not trainer.is_global_zero:
-        return
-    path = run_folder(trainer) / "predictions.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for batch in batches for answer in batch)
-    print(f"predictions: {path}")
+class Predictions(pl.Callback):
+    """Writes one JSON line per row to ``predictions.jsonl`` in the run folder, in the order of the rows.
+
+    Of several processes each predicts every so many batches; the first process writes the answers of all.
+    """
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin without answers."""
+        self._batches: list[str] = []
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *rest: Any
+    ) -> None:
+        """Take the answers to a batch."""
+        self._batches.append("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in outputs))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        ranks: list[Any] = [self._batches]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size if trainer.is_global_zero else []
+            distributed.gather_object(self._batches, ranks or None)
+        if not trainer.is_global_zero:
+            return
+        # Batch n was given to process n % size.
+        lines = "".join(chain.from_iterable(zip_longest(*ranks, fillvalue="")))
+        path = run_folder(trainer) / "predictions.jsonl"
+        write_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
+        print(f"predictions: {path}")
 
 
 def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> None:
