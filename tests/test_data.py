@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 
 from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, batches, cache
-from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder
+from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder, evenly
 from llmkit.data.examples import Examples, Features
 from llmkit.data.tokens import Blocks, Order, best_fit, split_batches
 from llmkit.errors import UserError
@@ -59,6 +60,11 @@ def evaluated(data: DataModule) -> Loader:
     return loader
 
 
+def in_order(loader: Loader) -> list[Any]:
+    """Return the batches of an evaluation as they were sorted, before they were spread."""
+    return [batch for _, batch in sorted(zip(evenly(len(loader)), loader, strict=True), key=lambda pair: pair[0])]
+
+
 def everything(loader: Any, key: str = "ids") -> list[Any]:
     return [row for batch in loader for row in batch[key].tolist()]
 
@@ -72,7 +78,7 @@ def test_evaluation_blocks_hold_every_target_once(tmp_path: Path, length: int) -
     path = write(tmp_path / "a.txt", text)
     data = bound(Joining(), 8, tmp_path, train=path, validation=path, batch_size=3)
     ids, targets = [], []
-    for batch in evaluated(data):
+    for batch in in_order(evaluated(data)):
         assert batch["ids"].shape[1] == 8
         assert batch["ids"].dtype == batch["targets"].dtype == torch.int64
         assert len(batch["ids"]) <= 3
@@ -351,9 +357,63 @@ def test_an_epoch_holds_every_example_once(tmp_path: Path, settings: dict[str, A
     assert {len(rows) for order in orders for rows in order} != {1}
     found = everything(evaluated(data))
     assert sorted([i for i in ids if i != PAD] for ids in found) == sorted(row[:-1] for row in expected)
-    widths = [batch["ids"].shape[1] for batch in evaluated(data)]
+    widths = [batch["ids"].shape[1] for batch in in_order(evaluated(data))]
     assert widths[0] == 40
     assert widths == sorted(widths, reverse=True)
+
+
+def examples_of(lengths: Any, batch_size: int = 32, batch_tokens: int | None = None) -> Examples:
+    features = Features.of([{"ids": [[7] * length for length in lengths], "length": list(lengths)}])
+    return Examples(features, Labelling(), CharTokenizer("ab"), batch_size, batch_tokens)
+
+
+def padding(lengths: Any, order: Any) -> float:
+    """Return the share of padding in batches."""
+    wide = sum(max(lengths[row] for row in batch) * len(batch) for batch in order)
+    return 1 - float(sum(lengths) / wide)
+
+
+@pytest.mark.parametrize(("rows", "batch_tokens"), [(4000, None), (4000, 3000), (300, None), (300, 2000)])
+def test_rows_meet_other_rows_in_each_epoch(rows: int, batch_tokens: int | None) -> None:
+    """With lengths like those of dialogues, which are rarely equal; sorting alone brings 52 to 78 % together again."""
+    lengths = [int(n) for n in np.random.default_rng(0).lognormal(4.5, 0.6, rows)]
+    examples = examples_of(lengths, batch_tokens=batch_tokens)
+    epochs = [list(examples.training_order(np.random.default_rng([0, epoch]))) for epoch in range(12)]
+    assert {len(found) for found in epochs} == {examples.num_batches}
+    pairs = again = 0
+    for found, following in itertools.pairwise(epochs):
+        assert sorted(np.concatenate(found).tolist()) == list(range(rows))
+        if batch_tokens:
+            assert all(max(lengths[row] for row in b) * len(b) <= batch_tokens for b in found)
+        else:
+            assert sorted(map(len, found))[1:] == [32] * (len(found) - 1)  # one is not full, not always the same
+        where = {row: number for number, batch in enumerate(following) for row in batch.tolist()}
+        for batch in found:
+            pairs += len(batch) * (len(batch) - 1)
+            again += sum(n * (n - 1) for n in Counter(where[row] for row in batch.tolist()).values())
+    assert again / pairs < 0.3
+    shuffled = np.split(np.random.default_rng(0).permutation(rows), range(32, rows, 32))
+    assert padding(lengths, epochs[0]) < padding(lengths, examples.evaluation_order()) + (0.05 if rows > 300 else 0.2)
+    assert padding(lengths, epochs[0]) < 0.75 * padding(lengths, shuffled)
+
+
+def test_the_first_batches_of_an_evaluation_represent_all(tmp_path: Path) -> None:
+    """So that ``limit_val_batches`` measures nearly the same: lengths and labels of rows, places in a text."""
+    lengths = np.random.default_rng(0).integers(1, 60, 900).tolist()
+    order = EvaluationOrder(examples_of(lengths, 8).evaluation_order)
+    for count in (5, 10, 30):
+        rows = np.concatenate(list(itertools.islice(order, count)))
+        assert np.mean([lengths[row] for row in rows]) == pytest.approx(np.mean(lengths), rel=0.15)
+    # Rows of equal length do not come in the order of the file, which may be sorted by label.
+    equal = np.concatenate(list(itertools.islice(EvaluationOrder(examples_of([5] * 800, 8).evaluation_order), 10)))
+    assert 0.3 < np.mean(equal < 400) < 0.7
+    path = write(tmp_path / "a.txt", prose(4000))
+    starts: Any = EvaluationOrder(
+        bound(Joining(), 8, tmp_path, train=path, validation=path).split("validation").evaluation_order
+    )
+    assert np.mean(np.concatenate(list(itertools.islice(starts, 5)))) == pytest.approx(2000, rel=0.15)
+    for count in (1, 2, 10, 97):
+        assert sorted(evenly(count)) == list(range(count))
 
 
 def test_a_row_longer_than_batch_tokens_comes_alone(tmp_path: Path) -> None:
@@ -401,7 +461,7 @@ def test_translation_is_padded_little_and_fast(tmp_path: Path, data_folder: Call
         assert time.process_time() - start < 2
         parts = [batch[name] for batch in found for name in ("source", "target")]
         assert sum(len(batch["source"]) for batch in found) == 29_000
-        assert sum(int((part == PAD).sum()) for part in parts) / sum(part.numel() for part in parts) < 0.06
+        assert sum(int((part == PAD).sum()) for part in parts) / sum(part.numel() for part in parts) < 0.08
 
 
 SPECIAL_WORD = 7

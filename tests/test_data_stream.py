@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from data_fakes import CharTokenizer, Joining, Labelling, Recorder, bound, trainer
-from test_data import check_packed, everything, ids_of, plain_pairs, prose, table, write
+from test_data import check_packed, evaluated, everything, ids_of, in_order, plain_pairs, prose, table, write
 
 from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, corpus, module, stream
@@ -26,7 +26,7 @@ def test_blocks_of_a_stream(tmp_path: Path, length: int, shuffle_buffer: int) ->
     text = prose(length)
     path = write(tmp_path / "a.txt", text)
     settings: Any = {"train": path, "validation": path, "batch_size": 4}
-    plain = [row for row in everything(bound(Joining(), 8, tmp_path, **settings).val_dataloader()) if row]
+    plain = [row for row in everything(in_order(evaluated(bound(Joining(), 8, tmp_path, **settings)))) if row]
     data = bound(Joining(), 8, tmp_path, streaming=True, shuffle_buffer=shuffle_buffer, **settings)
     loader = data.train_dataloader()
     epochs = [list(loader), list(loader)]

@@ -122,9 +122,7 @@ def together(
     """The folder below which two processes put their runs, and what they printed. All is asked in one start."""
     folder = tmp_path_factory.mktemp("two")
     commands = [["fit", *run.command(folder / name, 2)] for name, run in runs.items()]
-    commands += [
-        [*words, *TWO, "ddp", "--output", str(folder / f"{name} test")] for name, words in measurements(alone, data)
-    ]
+    commands += [[*words, *TWO, "ddp", "--output", str(folder / name)] for name, words in measurements(alone, data)]
     tasks = {"commands": commands, "sums": sums(data), "answer": str(folder / "sums.json"), "cache": str(folder / "c")}
     (folder / "tasks.json").write_text(json.dumps(tasks))
     with socket.socket() as free:
@@ -147,11 +145,16 @@ def together(
 
 
 def measurements(alone: dict[str, Path], data: Path) -> list[tuple[str, list[str]]]:
-    """Return commands that measure what one process trained: accuracy, and BLEU of beam search."""
+    """Return commands that use what one process trained: accuracy, BLEU of beam search, and predictions."""
     found = []
-    for name, file in (("classification accumulated", "labels.csv"), ("translation sharded", "pairs.tsv")):
-        words = ("test", "--ckpt_path", alone[name] / "checkpoints" / "last.ckpt", "--data.test", data / file)
-        found.append((name, [str(word) for word in (*words, "--trainer.precision", "32-true", "--data.batch_size", 4)]))
+    for command, name, file in (
+        ("test", "classification accumulated", "labels.csv"),
+        ("test", "translation sharded", "pairs.tsv"),
+        ("predict", "classification accumulated", "labels.csv"),
+    ):
+        words = (command, "--ckpt_path", alone[name] / "checkpoints" / "last.ckpt", f"--data.{command}", data / file)
+        words = (*words, "--trainer.precision", "32-true", "--data.batch_size", 4)
+        found.append((f"{name} {command}", [str(word) for word in words]))
     return found
 
 
@@ -211,13 +214,26 @@ def test_one_process_reports(runs: dict[str, Run], together: tuple[Path, str]) -
     assert together[1].count("Run folder:") == len(runs)
 
 
-@pytest.mark.parametrize("name", ["classification accumulated", "translation sharded"])
+@pytest.mark.parametrize("name", ["classification accumulated test", "translation sharded test"])
 def test_two_processes_measure_as_one(
     name: str, alone: dict[str, Path], data: Path, together: tuple[Path, str], tmp_path: Path
 ) -> None:
     """Accuracy, F1, the confusion matrix, BLEU and chrF."""
     done(*dict(measurements(alone, data))[name], *CPU, "--output", tmp_path)
-    same(results(tmp_path), results(together[0] / f"{name} test"))
+    same(results(tmp_path), results(together[0] / name))
+
+
+def test_two_processes_predict_as_one(
+    alone: dict[str, Path], data: Path, together: tuple[Path, str], tmp_path: Path
+) -> None:
+    """One file, with an answer to each of the 23 rows, in the order of the rows."""
+    name = "classification predict"
+    done(*dict(measurements(alone, data))[name], *CPU, "--output", tmp_path)
+    files = [next(folder.rglob("predictions.jsonl")) for folder in (tmp_path, together[0] / name)]
+    one, two = ([json.loads(line)["probability"] for line in file.read_text().splitlines()] for file in files)
+    assert len(set(one)) > 15
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(list((together[0] / name).rglob("predictions.jsonl"))) == together[1].count("predictions:") == 1
 
 
 def test_an_epoch_of_two_processes_holds_every_row_once(data: Path, together: tuple[Path, str], tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_translations_of_one_length_are_batched_by_their_difference() -> None:
         total = sum(batch["source"].numel() + batch["targets"].numel() for batch in batches)
         wasted = sum(int((b["source"] == 0).sum() + (b["targets"] == IGNORE).sum()) for b in batches)
         padding.append(wasted / total)
-    assert padding[0] < 0.06 < 0.25 < padding[1]
+    assert padding[0] < 0.1 < 0.25 < padding[1]
 
 
 def test_unknown_label_names_the_nearest() -> None:

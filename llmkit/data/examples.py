@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmkit.contracts import Batch, Head, Tokenizer
+from llmkit.data.batches import halved
 from llmkit.data.tokens import Index, split_batches
 from llmkit.errors import note, returned
 
@@ -105,17 +107,22 @@ def _flat(name: str, column: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]
     return array.astype(np.int64), lengths
 
 
+WINDOW = 3.0
+"""How far a row moves from its place among rows of similar length in each epoch, in batches. With 3, 10 to 25 % of the
+pairs of rows that share a batch share one in the next epoch too, and 1 to 4 % more of a batch is padding."""
+
+
 class Examples:
     """Examples of a split, batched by length.
 
     A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are padded to the longest.
-    Training order: sorted by length with ties in random order, cut into batches, batches shuffled; lengths within 1/16
-    of each other count as equal, so that long rows too meet other rows in each epoch. Each example comes once an epoch,
-    and every epoch has the same number of batches.
-    Evaluation order: longest first, so that running out of memory shows at once.
+    Training order: sorted by length, each row moved by a random distance of up to ``WINDOW`` batches, cut into batches,
+    batches shuffled. Rows meet other rows in each epoch, and no border between two batches stays. Each example comes
+    once an epoch, and every epoch has the same number of batches: where rows would fit into fewer, some are halved.
+    Evaluation order: sorted and cut, longest first.
 
-    Lengths 3, 9, 4, 10 and 5 with ``batch_tokens: 20`` are sorted to 3 4 5 9 10 and cut from the longest down: 20 // 10
-    rows with the 10, 20 // 5 with the 5. The batches are (9, 10) and (3, 4, 5), 20 and 15 tokens with padding.
+    Lengths 3, 9, 4, 10 and 5 with ``batch_tokens: 20`` are evaluated in two batches: 20 // 10 rows with the 10, and
+    20 // 5 with the 5. The batches are (10, 9) and (5, 4, 3), 20 and 15 tokens with padding.
     """
 
     def __init__(
@@ -127,51 +134,75 @@ class Examples:
         # The lengths of each feature that is a list of ints; a text (bytes) has none.
         lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
         lists = lists or [np.zeros(len(self), np.int64)]
-        lengths = features.values.get("length", sum(lists))
-        # Batches are planned with lengths rounded up to multiples of a power of two, 1/32 to 1/16 of the length:
-        # 31 stays 31, 33 becomes 34, 130 becomes 136.
-        width = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(lengths, 1)) - 4)).astype(np.int64)
-        self._rounded = -(-lengths // width) * width
-        self._blur = 1 + lengths / 16
-        # A translation pads two lists: rows of equal length are sorted by the difference of the two. Every second
-        # length is sorted backwards, so that a batch across the border of two lengths has similar differences.
+        self._lengths = np.maximum(features.values.get("length", sum(lists)), 1)
+        # A translation pads two lists: rows of similar length are sorted by the difference of the two. Similar are
+        # lengths that are equal when rounded up to multiples of a power of two, 1/32 to 1/16 of the length: 31 stays
+        # 31, 33 becomes 34, 130 becomes 136.
+        width = np.maximum(1, 2 ** np.floor(np.log2(self._lengths) - 4)).astype(np.int64)
+        self._rounded = -(-self._lengths // width) * width
+        # Every second length is sorted backwards, so that a batch across the border of two has similar differences.
         turn = 1 - 2 * (np.unique(self._rounded, return_inverse=True)[1] % 2)
         skew = features.values.get("skew")
-        self._skew = lists[0] - sum(lists[1:]) if skew is None else turn * skew
-        self._bounds = self._cut(np.sort(self._rounded))
-        self.num_batches = len(self._bounds) - 1  # of a training epoch
+        if skew is None and len(lists) > 1:
+            skew = lists[0] - sum(lists[1:])
+        self._skew = self._lengths if skew is None else turn * skew
+        # How many batches the rows up to each place of the sorted order fill.
+        sizes = batch_size if batch_tokens is None else np.maximum(1, batch_tokens // np.sort(self._lengths))
+        self._places = np.cumsum(np.ones(len(self)) / sizes)
+        self.num_batches = -(-len(self) // batch_size)  # of a training epoch
+        if batch_tokens is not None:
+            # Epochs differ by a batch or two: 1 % is added, so that most of them fit.
+            count = len(self._cut(self._mixed(np.random.default_rng(0), WINDOW)))
+            self.num_batches = min(len(self), count + -(-count // 100))
 
     def __len__(self) -> int:
         """Number of examples."""
         return self.training_rows
 
-    def _cut(self, lengths: NDArray[Any]) -> Index:
-        """Return where each batch of these lengths, shortest first, begins, and where the last one ends."""
+    def _sorted(self, rng: np.random.Generator) -> Index:
+        """Return the rows by length, then by the difference of their two texts, ties at random."""
+        return np.lexsort((self._skew + rng.random(len(self)), self._rounded))
+
+    def _mixed(self, rng: np.random.Generator, window: float) -> Index:
+        """Return the rows by length, each moved by up to ``window`` batches."""
+        order = self._sorted(rng)
+        return order[np.argsort(self._places + window * rng.random(len(self)), kind="stable")]
+
+    def _cut(self, order: Index) -> list[Index]:
+        """Return rows in batches, each as large as it may be."""
         if self.batch_tokens is None:
-            return np.append(np.arange(0, len(lengths), self.batch_size), len(lengths))
-        bounds = [len(lengths)]
-        # From the longest down: the first row of a batch is then its longest.
-        while bounds[-1] > 0:
-            longest = max(int(lengths[bounds[-1] - 1]), 1)
-            bounds.append(max(0, bounds[-1] - max(1, self.batch_tokens // longest)))
-        return np.array(bounds[::-1])
+            return split_batches(order, self.batch_size)
+        lengths, bounds = self._lengths[order], [0]
+        while bounds[-1] < len(order):
+            begin = bounds[-1]
+            rows = lengths[begin : begin + max(1, self.batch_tokens // lengths[begin])]
+            tokens = np.maximum.accumulate(rows) * np.arange(1, len(rows) + 1)  # of the first 1, 2, ... rows, padded
+            bounds.append(begin + max(1, int(np.searchsorted(tokens, self.batch_tokens, side="right"))))
+        return np.split(order, bounds[1:-1])
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
         """Return the batches of an epoch."""
-        order = np.lexsort((self._skew + self._blur * rng.random(len(self)), self._rounded))
-        batches = self._split(order)
+        if self.batch_tokens is None:
+            # The batch that is not full stands anywhere, which moves the borders of those after it.
+            order, short = self._mixed(rng, WINDOW), int(rng.integers(self.num_batches)) * self.batch_size
+            rest = len(self) - (self.num_batches - 1) * self.batch_size
+            batches = [*self._cut(order[:short]), order[short : short + rest], *self._cut(order[short + rest :])]
+        else:
+            seed = rng.integers(2**63)
+            orders = (self._mixed(np.random.default_rng(seed), WINDOW / 2**halvings) for halvings in range(4))
+            # No order takes fewer batches than that by length.
+            last = np.argsort(self._lengths, kind="stable")[::-1]
+            cuts = (self._cut(order) for order in chain(orders, [last]))
+            batches = halved(next(cut for cut in cuts if len(cut) <= self.num_batches), self.num_batches)
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def evaluation_order(self) -> Sequence[Index]:
         """Return the batches of an evaluation, longest first."""
-        return self._split(np.lexsort((self._skew, self._rounded)))[::-1]
+        return self._cut(self._sorted(np.random.default_rng(0))[::-1])
 
     def reading_order(self) -> Sequence[Index]:
         """Return batches in the order of the rows, which predictions keep."""
         return split_batches(np.arange(len(self)), self.batch_size)
-
-    def _split(self, order: Index) -> list[Index]:
-        return np.split(order, self._bounds[1:-1])
 
     def __getitem__(self, indices: Index) -> Batch:
         """Return these examples as one batch of the head's ``collate``, with their numbers as ``rows``."""

@@ -358,7 +358,7 @@ class DataModule(pl.LightningDataModule):
         """Return the loader of the rows to predict, in their order."""
         split = self.split("predict")
         assert isinstance(split, Examples)
-        return Loader(split, self.num_workers, sampler=EvaluationOrder(split.reading_order))
+        return Loader(split, self.num_workers, sampler=EvaluationOrder(split.reading_order, spread=False))
 
     def _evaluation(self, stage: Stage) -> Loader:
         split = self.split(stage)

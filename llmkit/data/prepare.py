@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data.opening import shortened
 from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
@@ -236,10 +238,8 @@ class Encoder:
                 raise UserError(f"{place(type(self.head).encode)} returned {got}")
             first = column[0][:1] if isinstance(column[0], list) else column[:1]
             if not all(isinstance(value, int | str | np.integer) for value in first):
-                kind = (
-                    f"{type(column[0]).__name__}{' of ' + type(first[0]).__name__ if first[0] is not column[0] else ''}"
-                )
-                got = f"{kind} as a value of the feature '{name}'; the contract wants ints, lists of ints, or strings"
+                inner = "" if first[0] is column[0] else f" of {type(first[0]).__name__}"
+                got = f"{type(column[0]).__name__}{inner} as a value of the feature '{name}'; the contract wants ints, lists of ints, or strings"
                 raise UserError(f"{place(type(self.head).encode)} returned {got}")
 
     def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:

@@ -23,7 +23,7 @@ from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, unlogged
 from llmkit.run.progress import Progress
-from llmkit.run.report import report_evaluation, report_fit, write_predictions
+from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
@@ -135,6 +135,8 @@ class CLI(LightningCLI):
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [Validations(), throughput]
+        if self.command == "predict":
+            own.append(Predictions())
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
         own.append(GracefulShutdown())  # after those that log
@@ -218,8 +220,7 @@ class CLI(LightningCLI):
 
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
-        batches = self.trainer.predict(model, **kwargs) or []
-        write_predictions(self.trainer, batches, self.datamodule.blank_rows)
+        self.trainer.predict(model, return_predictions=False, **kwargs)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import distributed
 
 from llmkit import registry
 from llmkit.checkpoint.content import Stored
@@ -17,7 +19,7 @@ from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
 from llmkit.run.folder import run_folder
-from llmkit.run.saving import Checkpoints
+from llmkit.run.saving import Checkpoints, write_whole
 from llmkit.sequence import on_device
 
 
@@ -96,27 +98,47 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
     print(f"  results: {folder / 'results.json'}", flush=True)
 
 
-def write_predictions(trainer: pl.Trainer, batches: list[Any], blank: list[int]) -> None:
-    """Write one JSON line per row to ``predictions.jsonl`` in the run folder: ``{}`` for a row that is ``blank``."""
-    if not trainer.is_global_zero or is_debug_run(trainer):
-        return
-    path = run_folder(trainer) / "predictions.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        answers = in_place((answer for batch in batches for answer in batch), set(blank))
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    print(f"predictions: {path}")
+class Predictions(pl.Callback):
+    """Writes one JSON line per row to ``predictions.jsonl`` in the run folder, in the order of the rows.
+
+    Of several processes each predicts every so many batches; the first process writes the answers of all.
+    """
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin without answers."""
+        self._batches: list[list[str]] = []
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *rest: Any
+    ) -> None:
+        """Take the answers to a batch."""
+        self._batches.append([json.dumps(answer, ensure_ascii=False) for answer in outputs])
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file: ``{}`` for a row that is blank."""
+        ranks: list[Any] = [self._batches]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size if trainer.is_global_zero else []
+            distributed.gather_object(self._batches, ranks or None)
+        if not trainer.is_global_zero or is_debug_run(trainer):
+            return
+        # Batch n was given to process n % size.
+        batches = chain.from_iterable(zip_longest(*ranks, fillvalue=[]))
+        lines = in_place(chain.from_iterable(batches), set(trainer.datamodule.blank_rows))  # type: ignore[attr-defined]
+        path = run_folder(trainer) / "predictions.jsonl"
+        write_whole(path, lambda part: part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+        print(f"predictions: {path}")
 
 
-def in_place(answers: Iterable[Any], blank: set[int]) -> Iterator[Any]:
+def in_place(lines: Iterable[str], blank: set[int]) -> Iterator[str]:
     """Yield the answers, with ``{}`` where the number of a row is ``blank``."""
     number = 0
-    for answer in [*answers, None]:
+    for line in [*lines, None]:
         while number in blank:
-            yield {}
+            yield "{}"
             number += 1
-        if answer is not None:
-            yield answer
+        if line is not None:
+            yield line
             number += 1
 
 
