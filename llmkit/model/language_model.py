@@ -29,6 +29,7 @@ from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
+from llmkit.ops.metrics import Metrics
 from llmkit.sequence import DecodingOptions, on_device
 
 
@@ -148,8 +149,8 @@ class LanguageModel(pl.LightningModule):
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
-        self.val_metrics = nn.ModuleDict(self.head.metrics("validation"))
-        self.test_metrics = nn.ModuleDict(self.head.metrics("test"))
+        self.val_metrics = Metrics(lambda: self.head.metrics("validation"))
+        self.test_metrics = Metrics(lambda: self.head.metrics("test"))
         self.kinds = parameter_kinds(self)
         if self.spec["compile"]:
             self.net.compile()

@@ -308,7 +308,8 @@ def _beam_search(
     scores_BV = decoder.feed(torch.tensor(prompts, device=device))
     for length in range(1, most + 1):
         width = len(beams_of[0])  # 1 at first, then always ``beams``
-        sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
+        # Lightning makes half precision the default dtype of a model in half precision, which would round the sums.
+        sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], dtype=torch.float32, device=device)
         # Twice as many candidates as beams: eos can use up at most one continuation of each.
         candidates = _best(scores_BV, sums_NW, banned_ids, 2 * beams)
         rows_kept: list[int] = []  # of the decoder
