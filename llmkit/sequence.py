@@ -227,8 +227,12 @@ def segments_of(lengths: list[int]) -> Tensor | None:
 
 
 def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the first rows of a batch of tensors and lists; tensors with a single number stay."""
-    return {name: value[:count] if isinstance(value, list) or value.dim() else value for name, value in batch.items()}
+    """Return the first rows of a batch of tensors and lists; single numbers stay."""
+
+    def first(value: Any) -> Any:
+        return value[:count] if isinstance(value, list) or (isinstance(value, Tensor) and value.dim()) else value
+
+    return {name: first(value) for name, value in batch.items()}
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -797,7 +797,8 @@ def test_what_is_read_from_the_file_is_what_the_mapped_array_holds(
     mapped = pickle.loads(pickle.dumps(split))
     for rows, batch in zip([rows for order in orders for rows in order], read, strict=True):
         again = mapped[rows]
-        assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
+        pairs = [(torch.as_tensor(batch[name]), torch.as_tensor(again[name])) for name in batch]
+        assert batch.keys() == again.keys() and all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 24, 1001])

@@ -227,7 +227,7 @@ def test_two_processes_predict_as_one(
     alone: dict[str, Path], data: Path, together: tuple[Path, str], tmp_path: Path
 ) -> None:
     """One file, with an answer to each of the 23 rows, in the order of the rows."""
-    name = "classification predict"
+    name = "classification accumulated predict"
     done(*dict(measurements(alone, data))[name], *CPU, "--output", tmp_path)
     files = [next(folder.rglob("predictions.jsonl")) for folder in (tmp_path, together[0] / name)]
     one, two = ([json.loads(line)["probability"] for line in file.read_text().splitlines()] for file in files)

@@ -239,7 +239,8 @@ class Encoder:
             first = column[0][:1] if isinstance(column[0], list) else column[:1]
             if not all(isinstance(value, int | str | np.integer) for value in first):
                 inner = "" if first[0] is column[0] else f" of {type(first[0]).__name__}"
-                got = f"{type(column[0]).__name__}{inner} as a value of the feature '{name}'; the contract wants ints, lists of ints, or strings"
+                kind = f"{type(column[0]).__name__}{inner}"
+                got = f"{kind} as a value of the feature '{name}'; the contract wants ints, lists of ints, or strings"
                 raise UserError(f"{place(type(self.head).encode)} returned {got}")
 
     def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:

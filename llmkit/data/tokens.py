@@ -206,7 +206,8 @@ class Blocks:
     def _batch(self, count: int, **columns: NDArray[Any]) -> Batch:
         """Return a batch of these columns, with the bytes of text that its ``count`` targets stand for."""
         batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
-        return {**batch, "bytes": torch.tensor(count * self.bytes_per_token, dtype=torch.float32)}
+        # A plain number: a model in half precision gets every floating-point tensor of a batch rounded.
+        return {**batch, "bytes": count * self.bytes_per_token}
 
 
 class Packed(Blocks):

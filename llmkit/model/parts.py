@@ -85,12 +85,16 @@ class Parts:
         return schedule
 
     @staticmethod
-    def metrics(head: Head, stage: Stage) -> nn.ModuleDict:
+    def metrics(head: Head, stage: Stage) -> Metrics:
         """Return a head's new metrics. Raises UserError for anything that is not a torchmetrics metric by name."""
-        found = head.metrics(stage)
-        if not (isinstance(found, dict) and all(isinstance(metric, Metric) for metric in found.values())):
-            raise returned(head, "metrics", found, "a mapping of names to torchmetrics metrics")
-        return nn.ModuleDict(found)
+
+        def make() -> dict[str, nn.Module]:
+            found = head.metrics(stage)
+            if not (isinstance(found, dict) and all(isinstance(metric, Metric) for metric in found.values())):
+                raise returned(head, "metrics", found, "a mapping of names to torchmetrics metrics")
+            return found
+
+        return Metrics(make)
 
     def try_out(self, topology: Topology) -> None:
         """Report parts that cannot work together before any data is prepared. Raises UserError."""

@@ -67,7 +67,9 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together; where they are sharded, over the shards of all processes."""
-    norm = get_total_norm([local_shard(gradient) for gradient in gradients])
+    # Of half-precision gradients in single precision: a norm is a sum of squares. Others keep their dtype.
+    parts = [part.float() if part.dtype.itemsize < 4 else part for part in map(local_shard, gradients)]
+    norm = get_total_norm(parts)
     if any(hasattr(gradient, "to_local") for gradient in gradients):
         square = norm**2
         distributed.all_reduce(square)

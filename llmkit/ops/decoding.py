@@ -297,7 +297,8 @@ def _beam_search(
     decoder, scores_BV = begin(texts())
     for length in range(1, steps + 1):
         width = len(beams_of[0])  # 1 at first, then always ``beams``
-        sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], device=device)
+        # Lightning makes half precision the default dtype of a model in half precision, which would round the sums.
+        sums_NW = torch.tensor([[score for score, _ in rows] for rows in beams_of], dtype=torch.float32, device=device)
         logp_BV = rules(scores_BV.float().log_softmax(-1), length - 1, texts() if rules.read_texts else None)
         # Twice as many candidates as beams: eos can use up at most one continuation of each.
         candidates = _best(logp_BV, sums_NW, 2 * beams)

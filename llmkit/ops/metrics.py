@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from llmkit.contracts import Loss
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
 """Dtype of accumulated sums; Apple's GPUs have no doubles."""
+
+
+class Metrics(nn.ModuleDict):
+    """Metrics by name. Their states move with the model, but no cast makes them narrower.
+
+    A model in half precision (``trainer.precision: bf16-true``) casts everything in it, and a bfloat16 cannot count
+    beyond 256. That goes for the metrics of any head, torchmetrics' own among them.
+
+    Args:
+        make: builds the metrics.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, nn.Module]]) -> None:
+        with _single_or_wider():
+            super().__init__(make())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep(state: Tensor) -> Tensor:
+            moved, dtype = fn(state), state.dtype
+            if dtype.is_floating_point and torch.promote_types(dtype, moved.dtype) != moved.dtype:
+                return state.to(moved.device)
+            return moved
+
+        with _single_or_wider():
+            module: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+            return module
+
+
+@contextlib.contextmanager
+def _single_or_wider() -> Iterator[None]:
+    """Make at least float32 the default dtype: it is half while Lightning builds such a model, and metrics take it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(default, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class Mean(Metric):
@@ -61,10 +100,10 @@ class BitsPerByte(Mean):
 
     higher_is_better = False
 
-    def update(self, loss: Loss, num_bytes: Tensor) -> None:
+    def update(self, loss: Loss, num_bytes: Tensor | float) -> None:
         """Add a summed loss and the number of bytes it covers."""
-        self.total += loss.total.detach() / math.log(2)
-        self.count += num_bytes.sum()
+        self.total += loss.total.detach().to(EXACT) / math.log(2)
+        self.count += num_bytes.sum() if isinstance(num_bytes, Tensor) else num_bytes
 
 
 class _CorpusScore(Metric):

@@ -101,7 +101,7 @@ class Alibi(Position):
     def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
         """Return minus slope times distance, (B or 1, H, T, S), in float32."""
         distance_B1TS = (query_BT[:, None, :, None] - key_BS[:, None, None, :]).abs()
-        slopes_H11 = torch.tensor(slopes(num_heads), device=query_BT.device)[:, None, None]
+        slopes_H11 = torch.tensor(slopes(num_heads), dtype=torch.float32, device=query_BT.device)[:, None, None]
         return distance_B1TS * -slopes_H11
 
 

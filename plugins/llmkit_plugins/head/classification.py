@@ -90,8 +90,9 @@ class Classification(Head):
         if segments is None:
             mean_BD = x_BTD.mean(1)
         else:
-            real_BT1 = (segments > 0).to(x_BTD.dtype)[..., None]
-            mean_BD = (x_BTD * real_BT1).sum(1) / real_BT1.sum(1)
+            exact = torch.promote_types(x_BTD.dtype, torch.float32)  # a sum over a long text does not fit into fp16
+            real_BT1 = (segments > 0).to(exact)[..., None]
+            mean_BD = ((x_BTD * real_BT1).sum(1) / real_BT1.sum(1)).to(x_BTD.dtype)
         scores: Tensor = self.classifier(self.dropout(mean_BD))
         return scores
 

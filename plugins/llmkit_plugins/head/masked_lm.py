@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.losses import linear_cross_entropy, rows_at_once
-from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.sampling import scrambled
 from llmkit.ops.writing import special_ids
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
@@ -117,7 +116,7 @@ class MaskedLM(Head):
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, perplexity and accuracy of the chosen tokens."""
-        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": MeanMetric()}
+        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": Mean()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
@@ -129,7 +128,7 @@ class MaskedLM(Head):
         rows = rows_at_once(weight_VD)
         for states, tokens in zip(hidden_ND.split(rows), tokens_N.split(rows), strict=True):
             best = (states @ weight_VD.to(states.dtype).T).argmax(-1)
-            metrics["accuracy"].update((best == tokens).float())
+            metrics["accuracy"].update((best == tokens).sum(), len(tokens))
 
     def predict(
         self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
