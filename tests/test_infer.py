@@ -11,7 +11,7 @@ import pytest
 from command import done, llmkit
 
 from llmkit import main
-from llmkit.data.formats import Options
+from llmkit.data.opening import Options
 from llmkit.data.rows import Row
 from llmkit.data.sources import local
 

@@ -16,6 +16,7 @@ from llmkit import registry
 from llmkit.contracts import Head, Stage, Topology
 from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model.backbone import Backbone
+from llmkit.ops.metrics import Metrics
 from llmkit.sequence import Sequence
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]

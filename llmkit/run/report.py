@@ -126,7 +126,12 @@ class Predictions(pl.Callback):
         batches = chain.from_iterable(zip_longest(*ranks, fillvalue=[]))
         lines = in_place(chain.from_iterable(batches), set(trainer.datamodule.blank_rows))  # type: ignore[attr-defined]
         path = run_folder(trainer) / "predictions.jsonl"
-        write_whole(path, lambda part: part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+        text = "".join(f"{line}\n" for line in lines)
+
+        def write(part: Path) -> None:
+            part.write_text(text, encoding="utf-8")
+
+        write_whole(path, write)
         print(f"predictions: {path}")
 
 
