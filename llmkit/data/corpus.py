@@ -14,7 +14,7 @@ from llmkit.contracts import Head, Stage
 from llmkit.data import cache
 from llmkit.data.formats import Options
 from llmkit.data.hub import Hub
-from llmkit.data.prepare import Fields, Item, cut, measure
+from llmkit.data.prepare import Fields, Item, Measured, cut
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
@@ -60,7 +60,7 @@ class Corpus:
     validation_share: float
     streaming: bool
     folder: Path
-    _sizes: dict[str | None, tuple[int, int]] = field(default_factory=dict, init=False)
+    _sizes: dict[Any, Measured] = field(default_factory=dict, init=False)
 
     @cached_property
     def hub(self) -> Hub | None:
@@ -91,11 +91,12 @@ class Corpus:
             text = next((name for name in fields.columns if name in fields.texts), None) if joins else None
 
             def read_part() -> Iterator[Item]:
-                if text not in self._sizes:  # measured once for both parts
-                    self._sizes[text] = measure(read, text)
-                return cut(read, self._sizes[text], source.key, share, stage, text)
+                fields = (text, head.classes)
+                if fields not in self._sizes:  # measured once for both parts
+                    self._sizes[fields] = Measured.of(read, *fields)
+                return cut(read, self._sizes[fields], source.key, share, stage, text)
 
-            return Reader(source, read_part, [*identity, stage, share], joins, skipped)
+            return Reader(source, read_part, [*identity, stage, share, head.classes], joins, skipped)
         identity += [stage, HELD_OUT]
         if stage == "validation":
             return Reader(source, lambda: take(read(), HELD_OUT), identity, joins, skipped)

@@ -23,6 +23,8 @@ Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conl
 
 CHUNK = 256 * 1024  # characters of a large text that are read as one row
 WRONG_BYTES = "llmkit.wrong_bytes"
+AMBIGUOUS = object()
+"""The value of a column whose name stands more than once in a table's header."""
 
 # Bytes that are invalid in the encoding become a lone surrogate, which valid text never holds: `flaw` finds it.
 codecs.register_error(WRONG_BYTES, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
@@ -165,6 +167,7 @@ def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRows:
     """Yield the rows of a table, whose first record is the header unless column names are given."""
     csv.field_size_limit(2**31 - 1)
     header = options.column_names
+    twice = _ambiguous(header or [])
     with open_text(path, options, newline="") as file:
         for number, cells, wrong in _records(file, dialect):
             wrong = flaw("".join(cells), options.encoding) or wrong
@@ -172,10 +175,18 @@ def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRows:
                 if wrong:
                     raise UserError(f"{path}:{number} {wrong}")
                 header = cells
+                twice = _ambiguous(header)
             elif wrong or len(cells) != len(header):
                 yield Bad(wrong or f"has {len(cells)} cells, expected {len(header)}: {shortened(header)}", path, number)
             else:
-                yield Row(dict(zip(header, cells, strict=True)), path, number)
+                data: dict[str, Any] = dict(zip(header, cells, strict=True))
+                if twice:
+                    data |= twice
+                yield Row(data, path, number)
+
+
+def _ambiguous(header: list[str]) -> dict[str, Any]:
+    return dict.fromkeys((name for name in header if header.count(name) > 1), AMBIGUOUS)
 
 
 def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple[int, list[str], str | None]]:

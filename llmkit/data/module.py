@@ -23,7 +23,7 @@ from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.prepare import Encoder
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
-from llmkit.data.stream import SAMPLE, Stream, take
+from llmkit.data.stream import HELD_OUT, SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import global_seed
@@ -65,12 +65,13 @@ class DataModule(pl.LightningDataModule):
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
-            the end of the text if there is only one. 0: no validation.
+            the end of the text if there is only one. A row whose label only rows set aside would have stays in the
+            training part. 0: no validation.
         tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
         pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
         streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
             then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first 1,000
-            rows (2 million characters) are set aside before that.
+            rows (2 million characters) are set aside before that; their labels are learned too.
         shuffle_buffer: rows (or blocks) of a stream that are shuffled together.
         batch_size: rows of a batch.
         batch_tokens: most tokens of a batch, including padding; replaces ``batch_size`` in training and evaluation.
@@ -206,14 +207,17 @@ class DataModule(pl.LightningDataModule):
         untrained = not self._tokenizer.trained
         unlearned = not self._head_ready and type(head).learn is not Head.learn
         if untrained or unlearned:
-            reader = self._corpus.reader("train", head)
+            reader = labelled = self._corpus.reader("train", head)
             if self.streaming:
                 read = reader.read
                 reader = reader._replace(read=lambda: take(read(), SAMPLE), identity=[*reader.identity, SAMPLE])
+                # Labels of the rows set aside at the start too: a head refuses rows whose label it does not know.
+                most = (HELD_OUT[0] + SAMPLE[0], HELD_OUT[1] + SAMPLE[1])
+                labelled = reader._replace(read=lambda: take(read(skip=0), most), identity=[*reader.identity, most])
             if untrained:
                 train_tokenizer(self._tokenizer, self._factory, head, reader, self._folder)
             if unlearned:
-                learn_head(head, reader, self._folder)
+                learn_head(head, labelled, self._folder)
         self._learned = True
 
     def split(self, stage: Stage) -> Blocks | Examples:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.contracts import Head, Stage, Tokenizer
-from llmkit.data.formats import shortened
+from llmkit.data.formats import AMBIGUOUS, shortened
 from llmkit.data.rows import Bad, RawRows, Row, Skipped, flaw
 from llmkit.data.tokens import Piece
 from llmkit.errors import Problem, UserError, nearest
@@ -88,8 +90,10 @@ class Fields:
 
     def _problem(self, name: str, value: Any) -> str | None:
         """Return what is wrong with the value of a field that is not a string."""
-        if value is None:
-            return "has an empty cell (null)"
+        if value is None or value != value:  # NaN
+            return f"has an empty cell ({'null' if value is None else 'NaN'})"
+        if value is AMBIGUOUS:
+            return "has an ambiguous value (the header has the name twice)"
         parts = value if isinstance(value, list) else [value]
         strings = [part for part in parts if isinstance(part, str)]
         is_text = name in self.texts or name in self.words
@@ -103,35 +107,62 @@ def num_characters(item: Item) -> int:
     return sum(len(value) for value in item.fields.values() if isinstance(value, str))
 
 
-def measure(read: ReadItems, text: str | None) -> tuple[int, int]:
-    """Return the number of documents of a split, and of the characters in field ``text``."""
-    count = size = 0
-    for item in read():
-        count = item.document + 1
-        size += len(item.fields[text]) if text else 0
-    return count, size
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a split before it is cut: its documents, the characters of its text, and their classes."""
+
+    documents: int
+    characters: int
+    classes: NDArray[np.int64]
+    """Pairs of a document and the number of a class that it has, (pairs, 2)."""
+
+    @classmethod
+    def of(cls, read: ReadItems, text: str | None, classes: tuple[str, ...]) -> Measured:
+        """Measure a split: the characters of field ``text``, and the values of the fields ``classes``."""
+        count = size = 0
+        numbers: dict[str, int] = {}
+        pairs = array("q")
+        for item in read():
+            count = item.document + 1
+            size += len(item.fields[text]) if text else 0
+            for name in classes:
+                value = item.fields[name]
+                for part in value if isinstance(value, list) else [value]:
+                    pairs.extend((item.document, numbers.setdefault(str(part), len(numbers))))
+        return cls(count, size, np.array(pairs, np.int64).reshape(-1, 2))
+
+    def set_aside(self, share: float) -> NDArray[np.bool_]:
+        """Return which documents are set aside for validation: a random share, the same for every ``data.seed``.
+
+        A document whose class no document of the training part has stays in that part.
+        """
+        chosen = np.zeros(self.documents, bool)
+        size = max(0, min(max(1, round(self.documents * share)), self.documents - 1))
+        chosen[np.random.default_rng(0).permutation(self.documents)[:size]] = True
+        documents, classes = self.classes.T
+        numbers, first = np.unique(classes, return_index=True)
+        lacking = ~np.isin(numbers, classes[~chosen[documents]])
+        chosen[documents[first[lacking]]] = False
+        return chosen
 
 
-def cut(
-    read: ReadItems, size: tuple[int, int], key: str, share: float, part: Stage, text: str | None
-) -> Iterator[Item]:
+def cut(read: ReadItems, size: Measured, key: str, share: float, part: Stage, text: str | None) -> Iterator[Item]:
     """Yield the training or the validation part of a split that serves as both.
 
-    Of several documents (or rows), validation gets a random share, at least one, the same for every ``data.seed``. Of
-    a single text it gets the last share of the characters: 0.1 of 50 characters are the last 5.
+    Of several documents (or rows), validation gets those that ``Measured.set_aside`` chooses, at least one. Of a
+    single text it gets the last share of the characters: 0.1 of 50 characters are the last 5.
 
     Args:
         read: reads the whole split.
-        size: what ``measure`` returned for it.
-        key: the config key of the split. Raises UserError for it when the split is a single row.
+        size: the measured split.
+        key: the config key of the split. Raises UserError for it when nothing can be set aside.
         share: the share of the validation part.
         part: the part to yield.
         text: the field that is a text which can be cut; None: rows cannot be cut.
     """
-    count, length = size
-    if count == 1 and text:
-        border = int(length * (1 - share))
-        begin, end = (0, border) if part == "train" else (border, length)
+    if size.documents == 1 and text:
+        border = int(size.characters * (1 - share))
+        begin, end = (0, border) if part == "train" else (border, size.characters)
         at = 0  # where the text of this item begins
         for item in read():
             piece = item.fields[text][max(0, begin - at) : max(0, end - at)]
@@ -139,10 +170,12 @@ def cut(
             if piece:
                 yield item._replace(fields={**item.fields, text: piece}, document=0)
         return
-    if count == 1:
+    if size.documents == 1:
         raise UserError(Problem(key, "has one row only, none is left for validation. Set data.validation."))
-    chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng(0).permutation(count)[: max(0, min(max(1, round(count * share)), count - 1))]] = True
+    chosen = size.set_aside(share)
+    if size.documents and not chosen.any():
+        lone = "each row that would be set aside for validation has a class that no other row has. Set data.validation."
+        raise UserError(Problem(key, lone))
     for item in read():
         if chosen[item.document] == (part == "validation"):
             yield item

@@ -15,6 +15,7 @@ from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenize
 from llmkit.errors import UserError
 from llmkit.ops.metrics import EXACT, Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+from llmkit_plugins.head.labels import accepted
 from llmkit_plugins.head.words import characters, encode, means, pieces, running, words
 
 
@@ -44,6 +45,7 @@ class TokenClassification(Head):
     topology = "encoder"
     inputs = ("tokens",)
     targets = ("tags",)
+    classes = ("tags",)
     texts = ()
     words: ClassVar = {"tokens": _pieces}
     monitor = ("f1", "max")
@@ -57,7 +59,7 @@ class TokenClassification(Head):
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
         """Take the tags from the training rows, ``O`` first, then sorted; see whether words are single characters."""
-        found = {tag for tags in columns["tags"] for tag in self._tags(tags)} - {"O"}
+        found = {tag for _, tags in accepted(columns["tags"], self._tags) for tag in tags} - {"O"}
         if not found:
             raise UserError("token_classification: no tag of the training data is other than O")
         self.labels = ["O", *sorted(found)]
