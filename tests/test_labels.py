@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fakes import bound
+from data_fakes import Joining, bound
 
 from llmkit.contracts import Head
 from llmkit.data.prepare import Item, Measured
@@ -142,3 +142,40 @@ def test_labels_set_aside_of_a_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     head = Classification()
     bound(head, 8, tmp_path, train=rows_file(tmp_path, "label", ["x", "a", "a", "b", "b"]), streaming=True)
     assert head.labels == ["a", "b", "x"]
+
+
+@pytest.mark.parametrize("batch", [{"batch_size": 10}, {"batch_tokens": 40}])
+@pytest.mark.parametrize(("balance", "share"), [(1.0, 1 / 2), (0.5, 1 / 4), (0.0, 1 / 10)])
+def test_classes_are_drawn_in_balance(tmp_path: Path, batch: dict[str, int], balance: float, share: float) -> None:
+    """A tenth of the rows has the rare class: 1 : 9, with balance 0.5 the roots of these, 1 : 3."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{'ab' * (1 + i % 3)},{'x' if i % 10 else 'rare'}\n" for i in range(300)))
+    data = bound(Classification(), 8, tmp_path, train=str(path), validation_share=0, balance=balance, seed=1, **batch)
+    loader = data.train_dataloader()
+    epochs = [list(loader) for _ in range(20)]
+    found = Counter(number for epoch in epochs for item in epoch for number in item["label"].tolist())
+    assert found[0] / found.total() == pytest.approx(share, abs=0.02)
+    assert {len(epoch) for epoch in epochs} == {len(loader)}
+    assert found.total() == pytest.approx(20 * 300, rel=0.03)
+    most = [(item["ids"].shape, item["ids"].numel()) for epoch in epochs for item in epoch]
+    assert all(size <= 40 if "batch_tokens" in batch else shape[0] <= 10 for shape, size in most)
+    again = bound(Classification(), 8, tmp_path, train=str(path), validation_share=0, balance=balance, seed=1, **batch)
+    first = [item["ids"].tolist() for item in again.train_dataloader()]
+    assert first == [item["ids"].tolist() for item in epochs[0]]
+    assert balance == 0 or first != [item["ids"].tolist() for item in epochs[1]]
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "says"),
+    [
+        (Joining(), {}, "is for classifiers, not for Joining"),
+        (Regression(), {}, r"is for heads with one class a row \(classification\), not for Regression"),
+        (Classification(), {"streaming": True}, "cannot be combined with data.streaming"),
+        (Classification(), {"balance": 2}, "must be from 0 to 1, got 2"),
+    ],
+)
+def test_balance_that_cannot_be(tmp_path: Path, head: Head, options: dict[str, Any], says: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,score\nab,x,1\nba,y,2\nabc,y,3\n")
+    with pytest.raises(UserError, match=rf"^data\.balance: {says}$"):
+        bound(head, 8, tmp_path, train=str(path), validation_share=0, **{"balance": 1.0, **options}).train_dataloader()

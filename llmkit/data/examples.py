@@ -126,12 +126,12 @@ class Examples:
         # The lengths of each feature that is a list of ints; a text (bytes) has none.
         lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
         lists = lists or [np.zeros(len(self), np.int64)]
-        lengths = features.values.get("length", sum(lists))
+        self.lengths: NDArray[Any] = np.asarray(features.values.get("length", sum(lists)))
         # Batches are planned with lengths rounded up to multiples of a power of two, 1/32 to 1/16 of the length:
         # 31 stays 31, 33 becomes 34, 130 becomes 136.
-        width = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(lengths, 1)) - 4)).astype(np.int64)
-        self._rounded = -(-lengths // width) * width
-        self._blur = 1 + lengths / 16
+        width = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(self.lengths, 1)) - 4)).astype(np.int64)
+        self._rounded = -(-self.lengths // width) * width
+        self._blur = 1 + self.lengths / 16
         # A translation pads two lists: rows of equal length are sorted by the difference of the two. Every second
         # length is sorted backwards, so that a batch across the border of two lengths has similar differences.
         turn = 1 - 2 * (np.unique(self._rounded, return_inverse=True)[1] % 2)

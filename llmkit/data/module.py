@@ -15,6 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache
+from llmkit.data.balance import Balanced
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
@@ -75,6 +76,8 @@ class DataModule(pl.LightningDataModule):
         shuffle_buffer: rows (or blocks) of a stream that are shuffled together.
         batch_size: rows of a batch.
         batch_tokens: most tokens of a batch, including padding; replaces ``batch_size`` in training and evaluation.
+        balance: how evenly the classes of a classifier are trained on: training rows are drawn with replacement, a
+            class of n rows in proportion to n ** (1 - balance). 1: all equally often; 0: each row once an epoch.
         num_workers: worker processes of each loader (a hub stream is read by at most one).
         seed: seed of the order of training data; None: that of ``seed_everything``.
         cache_dir: folder of the cache; default $LLMKIT_CACHE, else ~/.cache/llmkit.
@@ -107,6 +110,7 @@ class DataModule(pl.LightningDataModule):
         shuffle_buffer: int = 4096,
         batch_size: int = 32,
         batch_tokens: int | None = None,
+        balance: float = 0.0,
         num_workers: int = 0,
         seed: int | None = None,
         cache_dir: str | None = None,
@@ -119,6 +123,10 @@ class DataModule(pl.LightningDataModule):
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
         if not 0 <= validation_share < 1:
             raise UserError(Problem("data.validation_share", f"must be 0 or more and below 1, got {validation_share}"))
+        if not 0 <= balance <= 1:
+            raise UserError(Problem("data.balance", f"must be from 0 to 1, got {balance}"))
+        if balance and streaming:
+            raise UserError(Problem("data.balance", "cannot be combined with data.streaming"))
         try:
             codecs.lookup(encoding)
         except LookupError as error:
@@ -132,6 +140,7 @@ class DataModule(pl.LightningDataModule):
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
         self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
+        self.balance = balance
         # Lightning leaves the seed of seed_everything in the environment.
         self.seed = global_seed() if seed is None else seed
         self._head: Head | None = None
@@ -285,7 +294,12 @@ class DataModule(pl.LightningDataModule):
         else:
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-            order = TrainingOrder(split.training_order, split.num_batches, split.training_rows, self.seed, overfit)
+            plan = split.training_order
+            if self.balance:
+                if not isinstance(split, Examples):
+                    raise UserError(Problem("data.balance", f"is for classifiers, not for {type(self.head).__name__}"))
+                plan = Balanced.of(split, self.balance).training_order
+            order = TrainingOrder(plan, split.num_batches, split.training_rows, self.seed, overfit)
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position

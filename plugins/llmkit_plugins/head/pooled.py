@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Batch, Head, Network, Tokenizer, Topology
@@ -65,8 +66,9 @@ class Pooled(Head):
     def _mean(x_BTD: Tensor, segments: Tensor | None) -> Tensor:
         if segments is None:
             return x_BTD.mean(1)
-        real_BT1 = (segments > 0).to(x_BTD.dtype)[..., None]
-        return (x_BTD * real_BT1).sum(1) / real_BT1.sum(1)
+        exact = torch.promote_types(x_BTD.dtype, torch.float32)  # a sum over a long text does not fit into fp16
+        real_BT1 = (segments > 0).to(exact)[..., None]
+        return ((x_BTD * real_BT1).sum(1) / real_BT1.sum(1)).to(x_BTD.dtype)
 
     @staticmethod
     def _last(x_BTD: Tensor, segments: Tensor | None) -> Tensor:
