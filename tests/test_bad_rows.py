@@ -40,6 +40,13 @@ def invalid_utf8() -> bytes:
     return table(text, ["x", "x", "y"])
 
 
+def twice_named() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    columns = [pyarrow.array(["a", "b"]), pyarrow.array(["x", "y"]), pyarrow.array(["y", "y"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "label", "label"]), sink)
+    return bytes(sink.getvalue())
+
+
 def question(text: Any, answers: Any = None) -> dict[str, Any]:
     return {"question": text, "answers": answers if answers is not None else [{"text": "x", "answer_start": 0}]}
 
@@ -83,6 +90,8 @@ ROW = [
     Case("a.csv", "text,label\na,x\nb\n\nc,y\n", r"a\.csv:3 has 1 cells, expected 2: text, label", "ac"),
     Case("a.csv", "text,label\na,x\nb,x,\nc,y\n", r"a\.csv:3 has 3 cells, expected 2: text, label", "ac"),
     Case("a.csv", "text,label,label\na,x,y\nb,x,y\n", r"a\.csv:2 has an ambiguous value \(.* twice\)", ""),
+    Case("a.jsonl", GOOD + GOOD.replace("}", ', "label": "y"}'), r"a\.jsonl:2 has an ambiguous value", "a"),
+    Case("a.parquet", twice_named(), r"a\.parquet:1 has an ambiguous value", ""),
     Case("a.csv", "a,x\n\xe9,x\nc,y\n".encode("latin-1"), rf"a\.csv:2 {UTF8}", "ac", column_names=["text", "label"]),
     Case("a.csv", 'text,label\na,x\n"b"b,x\nc,y\n', r"a\.csv:3 is not CSV: ',' expected after '\"' ", "ac"),
     Case("a.csv", 'text,label\na,x\n"b,x\nc,y\nd,"y"\ne,y\n', r"a\.csv:3 is not CSV: .* \(up to line 5\)", "ae"),

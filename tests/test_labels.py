@@ -74,6 +74,7 @@ CSV_SCORES = [f"{i / 10}" for i in range(60)]
         (MultiLabel, "labels", [3], r"\S+:1: the labels are 3, expected a list: .*\(model.head: classification\)"),
         (MultiLabel, "labels", [["a"], ["a", ["b"]]], r"\S+:2 is refused by the head: the label is a list"),
         (MultiLabel, "labels", [[], []], "multi_label: the training data has no label"),
+        (MultiLabel, "labels", [["a"], ["a", None]], r"\S+:2 is refused by the head: the label is empty \(null\)"),
         (Regression, "score", [0.5, 1, "1,5"], r"\S+:3 is refused by the head: the score is '1,5', expected a finite"),
         (Regression, "score", ["", 1], r"\S+:1: the score is '', expected a finite number"),
         (Regression, "score", [1, 2, True], r"\S+:3 is refused by the head: the score is True"),
@@ -95,7 +96,7 @@ def test_bad_labels_can_be_skipped(tmp_path: Path) -> None:
     data = bound(head, 8, tmp_path, train=path, validation_share=0, on_bad_row="skip")
     assert head.labels == ["a", "b"] and rows(data) == 3
     tagged = tmp_path / "tags.jsonl"
-    tags = [["O"], ["B-a"], ["?"], ["O"]]
+    tags = [["O"], ["B-a "], ["?"], ["O"]]
     tagged.write_text("".join(json.dumps({"tokens": ["x"], "tags": row}) + "\n" for row in tags))
     tagger = TokenClassification()
     data = bound(tagger, 8, tmp_path, train=str(tagged), validation_share=0, on_bad_row="skip")

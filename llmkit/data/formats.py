@@ -24,7 +24,7 @@ Format = Literal["auto", "text", "csv", "tsv", "json", "parquet", "lines", "conl
 CHUNK = 256 * 1024  # characters of a large text that are read as one row
 WRONG_BYTES = "llmkit.wrong_bytes"
 AMBIGUOUS = object()
-"""The value of a column whose name stands more than once in a table's header."""
+"""The value of a column whose name occurs more than once in a table or a JSON object."""
 
 # Bytes that are invalid in the encoding become a lone surrogate, which valid text never holds: `flaw` finds it.
 codecs.register_error(WRONG_BYTES, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
@@ -185,8 +185,16 @@ def _table(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRows:
                 yield Row(data, path, number)
 
 
-def _ambiguous(header: list[str]) -> dict[str, Any]:
-    return dict.fromkeys((name for name in header if header.count(name) > 1), AMBIGUOUS)
+def _ambiguous(names: list[str]) -> dict[str, Any]:
+    return dict.fromkeys((name for name in names if names.count(name) > 1), AMBIGUOUS)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found |= _ambiguous([name for name, _ in pairs])
+    return found
 
 
 def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple[int, list[str], str | None]]:
@@ -242,7 +250,7 @@ def _json(path: str, options: Options) -> RawRows:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = json.loads(line, object_pairs_hook=_pairs)
         except (ValueError, RecursionError) as error:
             expected = ". Expected one object a line, or one list of objects; for SQuAD's files set data.format: squad"
             wrong = wrong or f"is not JSON: {_cause(error)}{expected if number == 1 else ''}"
@@ -260,7 +268,7 @@ def _document(path: str, options: Options) -> Any:
     with open_text(path, options) as file:
         text = file.read()
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_pairs)
     except json.JSONDecodeError as error:
         wrong = flaw(text.split("\n")[error.lineno - 1], options.encoding) or f"is not JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno} {wrong}") from error
@@ -336,10 +344,14 @@ def _parquet(path: str, options: Options) -> RawRows:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            twice = _ambiguous(file.schema_arrow.names)
             for batch in file.iter_batches():
                 for item in _batch_rows(batch):
                     number += 1
-                    yield Bad(item, path, number) if isinstance(item, str) else Row(item, path, number)
+                    if isinstance(item, str):
+                        yield Bad(item, path, number)
+                    else:
+                        yield Row(item | twice if twice else item, path, number)
     except Exception as error:  # a damaged file raises dozens of types
         place = f"{path}, after row {number}" if number else path
         raise UserError(f"{place}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -93,7 +93,7 @@ class Fields:
         if value is None or value != value:  # NaN
             return f"has an empty cell ({'null' if value is None else 'NaN'})"
         if value is AMBIGUOUS:
-            return "has an ambiguous value (the header has the name twice)"
+            return "has an ambiguous value (its name occurs twice)"
         parts = value if isinstance(value, list) else [value]
         strings = [part for part in parts if isinstance(part, str)]
         is_text = name in self.texts or name in self.words

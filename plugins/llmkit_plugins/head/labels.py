@@ -27,6 +27,8 @@ def class_name(value: Any) -> str:
         if not name:
             raise UserError("the label is empty")
         return name
+    if value is None:
+        raise UserError("the label is empty (null)")
     if isinstance(value, list | tuple | set):
         need = "a text with any number of labels needs the head multi_label (model.head: multi_label)"
         raise UserError(f"the label is a list, {value!r:.60}: {need}")
