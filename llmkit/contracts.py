@@ -226,6 +226,8 @@ class Head(nn.Module, ABC):
     """Further fields needed to train."""
     texts: ClassVar[tuple[str, ...]]
     """The fields that are text; a new tokenizer is trained on them."""
+    classes: ClassVar[tuple[str, ...]] = ()
+    """Targets that hold a class, or a list of them: no class is only in the rows that are set aside for validation."""
     words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
     """Fields that are encoded word by word, and what cuts a value into the pieces that are encoded: a new tokenizer is
     trained on the pieces. Such a field that is not in ``texts`` may hold a list of words as well as a text."""

@@ -40,6 +40,13 @@ def invalid_utf8() -> bytes:
     return table(text, ["x", "x", "y"])
 
 
+def twice_named() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    columns = [pyarrow.array(["a", "b"]), pyarrow.array(["x", "y"]), pyarrow.array(["y", "y"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "label", "label"]), sink)
+    return bytes(sink.getvalue())
+
+
 def question(text: Any, answers: Any = None) -> dict[str, Any]:
     return {"question": text, "answers": answers if answers is not None else [{"text": "x", "answer_start": 0}]}
 
@@ -72,6 +79,7 @@ ROW = [
     Case("a.jsonl", GOOD.encode() + b'{"text": "\xff", "label": "x"}\n', rf"a\.jsonl:2 {UTF8}", "a"),
     Case("a.jsonl", GOOD + '{"text": "b"}\n', r"a\.jsonl:2 has no column 'label' for the head's field", "a"),
     Case("a.jsonl", GOOD + GOOD.replace('"x"', "null"), r"a\.jsonl:2 has an empty cell \(null\) in column", "a"),
+    Case("a.jsonl", GOOD + GOOD.replace('"x"', "NaN"), r"a\.jsonl:2 has an empty cell \(NaN\) in column", "a"),
     Case("a.jsonl", GOOD + GOOD.replace('"a"', "3"), r"a\.jsonl:2 has int, expected text or a list of texts, in", "a"),
     Case("a.jsonl", GOOD + GOOD.replace('"a"', '["a", {}]'), r"a\.jsonl:2 has list, expected text", "a"),
     Case("a.jsonl", GOOD + GOOD.replace('"a"', '"\\ud800"'), r"a\.jsonl:2 holds a lone surrogate.*'text'", "a"),
@@ -81,6 +89,9 @@ ROW = [
     Case("a.json", f"[{GOOD}, {{}}]", r"a\.json:2 has no column 'text'.* Columns: \(none\)", "a"),
     Case("a.csv", "text,label\na,x\nb\n\nc,y\n", r"a\.csv:3 has 1 cells, expected 2: text, label", "ac"),
     Case("a.csv", "text,label\na,x\nb,x,\nc,y\n", r"a\.csv:3 has 3 cells, expected 2: text, label", "ac"),
+    Case("a.csv", "text,label,label\na,x,y\nb,x,y\n", r"a\.csv:2 has an ambiguous value \(.* twice\)", ""),
+    Case("a.jsonl", GOOD + GOOD.replace("}", ', "label": "y"}'), r"a\.jsonl:2 has an ambiguous value", "a"),
+    Case("a.parquet", twice_named(), r"a\.parquet:1 has an ambiguous value", ""),
     Case("a.csv", "a,x\n\xe9,x\nc,y\n".encode("latin-1"), rf"a\.csv:2 {UTF8}", "ac", column_names=["text", "label"]),
     Case("a.csv", 'text,label\na,x\n"b"b,x\nc,y\n', r"a\.csv:3 is not CSV: ',' expected after '\"' ", "ac"),
     Case("a.csv", 'text,label\na,x\n"b,x\nc,y\nd,"y"\ne,y\n', r"a\.csv:3 is not CSV: .* \(up to line 5\)", "ae"),

@@ -22,6 +22,8 @@ from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State
+from llmkit.testing import check
+from llmkit.testing.head.examples import FIELDS
 from llmkit_plugins.head.question_answering import answer_scores
 from llmkit_plugins.head.words import words
 
@@ -337,6 +339,101 @@ def test_answers_that_do_not_stand_where_they_should() -> None:
     assert int(metrics["f1"].count) == 4
 
 
+UNANSWERED: dict[str, list[Any]] = {**ROWS, "answers": [*ROWS["answers"][:2], {"text": [], "answer_start": []}, []]}
+
+
+def abstaining(**arguments: Any) -> Head:
+    head: Head = plugin("head", "question_answering", **arguments)()
+    head.learn(UNANSWERED)
+    again: Head = plugin("head", "question_answering", **arguments)()
+    again.set_info(head.info())
+    torch.manual_seed(1)
+    again.build(16, 262)
+    return again.double().eval()
+
+
+@torch.no_grad()
+def test_questions_without_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss against a plain loop over windows that are read one by one."""
+    head, context = abstaining(), 100
+    net = network(head, context)
+    batch = batch_of(head, UNANSWERED, context)
+    assert capsys.readouterr().err == ""  # they are trained on
+    rows, begin = len(batch["ids"]), 0
+    assert rows > len(ROWS["question"])  # some contexts have several windows
+    expected = 0.0
+    scores: Any = head
+    found = scores.scores(net, batch)
+    none = head.get_submodule("no_answer")
+    for q, answers in enumerate(UNANSWERED["answers"]):
+        own = sorted(set(batch["windows"][q].tolist()) - {-1})
+        least = [math.inf, math.inf]
+        for row in own:
+            length = int(batch["segments"][row].sum())
+            ids = batch["ids"][row, :length]
+            x_TD = net.encode(ids[None], Sequence.dense(length)).x_BSD[0]
+            place = ids.tolist().index(byte_tokenizer().sep_id)
+            least = [min(pair) for pair in zip(least, none(x_TD[place]).tolist(), strict=True)]
+        for side in (0, 1):
+            # All candidates but the last are those of a head that has to answer, up to the normaliser.
+            rest = found[q, :-1, side] - found[q, -1, side]
+            assert float(found[q, :, side].exp().sum()) == pytest.approx(1)
+            plain = head.get_submodule("classifier")(_features(net, batch, q))[:, side]
+            assert rest[: len(plain)].tolist() == pytest.approx((plain - least[side]).tolist(), rel=1e-6, abs=1e-9)
+            if not _texts(answers):
+                expected -= float(found[q, -1, side])
+            else:
+                right = batch["gold"][q, :-1, side]
+                expected -= float(found[q, :-1, side][right].logsumexp(0))
+        begin += len(own)
+    assert begin == rows
+    loss = head.loss(net, batch)
+    assert float(loss.total) == pytest.approx(expected) and int(loss.count) == 4
+
+
+def _texts(answers: Any) -> list[str]:
+    return list(answers["text"]) if isinstance(answers, dict) else answers
+
+
+def _features(net: Network, batch: dict[str, Any], q: int) -> Tensor:
+    """Return each candidate's mean state, and the numbers of words of the question around it."""
+    count = int((batch["windows"][q] >= 0).sum())
+    states = []
+    for k in range(count):
+        row = int(batch["windows"][q, k])
+        length = int(batch["segments"][row].sum())
+        x_TD = net.encode(batch["ids"][row, :length][None], Sequence.dense(length)).x_BSD[0]
+        own = batch["words"][row, :length] == q * batch["windows"].shape[1] + k
+        states.append(x_TD[own].mean(0) if own.any() else torch.zeros(16, dtype=torch.float64))
+    return torch.cat([torch.stack(states), batch["near"][q, :count].double()], -1)
+
+
+@torch.no_grad()
+def test_a_perfect_model_of_unanswerable_questions_scores_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = abstaining()
+    batch = batch_of(head, UNANSWERED, 200)
+    perfect = batch["gold"].double().log()
+    monkeypatch.setattr(head, "scores", lambda net, batch: perfect)
+    for scores, values in ((perfect, (100, 100, 100, 100)), (perfect.roll(1, 1), (0, 0, 0, 0))):
+        monkeypatch.setattr(head, "scores", lambda net, batch, scores=scores: scores)
+        metrics: dict[str, Any] = head.metrics("validation")
+        head.evaluate(network(head), batch, metrics, byte_tokenizer())
+        names = ("exact_match", "f1", "has_answer_f1", "no_answer_f1")
+        found = [float(metrics[name].compute()) for name in names]
+        assert found == list(values) if scores is perfect else found[0] < 100 and found[3] == 0
+    monkeypatch.setattr(head, "scores", lambda net, batch: perfect)
+    answers = head.predict(network(head), batch, byte_tokenizer(), DecodingOptions())
+    assert [answer["answer"] for answer in answers][2:] == ["", ""]
+    assert answers[2]["start"] == answers[2]["end"] == 0 and answers[2]["score"] == 1
+
+
+def test_a_head_that_abstains_passes_the_checks() -> None:
+    rows = {name: FIELDS[name] for name in ("question", "context")}
+    rows["answers"] = [{"text": [], "answer_start": []}, *FIELDS["answers"][1:4], []]
+    report = check("head", "question_answering", rows=rows)
+    assert not report.failed, str(report)
+
+
 def test_an_answer_inside_a_word_is_that_word() -> None:
     features = answering().encode(
         {"question": ["?"], "context": ["the 1990s (then)"], "answers": [{"text": ["1990"], "answer_start": [4]}]},
@@ -400,6 +497,8 @@ def test_answer_scores_are_the_official_ones() -> None:
         ("1928年", ["1928"], True, 0, 8 / 9),
         ("the", ["theNexon"], True, 0, 6 / 11),
         ("x", [], False, 0, 0),
+        ("the", [], False, 1, 1),
+        ("", [], True, 1, 1),
         ("", ["x"], True, 0, 0),
     ],
 )

@@ -85,6 +85,19 @@ def test_python(folder: Path, pretrained: Result, tmp_path: Path, capsys: pytest
     assert "only here: head.classifier.weight, head.classifier.bias" in told
 
 
+def test_a_causal_classifier_takes_all_of_a_language_model(folder: Path, tmp_path: Path) -> None:
+    source = fit(folder, "lm", "text.txt", "generation", "--data.tokenizer", "char").checkpoint
+    words = ("--model.init_from", source, "--model.head.topology", "decoder")
+    result = fit(folder, "causal", "labels.csv", "classification", *words)
+    every = len(weights(source))
+    assert f"{every} of its {every} weights taken" in result.err and "only there" not in result.err
+    assert weights(result.checkpoint).keys() - weights(source).keys() == {
+        "head.classifier.weight",
+        "head.classifier.bias",
+    }
+    assert json.loads(done("infer", result.checkpoint, "--json", "wort 3").out)["label"] in ("a", "b")
+
+
 def test_command_line_and_resuming(folder: Path, pretrained: Result, tmp_path: Path) -> None:
     """The file may be gone as soon as training has begun."""
     source = tmp_path / "source.ckpt"

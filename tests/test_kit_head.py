@@ -134,7 +134,7 @@ class NextToken(Head):
 class Score(Labels):
     """Right: a number for a text; its field is its own."""
 
-    targets = ("score",)
+    targets = ("grade",)
     monitor = ("loss", "min")
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
@@ -142,8 +142,8 @@ class Score(Labels):
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         features = super().encode({"text": rows["text"]}, tokenizer, max_length)
-        if "score" in rows:
-            features["label"] = [round(1000 * score) for score in rows["score"]]
+        if "grade" in rows:
+            features["label"] = [round(1000 * score) for score in rows["grade"]]
         return features
 
     def loss(self, net: Network, batch: Batch) -> Loss:
@@ -172,14 +172,14 @@ def test_own_fields_need_rows() -> None:
     report = check("head", Score)
     assert not report.failed
     assert [result.name for result in report.results if result.status == "pass"] == ["declares"]
-    assert report.results[1].detail == "no example rows for score: pass rows={field: [values]}"
-    rows = {"text": ["a b", "one two three", "c d", "and so on and so on"], "score": [0.5, -1.25, 3.0, 0.0]}
+    assert report.results[1].detail == "no example rows for grade: pass rows={field: [values]}"
+    rows = {"text": ["a b", "one two three", "c d", "and so on and so on"], "grade": [0.5, -1.25, 3.0, 0.0]}
     report = check("head", Score, rows=rows)
     assert not report.failed and sum(result.status == "n/a" for result in report.results) == 2, str(report)
 
 
 def test_rows_that_do_not_fit_are_named() -> None:
-    rows = {"text": ["a"], "score": ["high"]}
+    rows = {"text": ["a"], "grade": ["high"]}
     found = {result.name: result.detail for result in check("head", Score, rows=rows).failed}
     assert found.keys() == {"encodes"} and "raised TypeError" in found["encodes"] and "text 'a'" in found["encodes"]
 

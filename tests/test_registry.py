@@ -31,8 +31,8 @@ NAMES = {
     "feedforward": ["gelu", "relu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [
-        *("classification", "generation", "masked_lm", "question_answering", "summarization", "token_classification"),
-        "translation",
+        *("classification", "generation", "masked_lm", "multi_label", "question_answering", "regression"),
+        *("summarization", "token_classification", "translation"),
     ],
 }
 """Every first-party plugin. A name that users write into configs must not vanish by accident."""

@@ -15,7 +15,7 @@ from llmkit.data import cache
 from llmkit.data.hub import Hub
 from llmkit.data.opening import Options
 from llmkit.data.parts import Shares, cut, limited, measure, numbered
-from llmkit.data.prepare import Fields, Item
+from llmkit.data.prepare import Fields, Item, ReadItems
 from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
@@ -96,20 +96,21 @@ class Corpus:
             return self._part_of_a_stream(stage, source, read, identity, joins, skipped)
         if part:
             text = next((name for name in fields.columns if name in fields.texts), None) if joins else None
-            identity += [stage, astuple(shares), text is not None]
-            read = partial(self._part, read, source.key, shares, stage, text)
+            identity += [stage, astuple(shares), text is not None, head.classes]
+            read = partial(self._part, read, source.key, shares, stage, text, head.classes)
         if stage in self.limits:
             identity.append(self.limits[stage])
             read = partial(self._limited, read, stage, joins)
         return Reader(source, read, identity, joins, skipped)
 
     def _part(
-        self, read: Callable[[], Iterator[Item]], key: str, shares: Shares, stage: Stage, text: str | None
+        self, read: ReadItems, key: str, shares: Shares, stage: Stage, text: str | None, classes: tuple[str, ...]
     ) -> Iterator[Item]:
-        if text not in self._sizes:  # measured once for all parts
+        fields = (text, classes)
+        if fields not in self._sizes:  # measured once for all parts
             with Step(f"counting {key}") as step:
-                self._sizes[text] = measure(lambda: step.counted(read()), text)
-        return cut(read, self._sizes[text], key, shares, stage, text)
+                self._sizes[fields] = measure(lambda: step.counted(read()), text, classes)
+        return cut(read, self._sizes[fields], key, shares, stage, text)
 
     def _limited(self, read: Callable[[], Iterator[Item]], stage: Stage, joins: bool) -> Iterator[Item]:
         key = ("limit", stage, joins)

@@ -134,20 +134,20 @@ class Examples:
         # The lengths of each feature that is a list of ints; a text (bytes) has none.
         lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
         lists = lists or [np.zeros(len(self), np.int64)]
-        self._lengths = np.maximum(features.values.get("length", sum(lists)), 1)
+        self.lengths = np.maximum(features.values.get("length", sum(lists)), 1)
         # A translation pads two lists: rows of similar length are sorted by the difference of the two. Similar are
         # lengths that are equal when rounded up to multiples of a power of two, 1/32 to 1/16 of the length: 31 stays
         # 31, 33 becomes 34, 130 becomes 136.
-        width = np.maximum(1, 2 ** np.floor(np.log2(self._lengths) - 4)).astype(np.int64)
-        self._rounded = -(-self._lengths // width) * width
+        width = np.maximum(1, 2 ** np.floor(np.log2(self.lengths) - 4)).astype(np.int64)
+        self._rounded = -(-self.lengths // width) * width
         # Every second length is sorted backwards, so that a batch across the border of two has similar differences.
         turn = 1 - 2 * (np.unique(self._rounded, return_inverse=True)[1] % 2)
         skew = features.values.get("skew")
         if skew is None and len(lists) > 1:
             skew = lists[0] - sum(lists[1:])
-        self._skew = self._lengths if skew is None else turn * skew
+        self._skew = self.lengths if skew is None else turn * skew
         # How many batches the rows up to each place of the sorted order fill.
-        sizes = batch_size if batch_tokens is None else np.maximum(1, batch_tokens // np.sort(self._lengths))
+        sizes = batch_size if batch_tokens is None else np.maximum(1, batch_tokens // np.sort(self.lengths))
         self._places = np.cumsum(np.ones(len(self)) / sizes)
         self.num_batches = -(-len(self) // batch_size)  # of a training epoch
         if batch_tokens is not None:
@@ -172,7 +172,7 @@ class Examples:
         """Return rows in batches, each as large as it may be."""
         if self.batch_tokens is None:
             return split_batches(order, self.batch_size)
-        lengths, bounds = self._lengths[order], [0]
+        lengths, bounds = self.lengths[order], [0]
         while bounds[-1] < len(order):
             begin = bounds[-1]
             rows = lengths[begin : begin + max(1, self.batch_tokens // lengths[begin])]
@@ -191,7 +191,7 @@ class Examples:
             seed = rng.integers(2**63)
             orders = (self._mixed(np.random.default_rng(seed), WINDOW / 2**halvings) for halvings in range(4))
             # No order takes fewer batches than that by length.
-            last = np.argsort(self._lengths, kind="stable")[::-1]
+            last = np.argsort(self.lengths, kind="stable")[::-1]
             cuts = (self._cut(order) for order in chain(orders, [last]))
             batches = halved(next(cut for cut in cuts if len(cut) <= self.num_batches), self.num_batches)
         return [batches[i] for i in rng.permutation(len(batches))]

@@ -14,6 +14,7 @@ import numpy as np
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache, identity
+from llmkit.data.balance import Balanced
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Columns, Corpus
 from llmkit.data.examples import Examples, Features, note_truncated
@@ -24,7 +25,7 @@ from llmkit.data.prepare import Encoder, with_text
 from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped
 from llmkit.data.sources import Files
-from llmkit.data.stream import SAMPLE, Stream, take
+from llmkit.data.stream import HELD_OUT, SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import global_seed
@@ -70,7 +71,8 @@ class DataModule(pl.LightningDataModule):
         documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
             each non-empty line. For other heads each non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
-            the end of each text if they are few or of very different sizes. 0: no validation.
+            the end of each text if they are few or of very different sizes. A row whose label only rows set aside
+            would have stays in the training part. 0: no validation.
         test_share: share of ``train`` set aside as ``test``, in the same way.
         folds: cut ``train`` into this many random parts of equal size, one of which is ``test``: for data that are
             scored by cross-validation.
@@ -81,10 +83,12 @@ class DataModule(pl.LightningDataModule):
         pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
         streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
             then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first 1,000
-            rows (2 million characters) are set aside before that.
+            rows (2 million characters) are set aside before that; their labels are learned too.
         shuffle_buffer: rows (or blocks) of a stream that are shuffled together.
         batch_size: rows of a batch.
         batch_tokens: most tokens of a batch, including padding; replaces ``batch_size`` in training and evaluation.
+        balance: how evenly the classes of a classifier are trained on: training rows are drawn with replacement, a
+            class of n rows in proportion to n ** (1 - balance). 1: all equally often; 0: each row once an epoch.
         num_workers: worker processes of each loader (a hub stream is read by at most one).
         seed: seed of the order of training data; None: that of ``seed_everything``.
         cache_dir: folder of the cache; default $LLMKIT_CACHE, else ~/.cache/llmkit.
@@ -122,6 +126,7 @@ class DataModule(pl.LightningDataModule):
         shuffle_buffer: int = 4096,
         batch_size: int = 32,
         batch_tokens: int | None = None,
+        balance: float = 0.0,
         num_workers: int = 0,
         seed: int | None = None,
         cache_dir: str | None = None,
@@ -134,6 +139,10 @@ class DataModule(pl.LightningDataModule):
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
         shares = Shares.checked(validation_share, test_share, folds, fold, has_test=test is not None)
         limits = checked_limits(limit)
+        if not 0 <= balance <= 1:
+            raise UserError(Problem("data.balance", f"must be from 0 to 1, got {balance}"))
+        if balance and streaming:
+            raise UserError(Problem("data.balance", "cannot be combined with data.streaming"))
         if streaming and (shares.cut_test or limits):
             key = "data.limit" if limits else "data.folds" if folds else "data.test_share"
             raise UserError(Problem(key, "cannot be combined with data.streaming"))
@@ -146,6 +155,7 @@ class DataModule(pl.LightningDataModule):
         self._factory = tokenizer
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
         self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
+        self.balance = balance
         # Lightning leaves the seed of seed_everything in the environment.
         self.seed = global_seed() if seed is None else seed
         self._head: Head | None = None
@@ -223,14 +233,17 @@ class DataModule(pl.LightningDataModule):
         untrained = not self._tokenizer.trained
         unlearned = not self._head_ready and type(head).learn is not Head.learn
         if untrained or unlearned:
-            reader = self._corpus.reader("train", head)
+            reader = labelled = self._corpus.reader("train", head)
             if self.streaming:
                 read = reader.read
                 reader = reader._replace(read=lambda: take(read(), SAMPLE), identity=[*reader.identity, SAMPLE])
+                # Labels of the rows set aside at the start too: a head refuses rows whose label it does not know.
+                most = (HELD_OUT[0] + SAMPLE[0], HELD_OUT[1] + SAMPLE[1])
+                labelled = reader._replace(read=lambda: take(read(skip=0), most), identity=[*reader.identity, most])
             if untrained:
                 train_tokenizer(self._tokenizer, self._factory, head, reader, self._folder)
             if unlearned:
-                learn_head(head, reader, self._folder)
+                learn_head(head, labelled, self._folder)
         self._learned = True
 
     def split(self, stage: Stage) -> Blocks | Examples:
@@ -310,7 +323,12 @@ class DataModule(pl.LightningDataModule):
         else:
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-            order = TrainingOrder(split.training_order, split.num_batches, split.training_rows, self.seed, overfit)
+            plan = split.training_order
+            if self.balance:
+                if not isinstance(split, Examples):
+                    raise UserError(Problem("data.balance", f"is for classifiers, not for {type(self.head).__name__}"))
+                plan = Balanced.of(split, self.balance).training_order
+            order = TrainingOrder(plan, split.num_batches, split.training_rows, self.seed, overfit)
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,20 +87,49 @@ class Shares:
         return min(max(1, round(count * share)), count - used + 1) if share else 0
 
 
-def measure(read: ReadItems, text: str | None) -> NDArray[np.int64]:
-    """Return the number of characters in field ``text`` of each document of a split; zeros without one."""
-    sizes = array("q")
+class Measured(NamedTuple):
+    """What is known of a split before it is cut."""
+
+    sizes: NDArray[np.int64]
+    """Characters of each document, zeros where there is no text to cut, (documents,)."""
+    classes: NDArray[np.int64]
+    """Pairs of a document and the number of a class that it has, (pairs, 2)."""
+
+    def chosen(self, shares: Shares, key: str) -> NDArray[np.int8]:
+        """Return which of ``PARTS`` each document is in; see ``Shares.of``.
+
+        A document whose class no document of the training part has is moved there. Raises UserError when that leaves
+        nothing for a part.
+        """
+        parts = shares.of(len(self.sizes), key)
+        documents, classes = self.classes.T
+        numbers, first = np.unique(classes, return_index=True)
+        lacking = ~np.isin(numbers, classes[parts[documents] == 0])
+        used = set(parts.tolist())
+        parts[documents[first[lacking]]] = 0
+        for name in (PARTS[part] for part in used - set(parts.tolist())):
+            text = f"each row that would be set aside for {name} has a class that no other row has. Set data.{name}."
+            raise UserError(Problem(key, text))
+        return parts
+
+
+def measure(read: ReadItems, text: str | None, classes: Sequence[str]) -> Measured:
+    """Measure a split: the characters of the field ``text``, and the values of the fields ``classes``."""
+    sizes, pairs = array("q"), array("q")
+    numbers: dict[str, int] = {}
     for item in read():
         if item.document == len(sizes):
             sizes.append(0)
         if text:
             sizes[-1] += len(item.fields[text])
-    return np.frombuffer(sizes, np.int64) if sizes else np.zeros(0, np.int64)
+        for name in classes:
+            value = item.fields[name]
+            for part in value if isinstance(value, list) else [value]:
+                pairs.extend((item.document, numbers.setdefault(str(part), len(numbers))))
+    return Measured(np.array(sizes, np.int64), np.array(pairs, np.int64).reshape(-1, 2))
 
 
-def cut(
-    read: ReadItems, sizes: NDArray[np.int64], key: str, shares: Shares, part: Stage, text: str | None
-) -> Iterator[Item]:
+def cut(read: ReadItems, measured: Measured, key: str, shares: Shares, part: Stage, text: str | None) -> Iterator[Item]:
     """Yield one part of a split that serves as several.
 
     Of several documents (or rows) each part gets random whole ones. Where they are texts, and so few or so unequal
@@ -108,14 +138,14 @@ def cut(
 
     Args:
         read: reads the whole split.
-        sizes: what ``measure`` returned for it.
+        measured: the measured split.
         key: the config key of the split. Raises UserError for it when there are too few rows.
         shares: the shares of the parts.
         part: the part to yield.
         text: the field that is a text which can be cut; None: rows cannot be cut.
     """
-    if text is None or shares.folds or _fair(sizes, shares, key):
-        chosen = shares.of(len(sizes), key) == PARTS.index(part)
+    if text is None or shares.folds or _fair(measured.sizes, shares, key):
+        chosen = measured.chosen(shares, key) == PARTS.index(part)
         yield from (item for item in read() if chosen[item.document])
         return
     borders = [0.0, 1 - shares.validation - shares.test, 1 - shares.test, 1.0]
@@ -124,7 +154,7 @@ def cut(
     for item in read():
         if item.document != document:
             document, at = item.document, 0
-        size = int(sizes[document])
+        size = int(measured.sizes[document])
         value = item.fields[text]
         piece = value[max(0, int(size * first) - at) : max(0, int(size * last) - at)]
         at += len(value)

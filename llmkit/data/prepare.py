@@ -104,8 +104,8 @@ class Fields:
         """Return what is wrong with the value of a field that is not a string."""
         if value is REPEATED:
             return "has more than one value"
-        if value is None:
-            return "has an empty cell (null)"
+        if value is None or value != value:  # NaN
+            return f"has an empty cell ({'null' if value is None else 'NaN'})"
         parts = value if isinstance(value, list) else [value]
         strings = [part for part in parts if isinstance(part, str)]
         is_text = name in self.texts or name in self.words

@@ -14,6 +14,8 @@ CONTEXTS = [
 FIELDS: dict[str, list[Any]] = {
     "text": ["a [MASK]", "b [MASK]", "one [MASK] step", "Zwölf 狐 [MASK]", "one text, longer than all [MASK] others"],
     "label": ["neg", "pos", "neg", "meh", "pos"],
+    "labels": [["neg", "short"], ["pos"], ["neg"], [], ["short", "meh", "pos"]],
+    "score": [0.5, -1.25, 3, "2.5", 0.5],
     "source": ["a b", "c d", "ein Schritt", "我爱学习", "ein Satz, länger als alle anderen"],
     "target": ["A B", "C D", "a step", "I love to learn", "one sentence, longer than all others"],
     "document": [

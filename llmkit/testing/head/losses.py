@@ -42,7 +42,7 @@ def declares(subject: Subject) -> str:
     ):
         if getattr(cls, name, None) not in allowed:
             raise Violation(f"{name} is {getattr(cls, name, None)!r}; allowed: {', '.join(allowed)}")
-    for name in ("inputs", "targets", "texts"):
+    for name in ("inputs", "targets", "texts", "classes"):
         value = getattr(cls, name, None)
         if not isinstance(value, tuple) or not all(isinstance(field, str) for field in value):
             hint = ". A tuple of one is written ('text',)" if isinstance(value, str) else ""
@@ -54,6 +54,9 @@ def declares(subject: Subject) -> str:
     unknown = {*cls.texts, *cls.words} - {*cls.inputs, *cls.targets}
     if unknown:
         raise Violation(f"{', '.join(sorted(unknown))}: in texts or words, but neither in inputs nor in targets")
+    unknown = {*cls.classes} - {*cls.targets}
+    if unknown:
+        raise Violation(f"{', '.join(sorted(unknown))}: in classes, but not in targets")
     if not isinstance(cls.decoding, DecodingOptions):
         raise Violation(f"decoding is {cls.decoding!r}, expected DecodingOptions")
     monitor = cls.monitor

@@ -182,7 +182,7 @@ class Subject:
                 vocab_size=TOKENIZER.vocab_size,
                 dim=self.dim,
                 num_layers=1,
-                topology=self.cls.topology,
+                topology=self.factory().topology,
                 max_length=CONTEXT,
                 attention=registry.resolve("attention", None),
                 cross_attention=registry.resolve("attention", None),

@@ -2,107 +2,118 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
+from llmkit.contracts import Batch, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
 from llmkit.ops.metrics import MeanLoss
-from llmkit.sequence import DecodingOptions, Sequence, first_rows, padded, segments_of
+from llmkit.sequence import DecodingOptions
+from llmkit_plugins.head.labels import ClassNumbers, class_name, count_classes, refuse_scores
+from llmkit_plugins.head.pooled import Pooled
 
 
-class Classification(Head):
-    """Text classification with one label a text: mean of the encoder's states, then a linear layer.
+class Classification(Pooled):
+    """Text classification with one label a text: a linear layer over the mean of the encoder's states.
 
     Args:
         dropout: dropout before the linear layer.
         label_smoothing: share of the probability spread evenly over the labels.
+        class_weights: how much the loss of a text with a label counts in training, by label; 1 for those not named.
+            ``balanced``: inversely to how often each label occurs, 1 on average, so that all labels count the same.
+        topology: ``encoder``, or ``decoder``: a causal network, whose state at the last token is used. It takes all
+            weights of a language model (``model.init_from``) and any causal variant.
     """
 
-    topology = "encoder"
-    inputs = ("text",)
     targets = ("label",)
-    texts = ("text",)
+    classes = ("label",)
     monitor = ("accuracy", "max")
 
-    def __init__(self, dropout: float = 0.1, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.dropout = nn.Dropout(dropout)
+    def __init__(
+        self,
+        dropout: float = 0.1,
+        label_smoothing: float = 0.0,
+        class_weights: dict[str, float] | Literal["balanced"] | None = None,
+        topology: Literal["encoder", "decoder"] = "encoder",
+    ) -> None:
+        super().__init__(dropout, topology)
+        for label, weight in ({} if class_weights == "balanced" else class_weights or {}).items():
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise UserError(f"class_weights: the weight of '{label}' must be 0 or more, got {weight}")
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
         self.labels: list[str] = []
+        self.counts: list[int] = []
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
-        """Take the label names from the training rows, sorted."""
-        self.labels = sorted({str(label) for label in columns["label"]})
+        """Take the label names from the training rows, sorted, and how often each occurs if weights need that."""
+        counts = count_classes(columns["label"])
+        refuse_scores(counts)
+        self.labels = list(counts)
+        if self.class_weights == "balanced":
+            self.counts = list(counts.values())
         if len(self.labels) < 2:
             raise UserError(f"classification needs at least two labels; the training data has only {self.labels}")
+        self._weights()
 
     def info(self) -> dict[str, Any]:
-        """Return the label names."""
-        return {"labels": self.labels}
+        """Return the label names, and how often each occurs if weights need that."""
+        return {"labels": self.labels, **({"counts": self.counts} if self.counts else {})}
 
     def set_info(self, info: dict[str, Any]) -> None:
         """Restore the label names. Raises TypeError when they are not texts."""
         "".join(info["labels"])
-        self.labels = list(info["labels"])
+        self.labels, self.counts = list(info["labels"]), [int(count) for count in info.get("counts", [])]
 
     def build(self, dim: int, vocab_size: int) -> None:
         """Create the linear layer from the mean state to the labels."""
-        self.classifier = nn.Linear(dim, len(self.labels))
-        nn.init.normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
+        self._weights()  # refuses those that do not fit the labels
+        self._build(dim, len(self.labels))
+
+    def _weights(self) -> list[float] | None:
+        """Return the weight of each label. Raises UserError for a weight without a label."""
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "balanced":
+            if not self.counts:
+                raise UserError(
+                    "class_weights: the checkpoint does not say how often each label occurs: name the weights"
+                )
+            return [sum(self.counts) / (len(self.counts) * count) for count in self.counts]
+        given = {class_name(label): weight for label, weight in self.class_weights.items()}
+        for label in given:
+            if label not in self.labels:
+                raise UserError(f"class_weights: {unknown('label', label, self.labels)}")
+        return [given.get(label, 1.0) for label in self.labels]
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``ids`` (cut to the context), ``length``, ``truncated`` and, when it is known, ``label``."""
-        ids = [row or [tokenizer.unk_id] for row in tokenizer.encode_batch(rows["text"])]
-        features: dict[str, list[Any]] = {
-            "ids": [row[:max_length] for row in ids],
-            "length": [min(len(row), max_length) for row in ids],
-            "truncated": [int(len(row) > max_length) for row in ids],
-        }
+        features = self._encode(rows["text"], tokenizer, max_length)
         if "label" in rows:
-            numbers = {label: number for number, label in enumerate(self.labels)}
-            for label in rows["label"]:
-                if str(label) not in numbers:
-                    raise UserError(unknown("label", str(label), self.labels) + " It was not seen in training.")
-            features["label"] = [numbers[str(label)] for label in rows["label"]]
+            numbers = ClassNumbers(self.labels)
+            features["label"] = [numbers[label] for label in rows["label"]]
         return features
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return ids (B, T), segments (B, T) where padded, and label (B,)."""
-        batch = {"ids": padded([feature["ids"] for feature in features], tokenizer.pad_id)}
-        segments = segments_of([len(feature["ids"]) for feature in features])
-        if segments is not None:
-            batch["segments"] = segments
+        batch = super().collate(features, tokenizer)
         if "label" in features[0]:
             batch["label"] = torch.tensor([feature["label"] for feature in features])
         return batch
 
-    def scores(self, net: Network, batch: Batch) -> Tensor:
-        """Return the label scores, (B, number of labels)."""
-        ids, segments = batch["ids"], batch.get("segments")
-        x_BTD = net.encode(ids, Sequence.of(ids, segments)).x_BSD
-        if segments is None:
-            mean_BD = x_BTD.mean(1)
-        else:
-            exact = torch.promote_types(x_BTD.dtype, torch.float32)  # a sum over a long text does not fit into fp16
-            real_BT1 = (segments > 0).to(exact)[..., None]
-            mean_BD = ((x_BTD * real_BT1).sum(1) / real_BT1.sum(1)).to(x_BTD.dtype)
-        scores: Tensor = self.classifier(self.dropout(mean_BD))
-        return scores
-
     def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed cross-entropy of the labels."""
-        return self._loss(self.scores(net, batch), batch["label"])
+        """Return the summed cross-entropy of the labels, weighted; the count is that of the texts."""
+        return self._loss(self.scores(net, batch), batch["label"], self._weights())
 
-    def _loss(self, scores: Tensor, label: Tensor) -> Loss:
+    def _loss(self, scores: Tensor, label: Tensor, weights: list[float] | None = None) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        total = F.cross_entropy(exact, label, reduction="sum", label_smoothing=self.label_smoothing)
+        weight = None if weights is None else exact.new_tensor(weights)
+        total = F.cross_entropy(exact, label, weight, reduction="sum", label_smoothing=self.label_smoothing)
         return Loss(total, torch.tensor(len(label), device=label.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
@@ -136,13 +147,6 @@ class Classification(Head):
             probabilities = dict(zip(self.labels, row, strict=True))
             answers.append({"label": self.labels[best], "probability": row[best], "probabilities": probabilities})
         return answers
-
-    def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
-        """Return the labels of three texts."""
-        rows = first_rows(batch, 3)
-        answers = self.predict(net, rows, tokenizer, self.decoding)
-        texts = tokenizer.decode_batch(rows["ids"].tolist())
-        return "\n".join(f"{self.show(answer)}\t{text[:100]}" for answer, text in zip(answers, texts, strict=True))
 
     def show(self, answer: dict[str, Any]) -> str:
         """Return the label and its probability."""

@@ -8,7 +8,7 @@ import string
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -19,19 +19,13 @@ from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.metrics import Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
-from llmkit_plugins.head.words import Span, by_character, encode, means, pieces, words
-
-
-def _spans(text: str) -> list[Span]:
-    return words(text) or [(0, 0)]  # a text without words gets an empty one
+from llmkit_plugins.head.labels import accepted
+from llmkit_plugins.head.matches import RADII, matches_of, near_matches, spans_of
+from llmkit_plugins.head.words import Span, by_character, encode, means, pieces
 
 
 def _pieces(text: str) -> list[str]:
-    return pieces(text, _spans(text))
-
-
-RADII = (0, 2, 5, 15, 40)
-"""How far around a word of the context, in words, words of the question are counted."""
+    return pieces(text, spans_of(text))
 
 
 class QuestionAnswering(Head):
@@ -43,6 +37,10 @@ class QuestionAnswering(Head):
     (as the match feature of Chen et al. 2017, arXiv:1704.00051). Probabilities are over all windows of a question
     together (Clark and Gardner 2018, arXiv:1710.10723). ``answers`` is as in SQuAD: a mapping with the lists ``text``
     and ``answer_start``, or a list of mappings with one of each.
+
+    If some training rows have no answers, as in SQuAD 2.0 (Rajpurkar et al. 2018, arXiv:1806.03822), the head may
+    abstain: the state at the separator is scored as one more candidate, in the window where it is least likely. The
+    answer is then the empty text.
 
     Args:
         dropout: dropout before the linear layer.
@@ -77,24 +75,41 @@ class QuestionAnswering(Head):
                 raise UserError(f"question_answering: {name} must be at least 1, got {value}")
         self.stride, self.max_answer_words, self.level = stride, max_answer_words, level
         self.dropout = nn.Dropout(dropout)
+        self.abstains = False
+
+    def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
+        """See whether some training rows have no answers."""
+        self.abstains = any(not answers for _, answers in accepted(columns["answers"], _answers))
+
+    def info(self) -> dict[str, Any]:
+        """Return whether it may abstain, if it may."""
+        return {"abstains": True} if self.abstains else {}
+
+    def set_info(self, info: dict[str, Any]) -> None:
+        """Restore what ``info`` returned."""
+        self.abstains = bool(info.get("abstains", False))
 
     def build(self, dim: int, vocab_size: int) -> None:
         """Create the linear layer from a word's mean state and matches to its scores as first and as last word."""
         self.classifier = nn.Linear(dim + len(RADII), 2)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
+        if self.abstains:
+            self.no_answer = nn.Linear(dim, 2)
+            nn.init.normal_(self.no_answer.weight, std=0.02)
+            nn.init.zeros_(self.no_answer.bias)
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return the features of each question with all its windows.
 
         ``asked``: ids of the question and the separator, at most half of the context. ``ids`` of the context's words
-        and ``sizes``, the number of ids of each of them; ``matches``: see ``_matches``. ``windows``: first word and
+        and ``sizes``, the number of ids of each of them; ``matches``: see ``matches_of``. ``windows``: first word and
         word after the last one of each window. The candidates for first and last word are the words of the first
         window, then those of the second and so on: ``starts`` and ``ends`` are those that begin and end an answer.
         ``question``, ``text`` (the context) and ``answers`` (JSON) are texts. ``moved`` and ``untrained`` are 1 where
         ``notes`` say so.
         """
-        spans = [_spans(context) for context in rows["context"]]
+        spans = [spans_of(context) for context in rows["context"]]
         asked = encode(tokenizer, [_pieces(question) for question in rows["question"]])
         contexts = encode(tokenizer, [pieces(*row) for row in zip(rows["context"], spans, strict=True)])
         names = ("asked", "ids", "sizes", "windows", "matches", "question", "text", "length", "truncated")
@@ -111,7 +126,7 @@ class QuestionAnswering(Head):
             features["ids"].append([token for piece in word_ids for token in piece])
             features["sizes"].append(sizes)
             features["windows"].append([word for window in windows for word in window])
-            features["matches"].append(_matches(question, text))
+            features["matches"].append(matches_of(question, text))
             features["question"].append(question)
             features["text"].append(text)
             features["length"].append(len(windows) * (len(kept) + longest))
@@ -159,7 +174,7 @@ class QuestionAnswering(Head):
                     before += b - a
             moved = any(begin not in (None, start) for begin, (_, start) in zip(found, answers, strict=True))
             features["moved"].append(int(moved))
-            features["untrained"].append(int(not starts))
+            features["untrained"].append(int(not starts and not (self.abstains and not answers)))
             features["starts"].append(sorted(starts))
             features["ends"].append(sorted(ends))
             features["answers"].append(json.dumps([answer for answer, _ in answers]))
@@ -171,13 +186,16 @@ class QuestionAnswering(Head):
         the context, -1 of others, (B, T). ``windows``: the row of each candidate, and ``places``: its word in the
         context, -1 for padding, (Q, K); ``near``: how many words of the question are around it, (Q, K, radii).
         ``question``, ``text`` and, where they are known, ``answers`` as in ``encode``; then also ``gold``, whether a
-        candidate is the first and the last word of an answer, (Q, K, 2).
+        candidate is the first and the last word of an answer, (Q, K, 2). A head that may abstain has one more
+        candidate in ``gold``, the last one, which is right where there are no answers, and ``separators``, the place of
+        the separator in each window.
         """
         most = max(sum(f["windows"][1::2]) - sum(f["windows"][::2]) for f in features)
         ids: list[list[int]] = []
         owners: list[list[int]] = []
         windows: list[list[int]] = []
         places: list[list[int]] = []
+        separators: list[int] = []
         for q, feature in enumerate(features):
             begins = [0, *accumulate(feature["sizes"])]
             windows.append([])
@@ -189,6 +207,7 @@ class QuestionAnswering(Head):
                 windows[-1] += [len(ids)] * (end - first)
                 places[-1] += range(first, end)
                 ids.append(feature["asked"] + feature["ids"][begins[first] : begins[end]])
+                separators.append(len(feature["asked"]) - 1)
         batch: Batch = {
             "ids": padded(ids, tokenizer.pad_id),
             "words": padded(owners, -1),
@@ -196,28 +215,42 @@ class QuestionAnswering(Head):
             "places": padded(places, -1),
             **{name: [feature[name] for feature in features] for name in ("question", "text")},
         }
+        if self.abstains:
+            batch["separators"] = torch.tensor(separators)
         segments = segments_of([len(row) for row in ids])
         if segments is not None:
             batch["segments"] = segments
-        near = [_near(feature["matches"])[row] for feature, row in zip(features, places, strict=True)]
+        near = [near_matches(feature["matches"])[row] for feature, row in zip(features, places, strict=True)]
         batch["near"] = nn.utils.rnn.pad_sequence(near, batch_first=True)
         if "answers" in features[0]:
             batch["answers"] = [feature["answers"] for feature in features]
-            batch["gold"] = torch.zeros(len(features), most, 2, dtype=torch.bool)
+            batch["gold"] = torch.zeros(len(features), most + self.abstains, 2, dtype=torch.bool)
             for q, feature in enumerate(features):
                 batch["gold"][q, feature["starts"], 0] = True
                 batch["gold"][q, feature["ends"], 1] = True
+                if self.abstains and not json.loads(feature["answers"]):
+                    batch["gold"][q, most] = True
         return batch
 
     def scores(self, net: Network, batch: Batch) -> Tensor:
-        """Return the log-probabilities of each candidate as first and as last word of the answer, (Q, K, 2)."""
+        """Return the log-probabilities of each candidate as first and as last word of the answer, (Q, K, 2).
+
+        A head that may abstain has one more candidate, the last one.
+        """
         x_BTD = net.encode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments"))).x_BSD
         windows = batch["windows"]
         states_ND, _ = means(x_BTD, batch["words"], windows.numel())
         states_QKD = self.dropout(states_ND).reshape(*windows.shape, -1)
         scores: Tensor = self.classifier(torch.cat([states_QKD, batch["near"].to(states_QKD.dtype)], -1))
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return exact.masked_fill(windows[..., None] < 0, -torch.inf).log_softmax(1)
+        padding = windows[..., None] < 0
+        exact = exact.masked_fill(padding, -torch.inf)
+        if self.abstains:
+            at = torch.arange(len(x_BTD), device=x_BTD.device), batch["separators"]
+            none_B2 = self.no_answer(self.dropout(x_BTD[at])).to(exact.dtype)
+            none_QK2 = none_B2[windows.clamp(min=0)].masked_fill(padding, torch.inf)
+            exact = torch.cat([exact, none_QK2.amin(1, keepdim=True)], 1)
+        return exact.log_softmax(1)
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed negative log-probability of first and last words, over the questions with an answer."""
@@ -229,27 +262,40 @@ class QuestionAnswering(Head):
         return Loss(-chosen.logsumexp(1).sum(), known.sum())
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, and exact match and F1 of the answers' text, 0 to 100."""
-        return {"loss": MeanLoss(), "exact_match": Mean(), "f1": Mean()}
+        """Return loss, and exact match and F1 of the answers' text, 0 to 100.
+
+        A head that may abstain has the F1 of questions with answers and of those without, too (of which it is the share
+        where it abstains).
+        """
+        parts = ("has_answer_f1", "no_answer_f1") if self.abstains else ()
+        return {"loss": MeanLoss(), **{name: Mean() for name in ("exact_match", "f1", *parts)}}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
         scores = self.scores(net, batch)
         metrics["loss"].update(self._loss(scores, batch["gold"]))
-        found = [
-            answer_scores(text[start:end], json.loads(answers), self._by_character(text))
-            for (text, start, end, _), answers in zip(self._best(scores, batch), batch["answers"], strict=True)
-        ]
-        for name, values in zip(("exact_match", "f1"), zip(*found, strict=True), strict=True):
-            metrics[name].update(100 * sum(values), len(values))
+        for (text, start, end, _), answers in zip(self._best(scores, batch), batch["answers"], strict=True):
+            references = json.loads(answers)
+            exact, f1 = answer_scores(text[start:end], references, self._by_character(text))
+            metrics["exact_match"].update(100 * exact, 1)
+            metrics["f1"].update(100 * f1, 1)
+            if self.abstains:
+                answered = bool(references)
+                metrics["has_answer_f1"].update(100 * f1 * answered, answered)
+                metrics["no_answer_f1"].update(100 * f1 * (not answered), not answered)
 
     def _by_character(self, context: str) -> bool:
         return by_character(context) if self.level == "auto" else self.level == "character"
 
     def _best(self, scores: Tensor, batch: Batch) -> list[tuple[str, int, int, float]]:
-        """Return the context, the best span within one window, and its probability, of each question."""
-        windows, count = batch["windows"], scores.shape[1]
+        """Return the context, the best span within one window, and its probability, of each question.
+
+        The span is empty where abstaining is more probable than any other.
+        """
+        windows, count = batch["windows"], batch["windows"].shape[1]
         best = torch.full_like(scores[:, 0, 0], -torch.inf)
+        none = scores[:, -1].sum(-1) if self.abstains else best
+        scores = scores[:, :count]
         first, last = torch.zeros_like(windows[:, 0]), torch.zeros_like(windows[:, 0])
         for more in range(min(self.max_answer_words, count)):
             sums = scores[:, : count - more, 0] + scores[:, more:, 1]
@@ -258,11 +304,12 @@ class QuestionAnswering(Head):
             better = top > best
             best = torch.where(better, top, best)
             first, last = torch.where(better, at, first), torch.where(better, at + more, last)
+        abstain, best = (none > best).tolist(), best.maximum(none)
         chosen = [batch["places"].gather(1, at[:, None])[:, 0].tolist() for at in (first, last)]
         found = []
-        for text, a, b, score in zip(batch["text"], *chosen, best.exp().tolist(), strict=True):
-            spans = _spans(text)
-            found.append((text, spans[a][0], spans[b][1], score))
+        for text, a, b, empty, score in zip(batch["text"], *chosen, abstain, best.exp().tolist(), strict=True):
+            spans = spans_of(text)
+            found.append((text, 0, 0, score) if empty else (text, spans[a][0], spans[b][1], score))
         return found
 
     def predict(
@@ -270,7 +317,8 @@ class QuestionAnswering(Head):
     ) -> list[dict[str, Any]]:
         """Return of each row ``question``, ``answer``, its place ``start`` and ``end`` in the context, and ``score``.
 
-        The score is the product of the probabilities of the answer's first and last word.
+        The score is the product of the probabilities of the answer's first and last word. The answer is empty, and its
+        place 0 and 0, where the head abstains.
         """
         return [
             {"question": question, "answer": text[start:end], "start": start, "end": end, "score": score}
@@ -289,33 +337,14 @@ class QuestionAnswering(Head):
         return "\n".join(f"{answer['question']}\n  -> {answer['answer']}" for answer in answers)
 
 
-def _matches(question: str, context: str) -> list[int]:
-    """Return, for each word of the context, how often it occurs there if it is in the question too, else 0."""
-    asked = {question[start:end].lower() for start, end in _spans(question)}
-    there = [context[start:end].lower() for start, end in _spans(context)]
-    counts = Counter(there)
-    return [counts[word] if word in asked else 0 for word in there]
-
-
-def _near(matches: list[int]) -> Tensor:
-    """Return how many words of the question stand within each radius of each word, (W, radii).
-
-    A word that occurs n times in the context counts 1 / n: it says that much less about the place.
-    """
-    sums = torch.tensor([0.0, *accumulate(1 / n if n else 0.0 for n in matches)], dtype=torch.float64)
-    place, last = torch.arange(len(matches)), len(matches)
-    near = [sums[(place + r + 1).clamp(max=last)] - sums[(place - r).clamp(min=0)] for r in RADII]
-    return torch.stack(near, -1).float()
-
-
 def _answers(given: Any) -> list[tuple[str, int]]:
-    """Return the text of each answer and where it begins."""
+    """Return the text of each answer and where it begins; answers without text are none."""
     try:
         if isinstance(given, Mapping):
             pairs = list(zip(given["text"], given["answer_start"], strict=True))
         else:
             pairs = [(answer["text"], answer["answer_start"]) for answer in given]
-        return [(str(text), int(start)) for text, start in pairs]
+        return [(str(text), int(start)) for text, start in pairs if str(text).strip()]
     except (KeyError, TypeError, ValueError) as error:
         shape = "{text: [...], answer_start: [...]} or [{text: ..., answer_start: ...}]"
         raise UserError(f"question_answering: answers must be {shape}, got {given!r:.80}") from error
@@ -337,9 +366,11 @@ def answer_scores(answer: str, references: list[str], by_character: bool = False
     By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the common
     words, in lower case, without ASCII punctuation and the articles a, an and the. By character, for scripts without
     spaces between words, it is the same for single characters, without punctuation and white space.
-    Without references both are 0.
+    Without references both are 1 for an empty answer and else 0, as in SQuAD 2.0's (Rajpurkar et al. 2018).
     """
     words = _answer_words(answer, by_character)
+    if not references:
+        return float(not words), float(not words)
     exact = best = 0.0
     for reference in references:
         expected = _answer_words(reference, by_character)

@@ -15,6 +15,7 @@ from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenize
 from llmkit.errors import UserError
 from llmkit.ops.metrics import EXACT, Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+from llmkit_plugins.head.labels import accepted, class_name
 from llmkit_plugins.head.words import characters, encode, means, pieces, running, words
 
 
@@ -44,6 +45,7 @@ class TokenClassification(Head):
     topology = "encoder"
     inputs = ("tokens",)
     targets = ("tags",)
+    classes = ("tags",)
     texts = ()
     words: ClassVar = {"tokens": _pieces}
     monitor = ("f1", "max")
@@ -57,7 +59,7 @@ class TokenClassification(Head):
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
         """Take the tags from the training rows, ``O`` first, then sorted; see whether words are single characters."""
-        found = {tag for tags in columns["tags"] for tag in self._tags(tags)} - {"O"}
+        found = {tag for _, tags in accepted(columns["tags"], self._tags) for tag in tags} - {"O"}
         if not found:
             raise UserError("token_classification: no tag of the training data is other than O")
         self.labels = ["O", *sorted(found)]
@@ -70,16 +72,22 @@ class TokenClassification(Head):
             raise UserError(f"token_classification: tags must be a list, one tag a word, got {tags!r:.60}")
         found = []
         for tag in tags:
-            if isinstance(tag, int) and self.names is not None and 0 <= tag < len(self.names):
+            if (
+                isinstance(tag, int)
+                and not isinstance(tag, bool)
+                and self.names is not None
+                and 0 <= tag < len(self.names)
+            ):
                 tag = self.names[tag]
             if isinstance(tag, int):
                 need = "numbers need model.head.names, the list of the tags that they stand for"
                 raise UserError(f"token_classification: {need}; it is {self.names}, and the data has the tag {tag}")
-            if tag != "O" and not re.fullmatch(r"[BIESMLU]-[\S ]+", str(tag)):
+            tag = class_name(tag) if isinstance(tag, str) and tag.strip() else str(tag)
+            if tag != "O" and not re.fullmatch(r"[BIESMLU]-[\S ]+", tag):
                 raise UserError(
                     f"token_classification: '{tag}' is not a tag: expected O, B-label or I-label (or BIOES)"
                 )
-            found.append(str(tag))
+            found.append(tag)
         return found
 
     def info(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Template(Head):
     topology = "encoder"  # each position sees the whole text; `decoder`: only the positions before it
     inputs = ("text",)  # the columns that prediction reads
     targets = ("label",)  # the further columns that training reads
+    classes = ("label",)  # the targets that hold a class: none is only in rows set aside for validation
     texts = ("text",)  # the text columns, on which a tokenizer is trained
     monitor = ("accuracy", "max")  # the metric that chooses the best checkpoint
 
