@@ -22,8 +22,7 @@ Topology = Literal["decoder", "encoder", "encoder_decoder"]
 Role = Literal["causal", "bidirectional", "cross"]
 Stage = Literal["train", "validation", "test", "predict"]
 Batch = dict[str, Any]
-"""Tensors and lists of strings by name; the values of the batch's rows, or single numbers. ``rows`` (B,), if it is
-there, are the rows' numbers in the data, which what is sampled for a row depends on: see ``llmkit.ops.writing``."""
+"""Tensors, lists of strings and single numbers by name. ``rows`` (B,), where given: the rows' numbers in the data."""
 
 IGNORE = -100  # a target with this value is not predicted (padding)
 

@@ -13,7 +13,8 @@ import pytest
 from data_fakes import Joining, bound
 
 from llmkit.contracts import Head
-from llmkit.data.prepare import Item, Measured
+from llmkit.data.parts import Shares, measure
+from llmkit.data.prepare import Item
 from llmkit.errors import UserError
 from llmkit_plugins.head.classification import Classification
 from llmkit_plugins.head.labels import ClassNumbers, count_classes
@@ -126,7 +127,7 @@ def test_no_class_is_only_set_aside(tmp_path: Path) -> None:
     loader: Any = data.val_dataloader()
     found = [number for batch in loader for number in batch["label"].tolist()]
     assert len(found) == 100 - kept.total() >= 10 and {head.labels[number] for number in found} <= {"a", "b"}
-    plain = Measured(100, 0, Measured.of(lambda: iter(()), None, ()).classes).set_aside(0.2)
+    plain = Shares(validation=0.2).of(100, "data.train")
     assert chosen(["a"] * 100, 0.2).tolist() == plain.tolist()  # nothing changes where no class would be lost
     with pytest.raises(UserError, match=r"^data\.train: each row that would be set aside for validation has a class"):
         bound(Classification(), 8, tmp_path, train=rows_file(tmp_path, "label", ["a", "b", "c"]))
@@ -134,7 +135,7 @@ def test_no_class_is_only_set_aside(tmp_path: Path) -> None:
 
 def chosen(labels: list[str], share: float) -> Any:
     items = [Item({"text": "ab", "label": label}, number) for number, label in enumerate(labels)]
-    return Measured.of(lambda: iter(items), None, ("label",)).set_aside(share)
+    return measure(lambda: iter(items), None, ("label",)).chosen(Shares(validation=share), "data.train")
 
 
 def test_labels_set_aside_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
