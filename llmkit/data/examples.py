@@ -209,7 +209,7 @@ class Examples:
         batch = self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
         if not isinstance(batch, dict):
             raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
-        return {**batch, "rows": torch.from_numpy(indices)}
+        return {**batch, "rows": torch.from_numpy(indices.copy())}
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
