@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
 
 from llmkit.contracts import Tokenizer
@@ -401,7 +402,7 @@ def test_damaged_entries_are_made_again(tmp_path: Path, joins: bool, capsys: pyt
 
     def batches() -> list[Any]:
         data = bound(Joining() if joins else Labelling(), 16, tmp_path, **options)
-        return [{name: value.tolist() for name, value in batch.items()} for batch in data.train_dataloader()]
+        return [{name: torch.as_tensor(value).tolist() for name, value in batch.items()} for batch in data.train_dataloader()]
 
     expected = batches()
     files = [file for entry in entries(tmp_path) for file in sorted(entry.iterdir())]
