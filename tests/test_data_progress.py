@@ -28,7 +28,7 @@ def test_long_steps_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tty: bool
 ) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("text,label\n" + "a,x\n" * 20)
+    path.write_text("text,label\n" + "".join(f"a{i},x\n" for i in range(20)))
     settings: Any = {"train": str(path), "validation_share": 0.25, "tokenizer": Slow}
     bound(Labelling(), 8, tmp_path / "first", **settings)
     assert capsys.readouterr().err == ""

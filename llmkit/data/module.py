@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
-from llmkit.data.corpus import Columns, Corpus
+from llmkit.data.corpus import Columns, Corpus, Reader
 from llmkit.data.examples import Examples, Features, note_truncated
+from llmkit.data.fingerprints import Fingerprints
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.opening import Format, Options
 from llmkit.data.parts import Shares, checked_limits
@@ -154,7 +156,8 @@ class DataModule(pl.LightningDataModule):
         self._head_ready = self._learned = False
         self._splits: dict[Stage, Blocks | Examples] = {}
         self._position: Position | None = None
-        self._noted: set[str] = set()  # the notes about skipped rows so far
+        self._entries: dict[Stage, Path] = {}  # the folders in the cache of those splits
+        self._noted: set[str] = set()  # the notes about rows so far
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
         """Set what the data is prepared for. ``setup`` calls it with the trainer's module's attributes of these names.
@@ -169,7 +172,7 @@ class DataModule(pl.LightningDataModule):
             text = f"is for heads that join their rows, and {type(head).__name__} does not"
             raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
-        self._learned, self._splits = False, {}
+        self._learned, self._splits, self._entries = False, {}, {}
 
     @property
     def head(self) -> Head:
@@ -204,6 +207,29 @@ class DataModule(pl.LightningDataModule):
         for name in STAGES.get(stage, ("train", "validation", "test", "predict")):
             if self._corpus.has(name) and not (name == "train" and self.streaming):
                 self.split(name)
+        if world()[0] == 0:
+            self._note_duplicates()
+
+    def _note_duplicates(self) -> None:
+        """Note the rows of validation and test that are in the training part too."""
+        train = self._entries.get("train")
+        if train is None and "test" in self._entries and self._corpus.has("train") and not self.streaming:
+            with suppress(UserError):  # files that are not there any more
+                train = self._folder / self._key("train", self._corpus.reader("train", self.head))
+        stages: tuple[Stage, ...] = ("validation", "test")
+        for stage in stages:
+            path = self._entries.get(stage)
+            if train is None or path is None:
+                continue
+            try:
+                same, total = Fingerprints.common(path, train)
+            except (OSError, ValueError):  # the training rows are not in the cache, or damaged there
+                continue
+            inputs = " and ".join(self.head.inputs)
+            text = f"data.{stage}: {same:,} of {total:,} rows have the {inputs} of a row of data.train"
+            if same and text not in self._noted:
+                note(text)
+            self._noted.add(text)
 
     def bytes_per_token(self, stage: Stage) -> float:
         """Return the UTF-8 bytes of text for each target of a split; NaN where rows are not joined to a stream."""
@@ -245,8 +271,9 @@ class DataModule(pl.LightningDataModule):
 
         def write(folder: Path) -> None:
             refused = Skipped(reader.source.key, reader.skipped.policy)
+            rows = Fingerprints(head.inputs)
             with Step(f"encoding data.{stage}") as step:
-                groups = encoder.groups(reader.read(), refused, step.advance)
+                groups = encoder.groups(rows.of(reader.read()), refused, step.advance)
                 first = list(islice(groups, 1))
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
@@ -254,13 +281,12 @@ class DataModule(pl.LightningDataModule):
                     write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack)
                 else:
                     Features.of(chain(first, groups)).write(folder)
+            rows.write(folder)
             summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
             cache.write_text(folder / "skipped.json", json.dumps([text for text in summaries if text]))
 
-        used = [cache.identity(head, self._folder), head.info(), self._context]
-        state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
-        key = cache.digest([stage == "predict", reader.joins, self.pack, reader.identity, used, state])
-        path = cache.entry(self._folder, key, write)
+        path = cache.entry(self._folder, self._key(stage, reader), write)
+        self._entries[stage] = path
         for summary in json.loads((path / "skipped.json").read_text()):
             text = f"{reader.source.key}: {summary}"
             # Once: training and validation rows from the same files skip the same ones.
@@ -286,6 +312,13 @@ class DataModule(pl.LightningDataModule):
             raise UserError(Problem(reader.source.key, f"fewer than two tokens in {', '.join(reader.source.names)}"))
         kind = Packed if self.pack else Blocks
         return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
+
+    def _key(self, stage: Stage, reader: Reader) -> str:
+        """Return the name of a split in the cache."""
+        head, tokenizer = self.head, self.tokenizer
+        used = [cache.identity(head, self._folder), head.info(), self._context]
+        state = [cache.identity(tokenizer, self._folder)[:2], tokenizer.to_state()]
+        return cache.digest([stage == "predict", reader.joins, self.pack, reader.identity, used, state, head.inputs])
 
     @property
     def _rows_of_a_batch(self) -> int:

@@ -114,6 +114,8 @@ def cut(
         part: the part to yield.
         text: the field that is a text which can be cut; None: rows cannot be cut.
     """
+    if not len(sizes):
+        return
     if text is None or shares.folds or _fair(sizes, shares, key):
         chosen = shares.of(len(sizes), key) == PARTS.index(part)
         yield from (item for item in read() if chosen[item.document])
