@@ -163,3 +163,25 @@ def test_a_fold_is_trained_and_tested(tmp_path: Path, monkeypatch: pytest.Monkey
     run = done("fit", *words, "--data.folds", "5", "--data.fold", "2", "--data.limit.train", "12", *TINY)
     tested = done("test", "--ckpt_path", run.checkpoint, "--trainer.enable_progress_bar", "false")
     assert "accuracy" in tested.out
+
+
+def test_rows_that_two_splits_have_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("train", "ax bx cx ax dx ex"), ("valid", "ay fx bx"), ("test", "gx cx")):
+        rows = "".join(f"{row[0]},{row[1]}\n" for row in content.split())
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}z,y\n" if name == "train" else f"text,label\n{rows}")
+    train, valid, test = (str(tmp_path / f"{name}.csv") for name in ("train", "valid", "test"))
+    files: Any = {"train": train, "validation": valid, "test": test}
+    says = "llmkit: note: data.{}: {} rows have the text of a row of data.train\n"
+    for _ in range(2):  # read, then from the cache
+        data = bound(Labelling(), 8, tmp_path, **files)
+        data.setup("fit")
+        assert capsys.readouterr().err == says.format("validation", "2 of 3")  # another label is the same text
+    again = DataModule(**files, cache_dir=str(tmp_path / "cache"))
+    again.bind(data.head, 8, data.tokenizer, head_ready=True)
+    again.setup("test")  # the training rows are in the cache
+    assert capsys.readouterr().err == says.format("test", "1 of 2")
+    os.remove(train)
+    away = DataModule(**files, cache_dir=str(tmp_path / "cache"))
+    away.bind(data.head, 8, data.tokenizer, head_ready=True)
+    away.setup("test")
+    assert capsys.readouterr().err == ""

@@ -28,13 +28,13 @@ def test_long_steps_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tty: bool
 ) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("text,label\n" + "a,x\n" * 20)
+    path.write_text("text,label\n" + "".join(f"a{i},x\n" for i in range(20)))
     settings: Any = {"train": str(path), "validation_share": 0.25, "tokenizer": Slow}
     bound(Labelling(), 8, tmp_path / "first", **settings)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(progress, "FIRST", 0.01)
     monkeypatch.setattr(progress, "NEXT", 0.01)
-    monkeypatch.setattr(progress, "LOGGED", 10)
+    monkeypatch.setattr(progress, "LOGGED", 0.01)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
     bound(Labelling(), 8, tmp_path / "second", **settings)
     said = capsys.readouterr().err
@@ -42,7 +42,6 @@ def test_long_steps_say_so(
         assert "training the tokenizer: 15 rows" in said and said.rstrip(" ").endswith("\r")
     else:
         assert "llmkit: note: training the tokenizer, 15 rows, 0 s\n" in said
-        assert said.count("training") == 1  # the next line comes much later
 
 
 class Marking(Labelling):

@@ -271,6 +271,10 @@ def test_a_folder_for_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     wrong.bind(Labelling(), 16)
     with pytest.raises(UserError, match=r"data\.train: .* no split 'trian'\. Did you mean 'train'\?"):
         wrong.setup("fit")
+    file = DataModule(source=str(source), train=str(source / "train.jsonl"), cache_dir=str(tmp_path))
+    file.bind(Labelling(), 16)
+    with pytest.raises(UserError, match=r"It is a file: to read it, set data\.source: null\."):
+        file.setup("fit")
 
 
 def test_class_numbers_become_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ class Hub:
         """Return the rows of a split, or of a part or sum of splits (``train[:10%]``, ``train+test``)."""
         if split.partition("[")[0].partition("+")[0] not in self.splits:
             hint = f"{nearest(split, self.splits)} Splits: {', '.join(self.splits)}."
+            if os.path.exists(split):
+                hint += " It is a file: to read it, set data.source: null."
             raise UserError(Problem(key, f"'{self.source}' has no split '{split}'.{hint}"))
         read = partial(_read, key, self.source, self.subset, split, self.streaming)
         # The builder's hash covers the versions of the files (etags on the hub, times in a folder).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from llmkit.contracts import Head, Stage, Tokenizer
 from llmkit.data import cache, identity
 from llmkit.data.balance import Balanced
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
-from llmkit.data.corpus import Columns, Corpus
+from llmkit.data.corpus import Columns, Corpus, Reader
 from llmkit.data.examples import Examples, Features, note_truncated
+from llmkit.data.fingerprints import Fingerprints
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.opening import Format, Options
 from llmkit.data.parts import Shares, checked_limits
@@ -164,9 +166,10 @@ class DataModule(pl.LightningDataModule):
         self._head_ready = self._learned = False
         self._splits: dict[Stage, Blocks | Examples] = {}
         self._position: Position | None = None
-        self._noted: set[str] = set()  # the notes about skipped rows so far
         self.blank_rows: list[int] = []
         """The numbers of the rows to predict that have no text: they get no answer, and keep their place."""
+        self._entries: dict[Stage, Path] = {}  # the folders in the cache of those splits
+        self._noted: set[str] = set()  # the notes about rows so far
 
     def bind(self, head: Head, context: int, tokenizer: Tokenizer | None = None, head_ready: bool = False) -> None:
         """Set what the data is prepared for. ``setup`` calls it with the trainer's module's attributes of these names.
@@ -181,7 +184,7 @@ class DataModule(pl.LightningDataModule):
             text = f"is for heads that join their rows, and {type(head).__name__} does not"
             raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
-        self._learned, self._splits = False, {}
+        self._learned, self._splits, self._entries = False, {}, {}
 
     @property
     def head(self) -> Head:
@@ -216,6 +219,29 @@ class DataModule(pl.LightningDataModule):
         for name in STAGES.get(stage, ("train", "validation", "test", "predict")):
             if self._corpus.has(name) and not (name == "train" and self.streaming):
                 self.split(name)
+        if world()[0] == 0:
+            self._note_duplicates()
+
+    def _note_duplicates(self) -> None:
+        """Note the rows of validation and test that are in the training part too."""
+        train = self._entries.get("train")
+        if train is None and "test" in self._entries and self._corpus.has("train") and not self.streaming:
+            with suppress(UserError):  # files that are not there any more
+                train = self._folder / self._key("train", self._corpus.reader("train", self.head))
+        stages: tuple[Stage, ...] = ("validation", "test")
+        for stage in stages:
+            path = self._entries.get(stage)
+            if train is None or path is None:
+                continue
+            try:
+                same, total = Fingerprints.common(path, train)
+            except (OSError, ValueError):  # the training rows are not in the cache, or damaged there
+                continue
+            inputs = " and ".join(self.head.inputs)
+            text = f"data.{stage}: {same:,} of {total:,} rows have the {inputs} of a row of data.train"
+            if same and text not in self._noted:
+                note(text)
+            self._noted.add(text)
 
     def bytes_per_token(self, stage: Stage) -> float:
         """Return the UTF-8 bytes of text for each target of a split; NaN where rows are not joined to a stream."""
@@ -261,8 +287,9 @@ class DataModule(pl.LightningDataModule):
         def write(folder: Path) -> None:
             blank: list[int] = []
             refused = Skipped(reader.source.key, reader.skipped.policy)
+            rows = Fingerprints(head.inputs)
             with Step(f"encoding data.{stage}") as step:
-                groups = encoder.groups(with_text(reader.read(), blank), refused, step.advance)
+                groups = encoder.groups(rows.of(with_text(reader.read(), blank)), refused, step.advance)
                 first = list(islice(groups, 1))
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
@@ -270,15 +297,14 @@ class DataModule(pl.LightningDataModule):
                     write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack)
                 else:
                     Features.of(chain(first, groups)).write(folder)
+            rows.write(folder)
             summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
             cache.write_text(folder / "skipped.json", json.dumps([text for text in summaries if text]))
             if stage == "predict":
                 cache.write_text(folder / "blank.json", json.dumps(blank))
 
-        used = [identity.of_head(head, self._folder), identity.of_trained(tokenizer, self._folder)]
-        settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack]
-        key = None if None in used else cache.digest([reader.identity, settings, used])
-        path = cache.entry(self._folder, key, write)
+        path = cache.entry(self._folder, self._key(stage, reader), write)
+        self._entries[stage] = path
         if stage == "predict":
             self.blank_rows = json.loads((path / "blank.json").read_text())
         for summary in json.loads((path / "skipped.json").read_text()):
@@ -306,6 +332,13 @@ class DataModule(pl.LightningDataModule):
             raise UserError(Problem(reader.source.key, f"fewer than two tokens in {', '.join(reader.source.names)}"))
         kind = Packed if self.pack else Blocks
         return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
+
+    def _key(self, stage: Stage, reader: Reader) -> str | None:
+        """Return the name of a split in the cache; None for one that is not kept."""
+        head = self.head
+        used = [identity.of_head(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
+        settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack, head.inputs]
+        return None if None in used else cache.digest([reader.identity, settings, used])
 
     @property
     def _rows_of_a_batch(self) -> int:

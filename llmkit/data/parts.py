@@ -144,6 +144,8 @@ def cut(read: ReadItems, measured: Measured, key: str, shares: Shares, part: Sta
         part: the part to yield.
         text: the field that is a text which can be cut; None: rows cannot be cut.
     """
+    if not len(measured.sizes):
+        return
     if text is None or shares.folds or _fair(measured.sizes, shares, key):
         chosen = measured.chosen(shares, key) == PARTS.index(part)
         yield from (item for item in read() if chosen[item.document])

@@ -1,4 +1,4 @@
-"""Word of a long step of the preparation: what is being done, how far it is, and for how long."""
+"""Progress of the long steps of the preparation: what is being done, how far it is, and for how long."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from llmkit.data.batches import world
 from llmkit.errors import note
 
-FIRST, NEXT = 2.0, 0.5  # seconds until the first line, and between two on a terminal
-LOGGED = 10.0  # seconds between the first two lines elsewhere (a log file); the time doubles with each line
+FIRST, NEXT = 2.0, 0.5  # seconds until a bar appears on a terminal, and between its changes
+LOGGED = 10.0  # seconds until the first line elsewhere (a log file); the time between two lines doubles with each
 
 Thing = TypeVar("Thing")
 
 
 class Step:
-    """A step that may take long, as a context: after two seconds, lines on stderr say so.
+    """A step that may take long, as a context: after a few seconds, a bar or lines on stderr say so.
 
-    They come from a thread of their own, because a tokenizer is trained in one long call of compiled code.
+    A thread prints them, because a tokenizer is trained in one long call of compiled code.
 
     Args:
         what: what is done, ``training the tokenizer``.
@@ -58,19 +58,15 @@ class Step:
             yield item
 
     def _watch(self) -> None:
-        if self._over.wait(FIRST):
-            return
-        if sys.stderr.isatty():
+        if not sys.stderr.isatty():
+            pause = LOGGED
+            while not self._over.wait(pause):
+                done = f", {self.count:,} {self.unit}" if self.count else ""
+                note(f"{self.what}{done}, {time.monotonic() - self._begun:.0f} s")
+                pause *= 2
+        elif not self._over.wait(FIRST):
             with tqdm(desc=self.what, unit=f" {self.unit}", leave=False) as bar:
                 bar.start_t -= FIRST
                 while not self._over.wait(NEXT):
                     bar.update(self.count - bar.n)
                     bar.refresh()
-            return
-        pause = LOGGED
-        while True:
-            done = f", {self.count:,} {self.unit}" if self.count else ""
-            note(f"{self.what}{done}, {time.monotonic() - self._begun:.0f} s")
-            if self._over.wait(pause):
-                return
-            pause *= 2
