@@ -61,9 +61,20 @@ CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 class Raw(str):
-    """A word of the command line: its YAML value where that fits the argument's type, else the text itself."""
+    """A number or truth value of YAML, or a word of the command line: its value or, where only that fits, its text."""
 
     value: Any = None
+
+
+def settled(value: Any, as_text: bool = False) -> Any:
+    """Return a value in which each ``Raw`` is its value, or its text."""
+    if isinstance(value, Raw):
+        return str(value) if as_text else settled(value.value)
+    if isinstance(value, list):
+        return [settled(item, as_text) for item in value]
+    if isinstance(value, dict):
+        return {name: settled(item, as_text) for name, item in value.items()}
+    return value
 
 
 @functools.cache
@@ -174,6 +185,7 @@ class _Walk:
             elif parameter.default is not parameter.empty:
                 with contextlib.suppress(TypeError, ValueError):  # a default that a config cannot hold
                     given[name] = json.loads(json.dumps(parameter.default))
+        given |= {name: settled(item) for name, item in given.items()}
         in_order = {name: given[name] for name in [*inspect.signature(cls).parameters, *given] if name in given}
         given.clear()
         given |= in_order
@@ -194,6 +206,9 @@ class _Walk:
             return value
         before = len(self.problems)
         value = self.classes(kind, value, key)
+        texts, value = settled(value, as_text=True), settled(value)
+        if texts != value and not fits(kind, value) and fits(kind, texts):
+            value = texts
         if len(self.problems) == before and not fits(kind, value):
             allowed, got = expected(kind), shown(value)
             either = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
@@ -249,6 +264,8 @@ class _Walk:
 
     def classes(self, kind: Any, value: Any, key: str) -> Any:
         """Check every class that is named in a value, at any depth, and its arguments."""
+        if isinstance(value, Raw):
+            return value
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
         name = _named_class(kind, value)

@@ -16,6 +16,7 @@ import yaml
 from command import TINY, Result, done, llmkit
 
 from llmkit import imports, main, registry
+from llmkit.check import settled
 from llmkit.commands.config.tree import inline
 from llmkit.config.files import read_yaml
 from llmkit.run.cli import TRAINER_DEFAULTS
@@ -92,6 +93,34 @@ def test_every_value_has_its_origin(folder: Path) -> None:
     assert shown("--config", "small.yaml", "--trainer.num_nodes", "1")["trainer.num_nodes"] == (1, "command line")
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e3", 1000.0), ("010", 10), ("12:30", None), ("no", False), (".5", 0.5)]
+)
+def test_yaml_and_the_command_line_mean_the_same(folder: Path, text: str, number: Any) -> None:
+    """What looks like a number or a truth value is text where text is asked for, within lists and mappings too."""
+    values: dict[str, tuple[str, Any]] = {
+        "name": (text, text),
+        "data.columns": (f"{{text: {text}}}", {"text": text}),
+        "data.column_names": (f"[{text}, a]", [text, "a"]),
+    }
+    if number is not None:
+        key = "data.pack" if number is False else "model.optimizer.lr"
+        values[key] = (text, number)
+        if number is not False:
+            values["model.optimizer.betas"] = (f"[{text}, 0.9]", [number, 0.9])
+    lines = [f"{{{key.replace('.', ': {')}: {value}{'}' * (key.count('.') + 1)}" for key, (value, _) in values.items()]
+    for i, line in enumerate(lines):
+        (folder / f"same{i}.yaml").write_text(line)
+    files = [word for i in range(len(lines)) for word in ("--config", f"same{i}.yaml")]
+    options = [word for key, (value, _) in values.items() for word in (f"--{key}", value)]
+    base = ("--config", "small.yaml")
+    in_files, on_line = shown(*base, *files), shown(*base, *options)
+    for key, (_, expected) in values.items():
+        found = {name: value for name, (value, _) in in_files.items() if name == key or name.startswith(f"{key}.")}
+        assert found == {name: on_line[name][0] for name in found}
+        assert found.get(key, {k.removeprefix(f"{key}."): v for k, v in found.items()}) == expected
+
+
 @pytest.mark.usefixtures("_no_local_plugins")
 def test_the_origin_of_imports(folder: Path) -> None:
     plugin = str(LOCAL / "running_mean.py")
@@ -146,7 +175,7 @@ def test_values_keep_their_meaning_on_one_line(value: Any, tmp_path: Path) -> No
     assert "\n" not in text
     assert yaml.safe_load(text) == {"key": value}
     (tmp_path / "value.yaml").write_text(text)
-    assert read_yaml(tmp_path / "value.yaml").tree == {"key": value}
+    assert settled(read_yaml(tmp_path / "value.yaml").tree) == {"key": value}
 
 
 # diff

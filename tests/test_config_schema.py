@@ -16,6 +16,7 @@ from command import done, llmkit
 from jsonargparse import ArgumentParser
 
 from llmkit import imports, registry
+from llmkit.check import settled
 from llmkit.commands.config import schema as schemas
 from llmkit.config.files import read_yaml
 from llmkit.config.plan import TOP_KEYS
@@ -100,7 +101,8 @@ WORDS: dict[str, Any] = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    return read_yaml(path).tree
+    tree: dict[str, Any] = settled(read_yaml(path).tree)
+    return tree
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

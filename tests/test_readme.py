@@ -21,6 +21,7 @@ from command import Result, done, llmkit
 from test_structure import ROOMS
 
 from llmkit import imports, main, registry, testing
+from llmkit.check import settled
 from llmkit.config.files import parse_yaml
 from llmkit.config.plan import TOP_KEYS
 from llmkit.data import DataModule
@@ -322,7 +323,7 @@ def test_plugin_arguments_are_documented() -> None:
         given: dict[str, Any] = {}
         for cell in re.findall(r"`([^`]+)`", cells):
             argument, colon, default = cell.partition(": ")
-            given[argument] = parse_yaml(default) if colon else inspect.Parameter.empty
+            given[argument] = settled(parse_yaml(default)) if colon else inspect.Parameter.empty
         parameters = inspect.signature(classes[key, name]).parameters.values()
         plain = [p for p in parameters if p.name not in own and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         assert given == {p.name: written(p.default) for p in plain}, (key, name)

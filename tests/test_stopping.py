@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -98,8 +99,15 @@ def test_the_second_ctrl_c_stops_at_once(words: list[str], tmp_path: Path) -> No
 
 
 def test_the_second_sigterm_stops_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster that asks twice is obeyed: the signal has its usual effect, here replaced by an exception."""
+    """A cluster that asks twice is obeyed: the signal has its usual effect, here replaced by an exception.
+
+    Unless both come at once: then they are one request, which reached the process on two ways.
+    """
     two = json.dumps([json.loads(sender(signal.SIGTERM, 3)[1])] * 2)
+    stopped = llmkit(*words, "--name", "copies", "--trainer.callbacks", two)
+    assert stopped.code == 143 and "at step 4; saved " in stopped.err
+    shutil.rmtree(Path(words[words.index("--output") + 1]))
+    monkeypatch.setattr("llmkit.run.shutdown.COPY", 0.0)
     assert "by the second signal; nothing more is saved" in ended(words, monkeypatch, "--trainer.callbacks", two)
 
 

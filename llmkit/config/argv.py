@@ -49,7 +49,8 @@ def raw(text: str) -> Raw:
     """Return a word of the command line with its YAML value; the word itself where it is not YAML."""
     word = Raw(text)
     try:
-        word.value = parse_yaml(text)
+        value = parse_yaml(text)
+        word.value = value.value if isinstance(value, Raw) else value
     except yaml.YAMLError:
         word.value = text
     return word

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llmkit.check import Raw
 from llmkit.config.layers import Layer
 from llmkit.errors import Problem, UserError, nearest
 
@@ -18,20 +19,50 @@ DEFAULT_VARIABLES = {"LLMKIT_DATA": "../shared/data", "STDLIB": sysconfig.get_pa
 """``${NAME}`` in a config is the environment variable; these have a value even when it is not set."""
 
 
+RESOLVED = ("timestamp", "int", "float")
+NUMBERS = {
+    "int": r"[-+]?(0[xX][\da-fA-F_]+|0[bB][01_]+|\d[\d_]*)",
+    "float": r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+"""What is read as a number. YAML 1.1 would read 010 as 8, 12:30 as 750 and 1e3 as text."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, a date is text, and a key given twice is an error."""
+    """YAML as people write it: 1e-3 and 010 are numbers, a date and 12:30 are text, and a key given twice is an error.
+
+    A number or a truth value keeps its text, because it may be meant as text: ``name: 010``, ``columns: {label: no}``.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in RESOLVED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+for _kind, _pattern in NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^({_pattern})$"), list("-+.0123456789"))
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "").lower()
+    base = 16 if "0x" in text else 2 if "0b" in text else 10
+    return int(text, base)
+
+
+def _with_text(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Raw]:
+    """Return a constructor of values that keep their text."""
+
+    def constructed(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Raw:
+        found = Raw(node.value)
+        found.value = construct(loader, node)
+        return found
+
+    return constructed
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _with_text(_integer))
+_Loader.add_constructor("tag:yaml.org,2002:float", _with_text(yaml.SafeLoader.construct_yaml_float))
+_Loader.add_constructor("tag:yaml.org,2002:bool", _with_text(yaml.SafeLoader.construct_yaml_bool))
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -43,14 +74,18 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         if key in keys:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
         keys.add(key)
-    return dict(loader.construct_mapping(node, deep=True))
+    found = loader.construct_mapping(node, deep=True)
+    return {key.value if isinstance(key, Raw) else key: value for key, value in found.items()}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text; the command line means the same by it. Raises yaml.YAMLError."""
+    """Return the value of a YAML text, in which numbers and truth values are ``Raw``. Raises yaml.YAMLError.
+
+    The command line means the same by it.
+    """
     return yaml.load(text, Loader=_Loader)
 
 

@@ -67,7 +67,7 @@ class Stack:
             inner, old = f"{key}.{name}" if key else str(name), below.get(name)
             if not key and isinstance(value, dict) and not isinstance(old, dict | None):
                 continue  # a group must be a mapping: what is wrong below is reported, not replaced
-            if isinstance(old, str) and isinstance(value, dict) and inner.startswith("trainer."):
+            if isinstance(getattr(old, "value", old), str) and isinstance(value, dict) and inner.startswith("trainer."):
                 old, value = {"class_path": str(old)}, {"init_args": value}  # --trainer.logger NAME, then .save_dir
             if isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value):
                 merged[name] = self._merge(old, value, inner, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,10 @@ from llmkit.lightning import can_resume_here, log_interval, requeue_signal, rest
 from llmkit.run.folder import run_folder
 from llmkit.run.saving import Checkpoints
 
+COPY = 1.0
+"""Seconds after a signal in which a SIGTERM is a copy of it: a cluster signals the job's processes and their parents,
+which pass it on."""
+
 
 class GracefulShutdown(Callback):
     """Defers every signal to the end of the step, because weights that are half updated cannot be resumed.
@@ -27,7 +32,7 @@ class GracefulShutdown(Callback):
     """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._asked_at = 0, 0.0
         self._compiling = False
         self._previous: dict[int, Any] = {}
         self._validating = False
@@ -46,8 +51,11 @@ class GracefulShutdown(Callback):
         if number not in (signal.SIGINT, signal.SIGTERM):
             self._received = number
             return
-        name = signal.Signals(number).name
-        if self._compiling or self._received in (signal.SIGINT, signal.SIGTERM):
+        name, now = signal.Signals(number).name, time.monotonic()
+        asked = self._received in (signal.SIGINT, signal.SIGTERM)
+        if asked and number == signal.SIGTERM and now < self._asked_at + COPY:
+            return
+        if self._compiling or asked:
             why = "during the compilation, before the first step" if self._compiling else "by the second signal"
             print(f"\nllmkit: stopped by {name} {why}; nothing more is saved", file=sys.stderr, flush=True)
             if number == signal.SIGINT:
@@ -57,7 +65,7 @@ class GracefulShutdown(Callback):
             signal.raise_signal(number)
         again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
         print(f"\nllmkit: {name}: stopping after this step; {again} to stop now", file=sys.stderr, flush=True)
-        self._received = number
+        self._received, self._asked_at = number, now
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

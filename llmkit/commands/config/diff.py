@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmkit.check import settled
 from llmkit.checkpoint.content import read
 from llmkit.commands import Parser
 from llmkit.commands.config.tree import Tree, flat, inline, shortened
@@ -51,7 +52,8 @@ def load(path: Path) -> Tree:
     saved = path / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
-    return read_yaml(saved).tree
+    written: Tree = settled(read_yaml(saved).tree)
+    return written
 
 
 def differences(a: Tree, b: Tree) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit import registry
+from llmkit.check import settled
 from llmkit.commands import Parser
 from llmkit.config.argv import raw
 from llmkit.errors import UserError, nearest, unknown
@@ -89,5 +90,5 @@ def init_args(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         given = value if equals else next(words, None)
         if given is None:
             raise UserError(f"{option} needs a value")
-        found[option.removeprefix("--init.")] = raw(given).value
+        found[option.removeprefix("--init.")] = settled(raw(given).value)
     return found, rest
