@@ -175,8 +175,9 @@ class Examples:
 
     def __getitem__(self, indices: Index) -> Batch:
         """Return these examples as one batch of the head's ``collate``, with their numbers as ``rows``."""
-        batch = self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
-        return {**batch, "rows": torch.from_numpy(indices)}
+        numbers = indices.tolist()
+        batch = self.head.collate([self.features[index] for index in numbers], self.tokenizer)
+        return {**batch, "rows": torch.tensor(numbers)}
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:
