@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from llmkit import DataModule, LanguageModel, UserError, plugin, registry
 from llmkit.commands.verify.metrics import table
-from llmkit.contracts import Attention, Batch, Loss, Network, Role, Stage, Tokenizer
+from llmkit.contracts import Attention, Batch, Head, Loss, Network, Role, Stage, Tokenizer
 from llmkit.sequence import Memory, State
 from llmkit.sequence import Sequence as Positions
 from llmkit.testing.invariance import Finding, check
@@ -149,6 +149,13 @@ class Leaking(Attention):
         return self.attention(x_BTD, Positions(seq.positions_BT), memory=memory)  # type: ignore[no-any-return]
 
 
+class DrawsByPlace(Generation):
+    """Samples by the place in the batch, not by the number of the row."""
+
+    def predict(self, net: Network, batch: Batch, *rest: Any) -> list[dict[str, Any]]:
+        return super().predict(net, {name: value for name, value in batch.items() if name != "rows"}, *rest)
+
+
 class Unsteady(Generation):
     """Loses figures in single precision, and only there."""
 
@@ -184,8 +191,9 @@ def test_a_mean_of_means(folder: Path) -> None:
     assert found["val_mean of padded rows"].first.startswith("batch size 2, rows ")
 
 
-def test_answers_that_depend_on_the_place(folder: Path) -> None:
-    found = findings(AnswersInOrder, folder)
+@pytest.mark.parametrize("head", [AnswersInOrder, DrawsByPlace])
+def test_answers_that_depend_on_the_place(head: type[Head], folder: Path) -> None:
+    found = findings(head, folder)
     assert failed(found) == {"answers"}
     assert "another answer to" in found["answers"].first
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmkit.contracts import Batch, Head, Tokenizer
+from llmkit.contracts import Batch, Head, Stage, Tokenizer
 from llmkit.data.batches import halved
 from llmkit.data.tokens import Index, split_batches
 from llmkit.errors import note, returned
@@ -206,10 +206,20 @@ class Examples:
 
     def __getitem__(self, indices: Index) -> Batch:
         """Return these examples as one batch of the head's ``collate``, with their numbers as ``rows``."""
-        batch = self.head.collate([self.features[index] for index in indices.tolist()], self.tokenizer)
+        numbers = indices.tolist()
+        batch = self.head.collate([self.features[index] for index in numbers], self.tokenizer)
         if not isinstance(batch, dict):
             raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
-        return {**batch, "rows": torch.from_numpy(indices.copy())}
+        return {**batch, "rows": torch.tensor(numbers)}
+
+
+def note_features(head: Head, features: Features, context: int, stage: Stage) -> None:
+    """Note how many rows of a split are cut to the context, and how many are marked by the head (``Head.notes``)."""
+    note_truncated(head, features.values.get("truncated"), features.count, context, f" in data.{stage}")
+    for name, text in head.notes.items():
+        marked = int(features.values.get(name, np.zeros(1)).sum())
+        if marked:
+            note(f"data.{stage}: {marked:,} of {features.count:,} rows {text}")
 
 
 def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, context: int, where: str = "") -> None:

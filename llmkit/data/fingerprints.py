@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
+from llmkit.contracts import Stage
 from llmkit.data.prepare import Item
 
 FILE = "rows.npy"
@@ -42,3 +43,15 @@ class Fingerprints:
         """Return how many rows of a folder are in the other one too, and how many there are."""
         rows = np.load(folder / FILE)
         return int(np.isin(rows, np.load(other / FILE)).sum()), len(rows)
+
+
+def shared_rows(train: Path, entries: Mapping[Stage, Path], inputs: tuple[str, ...]) -> Iterator[str]:
+    """Yield a note for each evaluation split with rows whose inputs are those of a training row."""
+    stages: tuple[Stage, ...] = ("validation", "test")
+    for stage in stages:
+        try:
+            same, total = Fingerprints.common(entries[stage], train)
+        except (KeyError, OSError, ValueError):  # not prepared, or not in the cache any more, or damaged there
+            continue
+        if same:
+            yield f"data.{stage}: {same:,} of {total:,} rows have the {' and '.join(inputs)} of a row of data.train"

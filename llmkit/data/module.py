@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer
@@ -18,8 +17,8 @@ from llmkit.data import cache, identity
 from llmkit.data.balance import Balanced
 from llmkit.data.batches import EvaluationOrder, Loader, Position, TrainingOrder, world
 from llmkit.data.corpus import Columns, Corpus, Reader
-from llmkit.data.examples import Examples, Features, note_truncated
-from llmkit.data.fingerprints import Fingerprints
+from llmkit.data.examples import Examples, Features, note_features
+from llmkit.data.fingerprints import Fingerprints, shared_rows
 from llmkit.data.learn import learn_head, train_tokenizer
 from llmkit.data.opening import Format, Options
 from llmkit.data.parts import Shares, checked_limits
@@ -227,19 +226,10 @@ class DataModule(pl.LightningDataModule):
         train = self._entries.get("train")
         if train is None and "test" in self._entries and self._corpus.has("train") and not self.streaming:
             with suppress(UserError):  # files that are not there any more
-                train = self._folder / self._key("train", self._corpus.reader("train", self.head))
-        stages: tuple[Stage, ...] = ("validation", "test")
-        for stage in stages:
-            path = self._entries.get(stage)
-            if train is None or path is None:
-                continue
-            try:
-                same, total = Fingerprints.common(path, train)
-            except (OSError, ValueError):  # the training rows are not in the cache, or damaged there
-                continue
-            inputs = " and ".join(self.head.inputs)
-            text = f"data.{stage}: {same:,} of {total:,} rows have the {inputs} of a row of data.train"
-            if same and text not in self._noted:
+                key = self._key("train", self._corpus.reader("train", self.head))
+                train = self._folder / key if key else None
+        for text in shared_rows(train, self._entries, self.head.inputs) if train else ():
+            if text not in self._noted:
                 note(text)
             self._noted.add(text)
 
@@ -319,13 +309,7 @@ class DataModule(pl.LightningDataModule):
         if not reader.joins:
             features = Features.read(path)
             if world()[0] == 0:
-                note_truncated(
-                    head, features.values.get("truncated"), features.count, self._context, f" in data.{stage}"
-                )
-                for name, text in head.notes.items():
-                    marked = int(features.values.get(name, np.zeros(1)).sum())
-                    if marked:
-                        note(f"data.{stage}: {marked:,} of {features.count:,} rows {text}")
+                note_features(head, features, self._context, stage)
             return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
         tokens = read_tokens(path)
         if tokens.targets == 0:

@@ -105,7 +105,9 @@ def compare(
     assert model.tokenizer is not None
     net, head, training, decoding = model.network, model.head, model.training, model.head.decoding
     limit = min(decoding.max_new_tokens or NEW_TOKENS, NEW_TOKENS)
-    head.decoding = dataclasses.replace(decoding, temperature=0.0, max_new_tokens=limit)
+    head.decoding = dataclasses.replace(
+        decoding, max_new_tokens=limit, min_new_tokens=min(decoding.min_new_tokens, limit)
+    )
     model.eval()
     try:
         found = _findings(net, head, model.tokenizer, data, rows, log)
@@ -312,7 +314,7 @@ class Examined:
         return f"{way}, no single batch but all together (a mean of batch means?)"
 
     def answers(self, ways: Ways) -> Finding:
-        """Compare the answers; texts are generated greedily and are short."""
+        """Compare the answers; texts are generated as the head's options say, by sampling too, and are short."""
         alone = {row: self._answers(np.array([row]))[0] for row in distinct(ways)}
         compared = Comparison()
         for way, batches in ways.items():
@@ -331,7 +333,7 @@ class Examined:
             pad, mask = self.tokenizer.pad_id, self.tokenizer.mask_id
             texts = [ids[: 1 + row % 13] for row, ids in zip(rows.tolist(), batch["ids"].tolist(), strict=True)]
             features["ids"] = [[*(i for i in ids if i != pad), mask][-self.net.max_length :] for ids in texts]
-            batch = self.head.collate(items_of(features), self.tokenizer)
+            batch = {**self.head.collate(items_of(features), self.tokenizer), "rows": torch.tensor(rows.tolist())}
         return self.head.predict(self.net, on_device(batch, self.device), self.tokenizer, self.head.decoding)
 
     def gradient(self, rows: Index) -> Finding:
