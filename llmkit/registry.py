@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -180,6 +181,13 @@ def check_contract(family: str, name: str, cls: Any) -> None:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
+
+
+def forget(module: str) -> None:
+    """Remove the local plugins of a top-level module."""
+    for known in _local.values():
+        for name in [name for name, entry in known.items() if re.split("[.:]", entry.target)[0] == module]:
+            del known[name]
 
 
 def register(family: str, name: str) -> Callable[[T], T]:

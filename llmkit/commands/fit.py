@@ -11,6 +11,7 @@ from llmkit.checkpoint.content import Stored
 from llmkit.config.plan import plan
 from llmkit.lightning import has_ended
 from llmkit.run.cli import CLI, filled_in
+from llmkit.run.process import as_found
 from llmkit.run.report import report_finished
 
 HUSHED = (
@@ -50,9 +51,9 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in HUSHED:
-        warnings.filterwarnings("ignore", text)
-    with planned.placed():
+    with as_found(), planned.placed():
+        for text in HUSHED:
+            warnings.filterwarnings("ignore", text)
         cli(command, planned.args, planned.stored)
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from llmkit.errors import Problem, UserError
@@ -84,7 +84,7 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
     own = [logger for logger in loggers if isinstance(logger, RunLogger)]
     wrote = [logger.writes for logger in own]
     try:
-        trainer.loggers = own
+        trainer.loggers = list[Logger](own)
         for logger in own:
             logger.writes = False
         yield
@@ -97,7 +97,8 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 class RunFolder(Callback):
     """Makes all processes of a run use the folder that the first one has claimed; the first callback of a trainer.
 
-    It gives the config to all loggers, as hyperparameters. A run that is resumed begins its ``metrics.csv`` with the rows of the run before it, up to the checkpoint.
+    It gives the config to all loggers, as hyperparameters. A resumed run begins its ``metrics.csv`` with the rows of the
+    run before it, up to the checkpoint.
     """
 
     def __init__(self) -> None:
