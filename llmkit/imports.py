@@ -25,6 +25,8 @@ from llmkit.errors import Problem, UserError, nearest
 
 imported: set[str] = set()
 """Names of the local modules that the user asked for."""
+_places: dict[str, Path] = {}
+"""The top-level modules that came with them, and the folder of each."""
 
 
 def import_modules(names: Any, folder: str | Path = ".") -> list[str]:
@@ -40,6 +42,8 @@ def import_modules(names: Any, folder: str | Path = ".") -> list[str]:
     if not isinstance(names, str | list | None):
         raise UserError(Problem("imports", f"expected a module or a list of modules, got {names!r}"))
     listed = [names] if isinstance(names, str) else names or []
+    absolute = [str((Path(folder) / str(name)).resolve()) for name in listed if str(name).endswith(".py")]
+    check_distinct(absolute)
     return [_import(str(name), Path(folder).resolve()) for name in listed]
 
 
@@ -53,8 +57,11 @@ def _import(name: str, folder: Path) -> str:
             raise UserError(Problem("imports", f"{file} does not exist.{hint}"))
         folder, module, absolute = file.parent, file.stem, str(file)
     # Imported under a real name, so that worker processes and pickles find the module again.
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    _leave_other_folders(folder)
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))
+    before = set(sys.modules)
     try:
         loaded = importlib.import_module(module)
     except Exception as error:
@@ -63,11 +70,39 @@ def _import(name: str, folder: Path) -> str:
         hint = "." + nearest(module, [found.name for found in pkgutil.iter_modules()]) if missing else ""
         raise UserError(Problem("imports", f"{name} cannot be imported: {cause}{hint}")) from error
     imported.add(module)
+    for new in [new for new in sys.modules if new not in before and "." not in new]:
+        file = getattr(sys.modules[new], "__file__", None)
+        if file and folder in Path(file).resolve().parents[:2]:
+            _places[new] = folder
     found = getattr(loaded, "__file__", None)
     if absolute.endswith(".py") and (found is None or Path(found).resolve() != Path(absolute)):
         text = f"{name}: another module is already called '{module}' ({found}); rename the file"
         raise UserError(Problem("imports", text))
     return absolute
+
+
+def _leave_other_folders(folder: Path) -> None:
+    """Forget the modules that an earlier run of this process took from its folders and that ``folder`` has as well.
+
+    Otherwise ``import helpers`` in a file here would silently get the ``helpers.py`` there.
+    """
+    for name in [name for name, place in _places.items() if place != folder]:
+        if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file():
+            for part in [part for part in sys.modules if part == name or part.startswith(f"{name}.")]:
+                del sys.modules[part]
+            imported.discard(name)
+            del _places[name]
+            registry.forget(name)
+
+
+def check_distinct(names: Iterable[str]) -> None:
+    """Raise UserError for two files of one name, which Python cannot tell apart: for one run's imports together."""
+    files = [Path(name) for name in dict.fromkeys(names) if name.endswith(".py")]
+    first = {file.stem: file for file in reversed(files)}
+    for file in files:
+        if first[file.stem] != file:
+            text = f"{file}: another module is already called '{file.stem}' ({first[file.stem]}); rename the file"
+            raise UserError(Problem("imports", text))
 
 
 def is_plugin(class_path: str) -> bool:

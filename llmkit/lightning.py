@@ -21,6 +21,10 @@ def global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
+SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""Environment variables in which ``seed_everything`` keeps the seed, for this process and those that it starts."""
+
+
 def is_debug_run(trainer: pl.Trainer) -> bool:
     """Return whether this is a ``fast_dev_run``: a few batches to try the code, with nothing to keep."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

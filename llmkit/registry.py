@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -233,6 +234,13 @@ def check_signatures(family: str, name: str, cls: type) -> None:
             called = ", ".join([*given, *(["*"] if by_name else []), *by_name])
             text = f"{place(own)}: {error}; the contract calls it as {own.__name__}({called})"
             raise UserError(f"{family} '{name}': {text}") from error
+
+
+def forget(module: str) -> None:
+    """Remove the local plugins of a top-level module."""
+    for known in _local.values():
+        for name in [name for name, entry in known.items() if re.split("[.:]", entry.target)[0] == module]:
+            del known[name]
 
 
 def register(family: str, name: str) -> Callable[[T], T]:

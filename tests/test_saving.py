@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from command import TINY, Result, done, llmkit
 
 import llmkit as llmkit_package
@@ -156,6 +157,10 @@ def test_a_resumed_run_has_the_best_checkpoint_of_before(words: list[str], tmp_p
     whole = done(*schedule, "--trainer.max_steps", "12", "--name", "whole")
     (second,) = (tmp_path / "logs").rglob("metrics.csv")
     assert second.read_text().splitlines() == (whole.folder / "metrics.csv").read_text().splitlines()
+    logged_config = yaml.safe_load(second.with_name("hparams.yaml").read_text())
+    for key, value in {"model.dim": 16, "model.optimizer": "SGD", "model.optimizer.lr": 6.0, "name": "whole"}.items():
+        assert logged_config[key] == value
+    assert not any(isinstance(value, dict | list) for value in logged_config.values())
     done(*schedule, "--trainer.max_steps", "9", "--name", "parts")
     resumed = done(*schedule, "--trainer.max_steps", "12", "--name", "parts", "--ckpt_path", "last")
     assert resumed.folder.name == "version_1"

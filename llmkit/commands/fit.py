@@ -15,6 +15,7 @@ from llmkit.data import cache
 from llmkit.errors import note
 from llmkit.lightning import has_ended
 from llmkit.run.cli import CLI, filled_in
+from llmkit.run.process import as_found
 from llmkit.run.report import report_finished
 from llmkit.testing import first_use
 
@@ -55,11 +56,11 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in HUSHED:
-        warnings.filterwarnings("ignore", text)
-    if command == "fit" and not asked:
-        examine_plugins(planned.config.tree)
-    with planned.placed():
+    with as_found(), planned.placed():
+        for text in HUSHED:
+            warnings.filterwarnings("ignore", text)
+        if command == "fit" and not asked:
+            examine_plugins(planned.config.tree)
         cli(command, planned.args, planned.stored)
     return 0
 

@@ -86,6 +86,7 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
         imported += _import(layer.tree.pop("imports", None), layer, Path(file).parent)
     names = [name for key, value in options if key == "--imports" for name in command_line.listed(value or "")]
     imported += _import(names, Layer({}, COMMAND_LINE), Path())
+    imports.check_distinct(imported)
     problems: list[Problem] = []
     config_options = [
         (key, value)

@@ -154,6 +154,7 @@ class LanguageModel(pl.LightningModule):
         self.test_metrics = self.parts.metrics(self.head, "test")
         self.kinds = parameter_kinds(self)
         if self.spec["compile"]:
+            torch.compiler.reset()  # torch keeps eight graphs of a class: a ninth model would silently run uncompiled
             self.net.compile()
         if self.device_mesh is not None:
             shard(self.net, self.head, self.device_mesh)

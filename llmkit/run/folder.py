@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from llmkit.errors import Problem, UserError
+from llmkit.model.language_model import LanguageModel
 
 
 def claim(parent: Path) -> int:
@@ -83,7 +84,7 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
     own = [logger for logger in loggers if isinstance(logger, RunLogger)]
     wrote = [logger.writes for logger in own]
     try:
-        trainer.loggers = own
+        trainer.loggers = list[Logger](own)
         for logger in own:
             logger.writes = False
         yield
@@ -96,7 +97,8 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 class RunFolder(Callback):
     """Makes all processes of a run use the folder that the first one has claimed; the first callback of a trainer.
 
-    A run that is resumed begins its ``metrics.csv`` with the rows of the run before it, up to the checkpoint.
+    It gives the config to all loggers, as hyperparameters. A resumed run begins its ``metrics.csv`` with the rows of the
+    run before it, up to the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -111,6 +113,13 @@ class RunFolder(Callback):
                 logger.number = trainer.strategy.broadcast(logger.version)
         if stage == "fit":
             self.folder = run_folder(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the config."""
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_hyperparams(dict(flat(pl_module.config)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the earlier rows."""
@@ -136,6 +145,23 @@ class RunFolder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the folder of the run that is resumed."""
         self.resumed = state_dict["folder"]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a config and their values, as people write them.
+
+    ``{model: {attention: {class_path: a.Lstm, init_args: {num_heads: 2}}}}`` has ``model.attention`` Lstm and
+    ``model.attention.num_heads`` 2.
+    """
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if not isinstance(value, Mapping):
+            yield key, str(value) if isinstance(value, list) else value
+        elif "class_path" in value:
+            yield key, str(value["class_path"]).rpartition(".")[2]
+            yield from flat(value.get("init_args") or {}, f"{key}.")
+        else:
+            yield from flat(value, f"{key}.")
 
 
 def rows_before(file: Path, step: int) -> list[tuple[int, dict[str, str]]]:

@@ -54,9 +54,10 @@ def check_monitors(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     Lightning would notice at the first validation. A callback of the user's own may log further ones.
     """
     known = [f"val_{name}" for name in getattr(model, "val_metrics", ())]
-    if {type(callback).__module__.partition(".")[0] for callback in trainer.callbacks} - {"lightning", "llmkit"}:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if {type(callback).__module__.partition(".")[0] for callback in callbacks} - {"lightning", "llmkit"}:
         return
-    for callback in trainer.callbacks:
+    for callback in callbacks:
         name = getattr(callback, "monitor", None)
         if isinstance(name, str) and name.startswith("val_") and name not in known:
             text = f"{type(callback).__name__}: {unknown('metric', name, known)}"

@@ -1,0 +1,44 @@
+"""A process is left as it was found: another run in it begins as in a new one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from llmkit.lightning import SEED_VARIABLES
+
+VARIABLES = (*SEED_VARIABLES, "CUBLAS_WORKSPACE_CONFIG")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Put back at the end of the block what Lightning's trainer changes in a process and leaves so.
+
+    These are handlers of signals, which would hold on to every trainer, environment variables, the switches for
+    deterministic kernels, and filters of warnings.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # None: not set from Python
+                    signal.signal(number, handler)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

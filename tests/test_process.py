@@ -1,0 +1,96 @@
+"""Several runs in one process: each leaves it as it was found, and begins as in a new one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from command import TINY, done, llmkit
+
+import llmkit as kit
+from llmkit.testing.invariance import build
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    return ["fit", "--data.train", str(tmp_path / "text.txt"), *TINY, "--output", str(tmp_path / "runs")]
+
+
+def state() -> dict[str, Any]:
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+    return {
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "variables": [os.environ.get(name) for name in names],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "benchmark": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "filters": list(warnings.filters),
+    }
+
+
+def test_a_run_leaves_the_process_as_it_was(words: list[str]) -> None:
+    words += ["--trainer.deterministic", "true", "--trainer.benchmark", "true", "--seed_everything", "3"]
+    before = state()
+    done(*words)
+    assert state() == before
+    gc.collect()
+    files = len(os.listdir("/proc/self/fd"))
+    assert llmkit(*words, "--trainer.overfit_batches", "0.001").code == 2
+    assert state() == before
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def test_each_model_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch keeps a number of graphs of a class, here two; the models after that ran eagerly, in silence."""
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    monkeypatch.setattr(torch._dynamo.config, name, 2)
+    compile, calls = torch.compile, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            calls.append(graph)
+            return graph(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend))
+    (tmp_path / "text.txt").write_text("once upon a time there was a note\n" * 20)
+    for dim in (8, 16, 24, 32):
+        data = kit.DataModule(train=str(tmp_path / "text.txt"), tokenizer=kit.plugin("tokenizer", "byte"), batch_size=2)
+        model = kit.LanguageModel(dim=dim, num_layers=1, context=16, compile=True)
+        build(model, data)
+        before = len(calls)
+        model.train()
+        model.head.loss(model.network, next(iter(data.train_dataloader())))
+        assert len(calls) > before, dim
+    torch.compiler.reset()
+
+
+def test_files_of_one_name(words: list[str], tmp_path: Path) -> None:
+    """Runs import each their own, and what lies next to it; one run cannot have both."""
+    plugin = (
+        "import of_one_name_helper\nfrom llmkit import register\nfrom llmkit_plugins.norm import RMSNorm\n\n\n"
+        "@register('norm', 'NAME')\nclass Mine(RMSNorm):\n    factor = of_one_name_helper.FACTOR\n"
+    )
+    for factor, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of_one_name.py").write_text(plugin.replace("NAME", name))
+        (tmp_path / name / "of_one_name_helper.py").write_text(f"FACTOR = {factor}\n")
+    files = [str(tmp_path / name / "of_one_name.py") for name in ("one", "two")]
+    for factor, (name, file) in enumerate(zip(("one", "two"), files, strict=True)):
+        checkpoint = done(*words, "--imports", file, "--model.norm", name).checkpoint
+        (norm,) = {type(module) for module in kit.load(checkpoint).modules() if type(module).__name__ == "Mine"}
+        assert norm.factor == factor  # type: ignore[attr-defined]
+    result = llmkit(*words, "--imports", files[1], "--model.norm", "one")
+    assert "unknown norm 'one'" in result.err
+    result = llmkit(*words, "--imports", *files)
+    assert result.code == 2
+    assert "another module is already called 'of_one_name'" in result.err
