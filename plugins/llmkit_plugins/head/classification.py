@@ -21,7 +21,7 @@ class Classification(Head):
 
     Args:
         dropout: dropout before the linear layer.
-        label_smoothing: share of the probability spread evenly over the labels.
+        label_smoothing: share of the probability spread evenly over the labels while training.
     """
 
     topology = "encoder"
@@ -97,16 +97,16 @@ class Classification(Head):
         return scores
 
     def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed cross-entropy of the labels."""
-        return self._loss(self.scores(net, batch), batch["label"])
+        """Return the summed, smoothed cross-entropy of the labels."""
+        return self._loss(self.scores(net, batch), batch["label"], self.label_smoothing)
 
-    def _loss(self, scores: Tensor, label: Tensor) -> Loss:
+    def _loss(self, scores: Tensor, label: Tensor, smoothing: float) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        total = F.cross_entropy(exact, label, reduction="sum", label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(exact, label, reduction="sum", label_smoothing=smoothing)
         return Loss(total, torch.tensor(len(label), device=label.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, accuracy and macro F1; on the test data the confusion matrix too."""
+        """Return loss (not smoothed), accuracy and macro F1; on the test data the confusion matrix too."""
         classes = len(self.labels)
         metrics: dict[str, nn.Module] = {
             "loss": MeanLoss(),
@@ -122,7 +122,7 @@ class Classification(Head):
         scores = self.scores(net, batch)
         for name, metric in metrics.items():
             if name == "loss":
-                metric.update(self._loss(scores, batch["label"]))
+                metric.update(self._loss(scores, batch["label"], 0.0))
             else:
                 metric.update(scores, batch["label"])
 

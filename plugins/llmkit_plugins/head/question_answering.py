@@ -48,8 +48,9 @@ class QuestionAnswering(Head):
         dropout: dropout before the linear layer.
         stride: tokens from the beginning of a window to that of the next one; null: half of what fits.
         max_answer_words: words of the longest answer that is looked for.
-        level: what exact match and F1 compare: ``word``, ``character``, or ``auto``, which is ``character`` where most
-            words of the context are single characters as in Chinese and Japanese.
+        level: what exact match and F1 compare: ``word`` (SQuAD's official scores), ``character``, ``auto``, which is
+            ``character`` where most words of the context are single characters as in Chinese and Japanese, or ``cmrc``:
+            CMRC 2018's official scores, whose F1 counts the longest common run alone and is lower.
     """
 
     topology = "encoder"
@@ -64,7 +65,7 @@ class QuestionAnswering(Head):
         dropout: float = 0.1,
         stride: int | None = None,
         max_answer_words: int = 30,
-        level: Literal["auto", "word", "character"] = "auto",
+        level: Literal["auto", "word", "character", "cmrc"] = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("stride", stride), ("max_answer_words", max_answer_words)):
@@ -237,14 +238,17 @@ class QuestionAnswering(Head):
         scores = self.scores(net, batch)
         metrics["loss"].update(self._loss(scores, batch["gold"]))
         found = [
-            answer_scores(text[start:end], json.loads(answers), self._by_character(text))
+            self._answer_scores(text, text[start:end], json.loads(answers))
             for (text, start, end, _), answers in zip(self._best(scores, batch), batch["answers"], strict=True)
         ]
         for name, values in zip(("exact_match", "f1"), zip(*found, strict=True), strict=True):
             metrics[name].update(100 * sum(values), len(values))
 
-    def _by_character(self, context: str) -> bool:
-        return by_character(context) if self.level == "auto" else self.level == "character"
+    def _answer_scores(self, context: str, answer: str, references: list[str]) -> tuple[float, float]:
+        if self.level == "cmrc":
+            return cmrc_scores(answer, references)
+        by = by_character(context) if self.level == "auto" else self.level == "character"
+        return answer_scores(answer, references, by)
 
     def _best(self, scores: Tensor, batch: Batch) -> list[tuple[str, int, int, float]]:
         """Return the context, the best span within one window, and its probability, of each question."""
@@ -347,6 +351,42 @@ def answer_scores(answer: str, references: list[str], by_character: bool = False
         common = (Counter(words) & Counter(expected)).total()
         best = max(best, 2 * common / max(1, len(words) + len(expected)))
     return exact, best
+
+
+def cmrc_scores(answer: str, references: list[str]) -> tuple[float, float]:
+    """Return exact match and F1 of an answer, 0 to 1, as CMRC 2018's official script computes them.
+
+    Cui et al. 2019, arXiv:1810.07366: each against the reference where it is best; F1 is of the longest run of units
+    that both have, of Chinese characters and of the words between them, in lower case and without punctuation. Words
+    are runs of letters and digits, and every other sign alone, where the script has those of NLTK.
+    """
+    found, exact, best = _cmrc_units(answer), 0.0, 0.0
+    for reference in references:
+        expected = _cmrc_units(reference)
+        exact = max(exact, float(_without_cmrc_signs(answer) == _without_cmrc_signs(reference)))
+        best = max(best, 2 * _longest_run(found, expected) / max(1, len(found) + len(expected)))
+    return exact, best
+
+
+_CMRC_SIGNS = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"
+"""The punctuation of CMRC's official script; a run of other signs counts as words."""
+
+
+def _without_cmrc_signs(text: str) -> str:
+    return "".join(c for c in text.lower().strip() if c not in _CMRC_SIGNS)
+
+
+def _cmrc_units(text: str) -> list[str]:
+    return re.findall("[\u4e00-\u9fa5]|[^\\W\u4e00-\u9fa5]+|[^\\w\\s]", _without_cmrc_signs(text))
+
+
+def _longest_run(a: list[str], b: list[str]) -> int:
+    """Return the length of the longest run of units that both lists have."""
+    longest, ends = 0, [0] * (len(b) + 1)  # the run that ends at each unit of b, and at the present one of a
+    for unit in a:
+        ends = [0, *(before + 1 if unit == other else 0 for before, other in zip(ends, b, strict=False))]
+        longest = max(longest, *ends)
+    return longest
 
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
