@@ -228,6 +228,8 @@ class Head(nn.Module, ABC):
     words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
     """Fields that are encoded word by word, and what cuts a value into the pieces that are encoded: a new tokenizer is
     trained on the pieces. Such a field that is not in ``texts`` may hold a list of words as well as a text."""
+    scored_share: float = 0.0
+    """Of an encoder: share of the positions that the loss multiplies with the output matrix; it counts in FLOPs."""
     kept: ClassVar[str] = "start"
     """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
