@@ -226,12 +226,12 @@ class Head(nn.Module, ABC):
     texts: ClassVar[tuple[str, ...]]
     """The fields that are text; a new tokenizer is trained on them."""
     classes: ClassVar[tuple[str, ...]] = ()
-    """Targets that hold a class, or a list of them: no class is only in the rows that are set aside for validation."""
+    """Targets that hold a class, or a list of them; no class is set aside for validation alone."""
     words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
-    """Fields that are encoded word by word, and what cuts a value into the pieces that are encoded: a new tokenizer is
-    trained on the pieces. Such a field that is not in ``texts`` may hold a list of words as well as a text."""
+    """What cuts a field into the pieces that are encoded. It may hold a list of words if it is not in ``texts``."""
     notes: ClassVar[Mapping[str, str]] = {}
     """Features that are 1 in rows worth a note, and what it says after ``data.train: 3 of 100 rows``."""
+    scored_share: float = 0.0  # of an encoder's positions: those that the loss scores over the vocabulary, for FLOPs
     kept: ClassVar[str] = "start"
     """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")

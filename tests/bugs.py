@@ -26,6 +26,7 @@ class Bug:
 
 
 MASK = "scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)"
+OVER_ROWS = "kernel(x.to(exact), first, exact_weights, *settings, True)"
 SOFTMAX = "weights = scores.softmax(-1)"
 BUGS = [
     Bug("mask dropped", MASK, "pass", "causal_by_gradient"),
@@ -110,6 +111,14 @@ BUGS = [
     ),
     Bug("float32 inside", "return joined", "return joined.float()", "bfloat16"),
     Bug(
+        "sum of weights in half precision",
+        'chunks.mix(q_BHTE, k_BHTE, torch.ones_like(v_BHTE[..., :1]), "weights")',
+        "(q_BHTE @ k_BHTE.mT).tril().sum(-1, keepdim=True)",
+        "long_text",
+        linear,
+        "Linear",
+    ),
+    Bug(
         "data on the CPU",
         "scores = scores if bias",
         "scores.detach().sum().item()\n        scores = scores if bias",
@@ -168,7 +177,14 @@ BUGS = [
         recurrent,
         "LSTM",
     ),
-    Bug("LSTM over the batch", "batch_first=True", "batch_first=False", "batch_rows", recurrent, "LSTM"),
+    Bug(
+        "LSTM over the batch",
+        OVER_ROWS,
+        "[self.rnn(x.transpose(0, 1))[0].transpose(0, 1)]",
+        "batch_rows",
+        recurrent,
+        "LSTM",
+    ),
     Bug("LSTM state leaks over documents", " * continued_M1 for", " for", "decoding_documents", recurrent, "LSTM"),
     Bug(
         "LSTM runs over padding",
@@ -204,8 +220,8 @@ BUGS = [
     ),
     Bug(
         "group norm over the length",
-        "self.norm(y_BTD.flatten(0, 1).to(v_BHTE.dtype)).view_as(x_BTD)",
-        "self.norm(y_BTD.mT.to(v_BHTE.dtype)).mT",
+        "self._normalised(join(y_BHTE))",
+        "self.norm(join(y_BHTE).mT.to(v_BHTE.dtype)).mT",
         "causal_by_gradient",
         linear,
         "Retention",

@@ -24,7 +24,7 @@ from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State
 from llmkit.testing import check
 from llmkit.testing.head.examples import FIELDS
-from llmkit_plugins.head.question_answering import answer_scores
+from llmkit_plugins.head.answer_scores import answer_scores, cmrc_scores
 from llmkit_plugins.head.words import words
 
 RADII = (0, 2, 5, 15, 40)
@@ -506,7 +506,27 @@ def test_answer_scores(answer: str, references: list[str], by_character: bool, e
     assert answer_scores(answer, references, by_character) == pytest.approx((exact, f1))
 
 
-@pytest.mark.parametrize(("level", "f1"), [("auto", [200 / 3, 0]), ("word", [0, 0]), ("character", [200 / 3, 80])])
+@pytest.mark.parametrize(
+    ("answer", "references", "exact", "f1"),
+    [
+        ("北京大学", ["北大"], 0, 1 / 3),  # in common is the run of one character, not two characters
+        ("北京大学", ["北大", "京大学"], 0, 6 / 7),
+        ("1928年", ["1928"], 0, 2 / 3),  # a number is one unit
+        ("《北京 大学》。", ["北京大学"], 0, 1),  # for an exact match only punctuation is left out
+        ("A-B", ["ab"], 1, 1),
+        ("x", [], 0, 0),
+        ("", ["x"], 0, 0),
+    ],
+)
+def test_cmrc_scores_are_those_of_its_official_script(
+    answer: str, references: list[str], exact: float, f1: float
+) -> None:
+    assert cmrc_scores(answer, references) == pytest.approx((exact, f1))
+
+
+@pytest.mark.parametrize(
+    ("level", "f1"), [("auto", [200 / 3, 0]), ("word", [0, 0]), ("character", [200 / 3, 80]), ("cmrc", [200 / 3, 0])]
+)
 def test_level(level: str, f1: list[float]) -> None:
     """``auto`` goes by most words of the context."""
     for question, context, answer, predicted, wanted in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from llmkit.contracts import IGNORE, Head, Tokenizer
 from llmkit.data.examples import Examples, Features
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
-from llmkit.registry import plugin, target_of
+from llmkit.registry import entries, plugin, target_of
 from llmkit.sequence import DecodingOptions, Sequence
 
 TEXTS = ["a small step", "hello", "one more text here", "xyz"]
@@ -176,6 +177,66 @@ def test_translation_loss_is_the_plain_smoothed_cross_entropy_and_bleu_is_sacreb
     translations = [answer["text"] for answer in answers]
     assert float(metrics["bleu"].compute()) == pytest.approx(sacrebleu.corpus_bleu(translations, [targets]).score)
     assert float(metrics["chrf"].compute()) == pytest.approx(sacrebleu.corpus_chrf(translations, [targets]).score)
+
+
+@pytest.mark.parametrize("name", ["classification", "translation", "summarization"])
+def test_label_smoothing_is_not_in_the_validation_loss(name: str) -> None:
+    """It is a setting of the training; every head that has it is listed here."""
+    with_smoothing = [
+        n for n in entries("head") if "label_smoothing" in signature(target_of(plugin("head", n))).parameters
+    ]
+    assert with_smoothing == ["classification", "summarization", "translation"]
+    found = []
+    for smoothing in (0.0, 0.3):
+        head: Head = plugin("head", name, label_smoothing=smoothing)()
+        if name == "classification":
+            head.learn({"label": ["a", "b", "c"]})
+        columns = dict.fromkeys((*head.inputs, *head.targets), TEXTS)
+        torch.manual_seed(0)
+        head.build(16, 262)
+        head.double().eval()
+        net, tokenizer = network(head), byte_tokenizer()
+        rows = items(head, tokenizer, **(columns if name != "classification" else {**columns, "label": list("abca")}))
+        batch = head.collate(rows, tokenizer)
+        metrics: dict[str, Any] = head.metrics("validation")
+        with torch.no_grad():
+            head.evaluate(net, batch, metrics, tokenizer)
+            found.append((float(metrics["loss"].compute()), float(head.loss(net, batch).total)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert found[0][1] != pytest.approx(found[1][1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "tokenize"),
+    [
+        ("我们在北京大学学习中文。", "zh"),
+        ("私は東京で日本語を勉強しています。", "ja"),
+        ("ผมเรียนภาษาไทยที่กรุงเทพ", "char"),
+        ("저는 서울에서 한국어를 공부합니다.", "13a"),
+        ("Ich lerne in München Deutsch.", "13a"),
+        ("Он сказал: 你好", "13a"),
+    ],
+)
+def test_bleu_goes_by_the_script_of_the_targets(target: str, tokenize: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A perfect translation gets 100, where 13a takes an unspaced sentence for a single word."""
+    head: Head = plugin("head", "translation")()
+    head.learn({"source": ["a"], "target": [target] * 3})
+    again: Head = plugin("head", "translation")()
+    again.set_info(head.info())
+    metric: Any = again.metrics("test")["bleu"]
+    metric.update([target], [target])
+    assert float(metric.compute()) == pytest.approx(100)
+    signature_of = metric.signature()
+    assert f"tok:{tokenize}" in signature_of or (tokenize == "ja" and "tok:char" in signature_of)
+    assert ("BLEU uses sacrebleu's tokenizer" in capsys.readouterr().err) == (tokenize != "13a")
+
+
+def test_an_unknown_tokenizer_of_bleu_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="unknown bleu_tokenize '13b'. Did you mean '13a'"):
+        plugin("head", "translation", bleu_tokenize="13b")()
+    old: Head = plugin("head", "translation")()
+    old.set_info({})  # of a checkpoint from before there was a choice
+    assert old.info() == {} and "tok:13a" in old.metrics("test")["bleu"].signature()  # type: ignore[operator]
 
 
 def test_the_reference_of_bleu_is_the_text_as_written() -> None:

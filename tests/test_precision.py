@@ -17,7 +17,8 @@ from llmkit import DataModule, LanguageModel, plugin, registry
 from llmkit.model.step import gradient_norm
 from llmkit.ops.decoding import generate
 from llmkit.ops.metrics import Metrics
-from llmkit.sequence import DecodingOptions
+from llmkit.sequence import DecodingOptions, Memory, Sequence
+from llmkit.testing.attention.subject import Subject
 from llmkit_plugins.position import Alibi, slopes
 
 PLUGINS: dict[str, Any] = {
@@ -132,3 +133,54 @@ def test_the_norm_of_a_half_precision_gradient_is_in_single_precision(dtype: tor
     gradients = [torch.full((300, 300), 250.0, dtype=dtype), torch.full((7,), 3.0, dtype=dtype)]
     expected = (300 * 300 * 250.0**2 + 7 * 9) ** 0.5  # 75,000: above the range of float16
     assert float(gradient_norm(gradients)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "min_gru"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_recurrence_that_forgets_slowly_keeps_what_it_adds_up(name: str, dtype: torch.dtype) -> None:
+    """What a nearly closed gate adds in a step is less than half precision resolves; against double precision."""
+    length = 768
+    subject = Subject(plugin("attention", name), 16)
+    x = subject.x(1, length) + 0.5
+
+    def slow(weights: torch.dtype) -> Any:
+        module: Any = subject.build("causal")
+        if name == "min_gru":
+            module.gate.bias.data.fill_(-7)
+        else:
+            # The gates are i, f, g, o of the LSTM, and r, z, n of the GRU; its z keeps what is there.
+            bias = module.rnn.bias_hh_l0.data.view(-1, 16)
+            bias[1] = 12
+            if name == "lstm":
+                bias[0] = -7
+            module.rnn.weight_hh_l0.data.mul_(0.1)
+        return module.to(weights)
+
+    with torch.no_grad():
+        expected = slow(torch.float64)(x, Sequence.dense(length))
+        half = slow(dtype)
+        state = half.init_state(1, length, half.get_parameter(next(iter(half.state_dict()))))
+        found = [half(x.to(dtype), Sequence.dense(length)), half(x.to(dtype), Sequence.dense(length), state=state)]
+        with torch.autocast("cpu", dtype):
+            found.append(slow(torch.float32)(x.float(), Sequence.dense(length)))
+    for actual in found:
+        error = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(error[:, -64:].mean()) < 0.01
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["linear", "retention", "low_rank"])
+def test_sums_over_a_long_text_do_not_overflow_in_float16(name: str, weights: torch.dtype) -> None:
+    """The sums of linear attention pass 65,504 here; cross-attention sums over its memory in one product."""
+    length, subject = 1024, Subject(plugin("attention", name), 32)
+    x = 8 * subject.x(1, length)
+    for role in subject.roles:
+        memory = None if role != "cross" else Memory(x, Sequence.dense(length))
+        with torch.no_grad():
+            expected = subject.build(role)(x, Sequence.dense(length), memory=memory)
+            module, given = subject.build(role, weights), x.to(weights)
+            memory = None if role != "cross" else Memory(given, Sequence.dense(length))
+            with torch.autocast("cpu", torch.float16, enabled=weights == torch.float32):
+                actual = module(given, Sequence.dense(length), memory=memory)
+        error = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(error.median()) < 0.01 and bool(actual.isfinite().all()), role

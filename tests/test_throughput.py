@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import TINY, done
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmkit
@@ -37,16 +39,43 @@ def test_flops_of_a_step_are_those_that_torch_counts(text: Path, tmp_path: Path)
     assert meter.totals().flops == pytest.approx(counter.get_total_flops() + mixing, rel=0.005)
 
 
-def test_both_sides_of_a_translation_count() -> None:
-    model = llmkit.LanguageModel(
-        head=llmkit.plugin("head", "translation"),
-        dim=32, num_layers=2, context=16,
-    )  # fmt: skip
+def counted(model: llmkit.LanguageModel, batch: dict[str, torch.Tensor]) -> float:
+    """Return the FLOPs that torch counts for a training step, attention as two products over all pairs."""
+    model.train()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model.head.loss(model.network, batch)
+        loss.total.backward()
+    # It does not know products that are added in place: the gradient of the output matrix.
+    return float(counter.get_total_flops() + 2 * model.network.output_weight_VD.numel() * loss.count)
+
+
+def built(head: str, **arguments: Any) -> llmkit.LanguageModel:
+    model = llmkit.LanguageModel(llmkit.plugin("head", head, **arguments), dim=32, num_layers=2, context=64)
     model.tokenizer = llmkit.plugin("tokenizer", "byte")()
+    model.configure_model()
+    return model
+
+
+@pytest.mark.parametrize(("source", "target"), [(8, 8), (40, 6), (6, 40)])
+def test_flops_of_a_translation_are_those_that_torch_counts(source: int, target: int) -> None:
+    """Each side counts by its own length; keys and values of cross-attention belong to the source."""
+    model = built("translation")
+    ids = torch.randint(5, 200, (3, 64))
+    batch = {"source": ids[:, :source], "ids": ids[:, :target], "targets": ids[:, :target]}
     meter = Meter(model)
-    cost = model.meta_network().flops_per_position(8)
-    meter.add({"source": torch.zeros(3, 8, dtype=torch.long), "targets": torch.zeros(3, 8, dtype=torch.long)})
-    assert meter.totals().flops == pytest.approx(3 * 24 * cost)
+    meter.add(batch)
+    hidden_pairs = 3 * 3 * 2 * (4 * target * target * 32 / 2)  # of causal attention: not needed, not counted
+    assert meter.totals().flops == pytest.approx(counted(model, batch) - hidden_pairs, rel=0.01)
+
+
+def test_flops_of_a_masked_language_model_are_those_that_torch_counts() -> None:
+    """The output matrix multiplies the chosen positions; here the vocabulary outweighs the layers."""
+    model = built("masked_lm", mask_rate=0.4)
+    batch = {"ids": torch.randint(6, 200, (16, 64))}
+    meter = Meter(model)
+    meter.add(batch)
+    torch.manual_seed(0)
+    assert meter.totals().flops == pytest.approx(counted(model, batch), rel=0.02)  # the choice is random
 
 
 def test_rates_are_logged_with_the_loss(text: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
     counts = net.num_parameters()
     own = sum(p.numel() for p in model.head.parameters())
     positions = sum(batch[name].numel() for name in ("ids", "source") if name in batch)
-    forward = net.flops_per_position(model.context)
+    forward = net.flops_per_position(model.context, model.head.scored_share)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "tree": tree(net) + tree(model.head),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -236,23 +238,69 @@ class Backbone(nn.Module, Network):
                 states.append(state)
         return states
 
-    def flops_per_position(self, length: int) -> float:
+    def flops_per_position(self, length: int, scored_share: float = 0.0) -> float:
         """Return forward FLOPs a position at this length: two a weight of every matrix, and each variant's mixing.
 
         The embedding table is looked up, not multiplied; tied or not, the output matrix counts once. In an
         encoder-decoder the number is for one source position plus one target position.
+
+        Args:
+            length: positions of a sequence, in an encoder-decoder of both.
+            scored_share: of an encoder: share of the positions that are multiplied with the output matrix.
         """
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and not _is_embedding(name))
-        flops = 2.0 * weights + sum(m.mixing_flops(length) for m in self.modules() if isinstance(m, Attention))
-        if self.topology != "encoder" and self.output is None:
-            flops += 2.0 * self.embedding.weight.numel()
-        return flops
+        flops = 0.0 if self.topology == "decoder" else self.encoder_flops(length, scored_share)
+        return flops if self.topology == "encoder" else flops + self.decoder_flops(length, length)
+
+    def encoder_flops(self, length: int, scored_share: float = 0.0) -> float:
+        """Return forward FLOPs for each source position, what cross-attention projects of it included."""
+        flops = _stack_flops(self.encoder, length) + 2.0 * self._memory_weights
+        return flops + scored_share * 2.0 * self.output_weight_VD.numel() if self.topology == "encoder" else flops
+
+    def decoder_flops(self, length: int, memory_length: int = 0) -> float:
+        """Return forward FLOPs for each target position, at this length of the target and of the source."""
+        flops = _stack_flops(self.decoder, length, memory_length) - 2.0 * self._memory_weights
+        return flops + 2.0 * self.output_weight_VD.numel()
+
+    @functools.cached_property
+    def _memory_weights(self) -> int:
+        """Number of cross-attention's weights that multiply positions of the memory: keys and values."""
+        if self.topology != "encoder_decoder":
+            return 0
+        found: list[int] = []
+
+        def count(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append(module.weight.numel() if inputs[0].shape[1] == 3 else 0)
+
+        # Two positions read three, without memory: the lengths show which of the two a map is applied to.
+        layers = [cast(Layer, layer) for layer in self.decoder]
+        crosses = copy.deepcopy(nn.ModuleList([layer.cross for layer in layers if layer.cross])).to("meta").eval()
+        maps = [module for module in crosses.modules() if isinstance(module, nn.Linear)]
+        hooks = [module.register_forward_hook(count) for module in maps]
+        x_BTD = self.embedding.weight.new_empty(1, 3, self.embedding.embedding_dim, device="meta")
+        try:
+            for cross in crosses:
+                cross(x_BTD[:, :2], Sequence.dense(2, "meta"), memory=Memory(x_BTD, Sequence.dense(3, "meta")))
+        except NotImplementedError:  # an operation that needs memory: all of it counts for the targets
+            return 0
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sum(found)
 
     def num_parameters(self) -> dict[str, int]:
         """Return the number of parameters: ``embedding`` (token and position tables), ``non_embedding``, ``total``."""
         total = sum(p.numel() for p in self.parameters())
         embedding = sum(p.numel() for name, p in self.named_parameters() if _is_embedding(name))
         return {"embedding": embedding, "non_embedding": total - embedding, "total": total}
+
+
+def _stack_flops(layers: nn.ModuleList, length: int, memory_length: int = 0) -> float:
+    """Return FLOPs a position of layers at this length; their cross-attention reads ``memory_length`` positions."""
+    flops = 2.0 * sum(p.numel() for p in layers.parameters() if p.dim() >= 2)
+    for module in layers.modules():
+        if isinstance(module, Attention):
+            flops += module.mixing_flops(memory_length if module.role == "cross" else length)
+    return flops
 
 
 def check_role(topology: Topology, name: str, factory: Callable[..., Attention], role: Role) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,3 +25,16 @@ def backend(x: Tensor) -> Backend:
         and not torch.compiler.is_compiling()
     )
     return "cpu" if fast else "plain"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives to products on this tensor's device; None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not for the meta device
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off on this tensor's device, for what needs the precision of its inputs."""
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

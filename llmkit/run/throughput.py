@@ -67,7 +67,10 @@ class Meter:
 
     def __init__(self, model: LanguageModel) -> None:
         network = model.meta_network()  # the whole network, even where its weights are sharded
-        self._cost = functools.cache(network.flops_per_position)
+        share = model.head.scored_share
+        self._cost = functools.cache(lambda length: network.flops_per_position(length, share))
+        self._source_cost = functools.cache(network.encoder_flops)
+        self._target_cost = functools.cache(network.decoder_flops)
         self._start = time.monotonic()
         self._tokens = self._flops = 0.0
 
@@ -75,11 +78,12 @@ class Meter:
         """Count the positions of a batch, padding included, and its FLOPs: three times those of the forward pass."""
         sides = [batch[name] for name in ("ids", "source") if name in batch]
         self._tokens += sum(side.numel() for side in sides)
-        if "source" in batch and isinstance(batch.get("targets"), Tensor):
-            sides.append(batch["targets"])
-        for side in sides:
-            # The cost of an encoder-decoder is that of one position on each side, so each side counts half of it.
-            self._flops += 3 * side.numel() * self._cost(side.shape[-1]) / len(sides)
+        source, target = batch.get("source"), batch.get("targets")
+        if isinstance(source, Tensor) and isinstance(target, Tensor):
+            S, T = source.shape[-1], target.shape[-1]
+            self._flops += 3 * (source.numel() * self._source_cost(S) + target.numel() * self._target_cost(T, S))
+        else:
+            self._flops += sum(3 * side.numel() * self._cost(side.shape[-1]) for side in sides)
 
     def pause(self, seconds: float) -> None:
         """Exclude time that was not spent on training."""
@@ -94,7 +98,9 @@ class Throughput(Callback):
     """Logs ``tokens_per_second``, ``mfu`` and ``memory_gib`` each time the loss is logged.
 
     MFU is the FLOPs that the model needs over those that the device could do in that time (Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B), by the peak measured at the start of the run. Validations are excluded.
+    arXiv:2204.02311, appendix B), by the peak measured at the start of the run. Unlike there, causal attention counts
+    for half of the pairs of positions, which is what it needs, and the peak is not a data sheet's. Validations are
+    excluded.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from llmkit.sequence import Sequence
 from llmkit.testing.attention.cases import PADDED, POSITIONS, run, sequence
-from llmkit.testing.attention.subject import Subject, cast, dense_memory, memory_of
+from llmkit.testing.attention.subject import RoleUsage, Subject, cast, dense_memory, memory_of
 from llmkit.testing.numerics import same
 from llmkit.testing.report import NotApplicable, Properties, Violation
 
 PROPERTIES: Properties[Subject] = Properties()
+LONG_TEXT = 1024
+"""Positions over which sums in half precision are lost."""
 
 
 @PROPERTIES(
@@ -79,6 +81,30 @@ def reference(subject: Subject) -> None:
                 real = torch.ones(batch, 5, dtype=torch.bool) if rows is None else torch.tensor(rows) > 0
                 message = f"role {role}, {position}, segments {rows}: it differs by {{}} from the reference"
                 same(y[real], expected[real], message.format)
+
+
+@PROPERTIES(
+    "half precision agrees with double precision at a long text",
+    "A running sum or normaliser in half precision: float16 ends at 65,504, and bfloat16 counts no further than 256.",
+)
+def long_text(subject: Subject) -> str:
+    role, worst = subject.roles[0], 0.0
+    # Float16 has digits enough for large inputs, which fill its range; bfloat16 has the range of float32.
+    for dtype, scale in ((torch.float16, 16.0), (torch.bfloat16, 1.0)):
+        x, memory = scale * subject.x(1, LONG_TEXT), dense_memory(subject, role, 1, LONG_TEXT)
+        with torch.no_grad():
+            expected = run(subject.build(role), x, Sequence.dense(LONG_TEXT), memory)
+            single = subject.build(role, torch.float32)
+            with torch.autocast("cpu", dtype):
+                actual = run(single, x.float(), Sequence.dense(LONG_TEXT), cast(memory, torch.float32))
+        last = slice(-LONG_TEXT // 4, None)
+        error = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+        off = float(error[:, last].flatten().quantile(0.9))  # rounding may turn a hard choice at a few positions
+        worst = max(worst, off)
+        if not off < RoleUsage.rounding[1]:
+            how = f"role {role}, {LONG_TEXT} positions under autocast to {str(dtype).removeprefix('torch.')}"
+            raise Violation(f"{how}: 10% of the last positions are off by {off:.1%} or more")
+    return f"off by {worst:.1%}"
 
 
 @PROPERTIES(

@@ -18,13 +18,15 @@ number of documents. A lower-case letter is a dimension that may be 1 where all 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.contracts import Role
+from llmkit.ops.backend import autocast_dtype, without_autocast
 from llmkit.sequence import Sequence, State
 from llmkit_plugins.attention.cache import segments_or_ones
 
@@ -74,13 +76,16 @@ class Chunks:
         """Return the sum of ``weight * (q . k) * v`` over what each column sees, (B, H, T, F), at least in float32.
 
         Args:
-            q_BHTE: queries; all three in one dtype.
+            q_BHTE: queries.
             k_BHTE: keys.
             v_BHTF: values.
             name: the entry of the state with the sum of keys times values of earlier columns.
         """
+        return _without_float16(self._mix, q_BHTE, k_BHTE, v_BHTF, name)
+
+    def _mix(self, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTF: Tensor, name: str) -> Tensor:
         exact = torch.promote_types(v_BHTF.dtype, torch.float32)
-        q_BHNCE, k_BHNCE, v_BHNCF = (self._cut(x) for x in (q_BHTE, k_BHTE, v_BHTF))
+        q_BHNCE, k_BHNCE, v_BHNCF = (self._cut(x.to(v_BHTF.dtype)) for x in (q_BHTE, k_BHTE, v_BHTF))
         scores_BHNCC = (q_BHNCE @ k_BHNCE.mT) * self.weight_bhNCC.to(v_BHTF.dtype)
         y_BHNCF = (scores_BHNCC @ v_BHNCF).to(exact)
 
@@ -129,6 +134,11 @@ def reverse(segments_BT: Tensor) -> Tensor:
 
 def document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
     """Return the sum of keys times values over each document, (B, M, H, E, F)."""
+    return _without_float16(_document_sums, k_BHSE, v_BHSF, seq)
+
+
+def _document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
+    k_BHSE = k_BHSE.to(v_BHSF.dtype)
     if seq.segments_BT is None:
         return (k_BHSE.mT @ v_BHSF)[:, None]
     documents = max(1, int(seq.segments_BT.max()))
@@ -138,6 +148,11 @@ def document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
 
 def read_documents(q_BHTE: Tensor, sums_BMHEF: Tensor, seq: Sequence) -> Tensor:
     """Return each query times the sums of its own document, (B, H, T, F); padding reads the first document."""
+    return _without_float16(_read_documents, q_BHTE, sums_BMHEF, seq)
+
+
+def _read_documents(q_BHTE: Tensor, sums_BMHEF: Tensor, seq: Sequence) -> Tensor:
+    sums_BMHEF = sums_BMHEF.to(q_BHTE.dtype)
     own_bM1T1 = _membership(segments_or_ones(seq).clamp(min=1), sums_BMHEF.shape[1]).to(q_BHTE.dtype)
     return ((q_BHTE[:, None] * own_bM1T1) @ sums_BMHEF).sum(1)
 
@@ -186,6 +201,15 @@ def _decayed(seen_b: Tensor, distance_b: Tensor, rate_H: Tensor | None) -> Tenso
         return seen_b[:, None]
     rate = rate_H.view(-1, *[1] * (distance_b.dim() - 1))
     return seen_b[:, None] * torch.exp(-rate * distance_b[:, None])
+
+
+def _without_float16(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function of tensors in float32 where it would run in float16: sums over a long text exceed 65,504."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if torch.float16 not in {autocast_dtype(x) or x.dtype for x in tensors}:
+        return function(*arguments)
+    with without_autocast(tensors[0]):
+        return function(*(x.float() if isinstance(x, Tensor) else x for x in arguments))
 
 
 def _membership(segments_bT: Tensor, documents: int) -> Tensor:

@@ -50,7 +50,7 @@ class Linear(Attention):
         q_BHTE = features(split(self.q(x_BTD), self.num_heads))
         if self.role == "cross":
             sums_BMHEF = from_memory(seq, memory, state, self._read)["sums"]
-            y_BHTF = read_documents(q_BHTE, sums_BMHEF.to(q_BHTE.dtype), seq)
+            y_BHTF = read_documents(q_BHTE, sums_BMHEF, seq)
             values_BHTE, weights_BHT1 = y_BHTF[..., :-1], y_BHTF[..., -1:]
         else:
             k_BHTE, v_BHTE = self._keys_and_values(x_BTD)
@@ -58,7 +58,7 @@ class Linear(Attention):
             values_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "values")
             weights_BHT1 = chunks.mix(q_BHTE, k_BHTE, torch.ones_like(v_BHTE[..., :1]), "weights")
         y_BHTE = values_BHTE / weights_BHT1.clamp(min=1e-12)  # nothing to read: zero, not NaN
-        y: Tensor = self.out(join(y_BHTE.to(q_BHTE.dtype)))
+        y: Tensor = self.out(join(y_BHTE.to(x_BTD.dtype)))
         return y
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
@@ -121,10 +121,14 @@ class Retention(Attention):
         rate_H = -torch.log1p(-(2.0 ** -torch.arange(5, 5 + self.num_heads, dtype=exact, device=x_BTD.device)))
         chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=rate_H)
         y_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "sums")
-        y_BTD = join(y_BHTE)
-        y_BTD = self.norm(y_BTD.flatten(0, 1).to(v_BHTE.dtype)).view_as(x_BTD)
+        y_BTD = self._normalised(join(y_BHTE)).to(v_BHTE.dtype)
         y: Tensor = self.out(F.silu(self.gate(x_BTD)) * y_BTD)
         return y
+
+    def _normalised(self, y_BTD: Tensor) -> Tensor:
+        """Return the group norm in the dtype of the sums, which half precision may not hold."""
+        weight, bias = self.norm.weight.to(y_BTD.dtype), self.norm.bias.to(y_BTD.dtype)
+        return F.group_norm(y_BTD.flatten(0, 1), self.num_heads, weight, bias, self.norm.eps).view_as(y_BTD)
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return empty sums, (B, H, E, E)."""
@@ -139,5 +143,6 @@ class Retention(Attention):
 
 
 def features(x: Tensor) -> Tensor:
-    """Return elu(x) + 1, written so that large negative numbers are not rounded to zero."""
+    """Return elu(x) + 1, written so that large negative numbers are not rounded to zero; float16 becomes float32."""
+    x = x.float() if x.dtype == torch.float16 else x
     return x.clamp(max=0).exp() + x.relu()

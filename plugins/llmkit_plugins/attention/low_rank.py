@@ -57,14 +57,13 @@ class LowRank(Attention):
         read_B1TK = self.read(x_BTD).softmax(-1)[:, None]
         if self.role == "cross":
             slots_BM1KD = from_memory(seq, memory, state, self._read)["slots"]
-            y_B1TD = read_documents(read_B1TK.to(slots_BM1KD.dtype), slots_BM1KD, seq)
+            y_B1TD = read_documents(read_B1TK, slots_BM1KD, seq)
         else:
             write_B1TK, value_B1TD = self._written(x_BTD)
             chunks = Chunks(seq, causal=self.role == "causal", state=state)
             one_B1T1 = torch.ones_like(write_B1TK[..., :1])
             total_B1TK = chunks.mix(one_B1T1, one_B1T1, write_B1TK, "totals")
-            share_B1TK = (read_B1TK / total_B1TK).to(write_B1TK.dtype)
-            y_B1TD = chunks.mix(share_B1TK, write_B1TK, value_B1TD, "slots")
+            y_B1TD = chunks.mix(read_B1TK / total_B1TK, write_B1TK, value_B1TD, "slots")
         y: Tensor = self.out(y_B1TD[:, 0].to(x_BTD.dtype))
         return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llmkit.contracts import Attention, Role
+from llmkit.ops.backend import without_autocast
 from llmkit.sequence import Memory, Sequence, State, positions_in_segments
 from llmkit_plugins.attention.heads import check_directions
 
@@ -71,7 +73,11 @@ def documents(segments_BT: Tensor) -> Documents:
 
 
 class Recurrent(Attention):
-    """A recurrent network along the sequence that starts from zero with every document."""
+    """A recurrent network along the sequence that starts from zero with every document.
+
+    It runs in single precision in a model of half precision, and under autocast: what is carried is a running sum, and
+    a gate close to 1 adds less to it than half precision can hold.
+    """
 
     roles: ClassVar[frozenset[Role]] = frozenset({"causal", "bidirectional"})
     names: ClassVar[tuple[str, ...]]
@@ -97,10 +103,11 @@ class Recurrent(Attention):
         return y_BTD
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return zeros for what is carried, (B, D) each; the length has no limit."""
+        """Return zeros for what is carried, (B, D) each and at least in float32; the length has no limit."""
         if self.role != "causal":
             return None
-        return State({name: like.new_zeros(batch_size, self.dim) for name in self.names})
+        exact = torch.promote_types(like.dtype, torch.float32)
+        return State({name: like.new_zeros(batch_size, self.dim, dtype=exact) for name in self.names})
 
     def _documents(self, x_BTD: Tensor, seq: Sequence, segments_BT: Tensor, state: State | None) -> Tensor:
         """Run all documents of the batch side by side, each from its own start."""
@@ -135,36 +142,55 @@ class Recurrent(Attention):
         if state is not None:
             rows = docs.row_M[docs.last_M]  # rows of padding alone keep their state
             for name, value_MD in zip(self.names, end, strict=True):
-                state[name] = state[name].index_copy(0, rows, value_MD[docs.last_M].to(state[name].dtype))
+                state[name] = state[name].index_copy(0, rows, value_MD[docs.last_M])
             state["segment"] = state["segment"].index_copy(0, rows, docs.number_M[docs.last_M])
         return y_ND
 
     def _padded(self, x_ZD: Tensor, docs: Documents) -> Tensor:
         """Return the outputs of documents that run as rows; padding comes last, in both directions."""
-        kernel: Any = torch.lstm if isinstance(self.rnn, nn.LSTM) else torch.gru
         rows, length = len(docs.row_M), len(docs.batch_sizes)
-        start = tuple(x_ZD.new_zeros(1, rows, self.rnn.hidden_size) for _ in self.names)
         outputs = []
         for weights, slots_N in zip(self.rnn.all_weights, (docs.slots_N, docs.backward_N), strict=False):
             columns = docs.columns_N[:1].repeat(rows * length).index_copy(0, slots_N, docs.columns_N)
             x_MLD = x_ZD.index_select(0, columns).view(rows, length, -1)
-            y_MLD: Tensor = kernel(
-                x_MLD, start if len(start) > 1 else start[0], weights, True, 1, 0.0, self.training, False, True
-            )[0]
+            y_MLD, _ = self._kernel(x_MLD, None, None, weights, both=False)
             outputs.append(y_MLD.flatten(0, 1).index_select(0, slots_N))
         return torch.cat(outputs, -1)
 
     def _run(self, x: Tensor | PackedSequence, start: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried."""
-        hidden: Tensor | tuple[Tensor, ...] | None = None
-        if start is not None:
-            dtype = x.data.dtype
-            hidden = tuple(value[None].to(dtype) for value in start)
-            if len(self.names) == 1:
-                hidden = hidden[0]
-        y, end = self.rnn(x, hidden)
-        ends = [end] if isinstance(end, Tensor) else end
-        return y.data if isinstance(y, PackedSequence) else y, [value[0] for value in ends]
+        weights = [weight for direction in self.rnn.all_weights for weight in direction]
+        values, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
+        return self._kernel(values, sizes, start, weights, self.rnn.bidirectional)
+
+    def _kernel(
+        self, x: Tensor, sizes: Tensor | None, start: list[Tensor] | None, weights: Iterable[Tensor], both: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run torch's kernel in at least float32; return outputs in the dtype of ``x``, and what is carried.
+
+        Args:
+            x: inputs, (rows, length, D), or (N, D) with the ``sizes`` of a packed sequence.
+            sizes: batch sizes of a packed sequence; None: rows.
+            start: what is carried into the first position, (rows, D) each; None: zeros.
+            weights: those of each direction.
+            both: whether there are two directions.
+        """
+        kernel: Any = torch.lstm if isinstance(self.rnn, nn.LSTM) else torch.gru
+        exact = torch.promote_types(x.dtype, torch.float32)
+        rows = len(x) if sizes is None else int(sizes[0])
+        if start is None:
+            carried = [x.new_zeros(1 + both, rows, self.rnn.hidden_size, dtype=exact)] * len(self.names)
+        else:
+            carried = [value[None].to(exact) for value in start]
+        first = carried if len(carried) > 1 else carried[0]
+        exact_weights = [weight.to(exact) for weight in weights]
+        settings = (True, 1, 0.0, self.training, both)  # biases, layers, dropout between layers
+        with without_autocast(x):
+            if sizes is None:
+                y, *ends = kernel(x.to(exact), first, exact_weights, *settings, True)  # the batch comes first
+            else:
+                y, *ends = kernel(x.to(exact), sizes, first, exact_weights, *settings)
+        return y.to(x.dtype), [end[0] for end in ends]
 
 
 class LSTM(Recurrent):

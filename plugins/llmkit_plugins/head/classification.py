@@ -24,7 +24,7 @@ class Classification(Pooled):
 
     Args:
         dropout: dropout before the linear layer.
-        label_smoothing: share of the probability spread evenly over the labels.
+        label_smoothing: share of the probability spread evenly over the labels while training.
         class_weights: how much the loss of a text with a label counts in training, by label; 1 for those not named.
             ``balanced``: inversely to how often each label occurs, 1 on average, so that all labels count the same.
         topology: ``encoder``, or ``decoder``: a causal network, whose state at the last token is used. It takes all
@@ -107,17 +107,17 @@ class Classification(Pooled):
         return batch
 
     def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed cross-entropy of the labels, weighted; the count is that of the texts."""
-        return self._loss(self.scores(net, batch), batch["label"], self._weights())
+        """Return the summed, smoothed cross-entropy of the labels, weighted; the count is that of the texts."""
+        return self._loss(self.scores(net, batch), batch["label"], self.label_smoothing, self._weights())
 
-    def _loss(self, scores: Tensor, label: Tensor, weights: list[float] | None = None) -> Loss:
+    def _loss(self, scores: Tensor, label: Tensor, smoothing: float = 0.0, weights: list[float] | None = None) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weight = None if weights is None else exact.new_tensor(weights)
-        total = F.cross_entropy(exact, label, weight, reduction="sum", label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(exact, label, weight, reduction="sum", label_smoothing=smoothing)
         return Loss(total, torch.tensor(len(label), device=label.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, accuracy and macro F1; on the test data the confusion matrix too."""
+        """Return loss (not smoothed), accuracy and macro F1; on the test data the confusion matrix too."""
         classes = len(self.labels)
         metrics: dict[str, nn.Module] = {
             "loss": MeanLoss(),
@@ -133,7 +133,7 @@ class Classification(Pooled):
         scores = self.scores(net, batch)
         for name, metric in metrics.items():
             if name == "loss":
-                metric.update(self._loss(scores, batch["label"]))
+                metric.update(self._loss(scores, batch["label"], 0.0))
             else:
                 metric.update(scores, batch["label"])
 

@@ -52,7 +52,7 @@ class MaskedLM(Head):
         super().__init__()
         if not 0 < mask_rate <= 1:
             raise UserError(f"masked_lm: mask_rate must be above 0 and at most 1, got {mask_rate}")
-        self.mask_rate = mask_rate
+        self.mask_rate = self.scored_share = mask_rate
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take the ids of the mask, of padding, of all special tokens, and of all others."""

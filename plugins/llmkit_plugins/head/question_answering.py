@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import string
-import unicodedata
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
@@ -19,6 +16,7 @@ from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.metrics import Mean, MeanLoss
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+from llmkit_plugins.head.answer_scores import answer_scores, cmrc_scores
 from llmkit_plugins.head.labels import accepted
 from llmkit_plugins.head.matches import RADII, matches_of, near_matches, spans_of
 from llmkit_plugins.head.words import Span, by_character, encode, means, pieces
@@ -46,8 +44,9 @@ class QuestionAnswering(Head):
         dropout: dropout before the linear layer.
         stride: tokens from the beginning of a window to that of the next one; null: half of what fits.
         max_answer_words: words of the longest answer that is looked for.
-        level: what exact match and F1 compare: ``word``, ``character``, or ``auto``, which is ``character`` where most
-            words of the context are single characters as in Chinese and Japanese.
+        level: what exact match and F1 compare: ``word`` (SQuAD's official scores), ``character``, ``auto``, which is
+            ``character`` where most words of the context are single characters as in Chinese and Japanese, or ``cmrc``:
+            CMRC 2018's official scores, whose F1 counts the longest common run alone and is lower.
     """
 
     topology = "encoder"
@@ -67,7 +66,7 @@ class QuestionAnswering(Head):
         dropout: float = 0.1,
         stride: int | None = None,
         max_answer_words: int = 30,
-        level: Literal["auto", "word", "character"] = "auto",
+        level: Literal["auto", "word", "character", "cmrc"] = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("stride", stride), ("max_answer_words", max_answer_words)):
@@ -276,7 +275,7 @@ class QuestionAnswering(Head):
         metrics["loss"].update(self._loss(scores, batch["gold"]))
         for (text, start, end, _), answers in zip(self._best(scores, batch), batch["answers"], strict=True):
             references = json.loads(answers)
-            exact, f1 = answer_scores(text[start:end], references, self._by_character(text))
+            exact, f1 = self._answer_scores(text, text[start:end], references)
             metrics["exact_match"].update(100 * exact, 1)
             metrics["f1"].update(100 * f1, 1)
             if self.abstains:
@@ -284,8 +283,11 @@ class QuestionAnswering(Head):
                 metrics["has_answer_f1"].update(100 * f1 * answered, answered)
                 metrics["no_answer_f1"].update(100 * f1 * (not answered), not answered)
 
-    def _by_character(self, context: str) -> bool:
-        return by_character(context) if self.level == "auto" else self.level == "character"
+    def _answer_scores(self, context: str, answer: str, references: list[str]) -> tuple[float, float]:
+        if self.level == "cmrc":
+            return cmrc_scores(answer, references)
+        by = by_character(context) if self.level == "auto" else self.level == "character"
+        return answer_scores(answer, references, by)
 
     def _best(self, scores: Tensor, batch: Batch) -> list[tuple[str, int, int, float]]:
         """Return the context, the best span within one window, and its probability, of each question.
@@ -358,32 +360,3 @@ def _find(context: str, answer: str, start: int) -> int | None:
         return start
     found = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", context))
     return min(found, key=lambda place: abs(place - start), default=None)
-
-
-def answer_scores(answer: str, references: list[str], by_character: bool = False) -> tuple[float, float]:
-    """Return exact match and F1 of an answer, 0 to 1, each against the reference where it is best.
-
-    By word it is what SQuAD's official script computes (Rajpurkar et al. 2016, arXiv:1606.05250): F1 of the common
-    words, in lower case, without ASCII punctuation and the articles a, an and the. By character, for scripts without
-    spaces between words, it is the same for single characters, without punctuation and white space.
-    Without references both are 1 for an empty answer and else 0, as in SQuAD 2.0's (Rajpurkar et al. 2018).
-    """
-    words = _answer_words(answer, by_character)
-    if not references:
-        return float(not words), float(not words)
-    exact = best = 0.0
-    for reference in references:
-        expected = _answer_words(reference, by_character)
-        exact = max(exact, float(words == expected))
-        common = (Counter(words) & Counter(expected)).total()
-        best = max(best, 2 * common / max(1, len(words) + len(expected)))
-    return exact, best
-
-
-_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _answer_words(text: str, by_character: bool) -> list[str]:
-    if by_character:
-        return [c for c in text.lower() if not (c.isspace() or unicodedata.category(c).startswith("P"))]
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ASCII_PUNCTUATION)).split()
