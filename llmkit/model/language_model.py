@@ -23,12 +23,13 @@ from llmkit.checkpoint.weights import check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.lightning import batches_begun, global_seed, logs_this_step
+from llmkit.lightning import BuildFirst, batches_begun, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
+from llmkit.model.use import columns_of, evaluating
 from llmkit.sequence import DecodingOptions, on_device
 
 
@@ -115,6 +116,13 @@ class LanguageModel(pl.LightningModule):
         return int(self.spec["context"])
 
     # Construction
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Have the network built before the callbacks of the trainer are set up."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BuildFirst) for callback in callbacks):
+            callbacks.insert(0, BuildFirst())
+        return []
 
     def setup(self, stage: str) -> None:
         """Take tokenizer and label names from the data module, unless a checkpoint brought them."""
@@ -288,18 +296,19 @@ class LanguageModel(pl.LightningModule):
             rows: texts, or rows with the head's input fields.
             options: how text is generated; None: as the checkpoint says.
             extra: further arguments of the head's ``predict`` (``on_token`` of the generation head).
+
+        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
         """
-        self.eval()
-        first, tokenizer = self.head.inputs[0], self._trained_tokenizer
-        given = [
-            row if isinstance(row, Mapping) else {**dict.fromkeys(self.head.inputs, ""), first: row} for row in rows
-        ]
-        columns = {name: [row[name] for row in given] for name in self.head.inputs}
+        network, tokenizer = self.network, self._trained_tokenizer
+        columns = columns_of(rows, self.head.inputs)
+        if not rows:
+            return []
         features = self.head.encode(columns, tokenizer, self.context)
         note_truncated(self.head, features.get("truncated"), len(rows), self.context)
         items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
         batch = on_device(self.head.collate(items, tokenizer), self.device)
-        return self.head.predict(self.network, batch, tokenizer, options or self.head.decoding, **extra)
+        with evaluating(self):
+            return self.head.predict(network, batch, tokenizer, options or self.head.decoding, **extra)
 
     # Checkpoints
 
@@ -333,7 +342,7 @@ class LanguageModel(pl.LightningModule):
         return model.to(device).eval()
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **kwargs: Any) -> LanguageModel:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu") -> LanguageModel:  # type: ignore[override]
         """Return the model of a checkpoint, ready to predict: Lightning's name for ``load``."""
         return cls.load(checkpoint_path, map_location)
 
