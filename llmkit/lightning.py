@@ -44,6 +44,13 @@ class BuildFirst(pl.Callback):
         call._call_configure_model(trainer)
 
 
+def build_first(trainer: pl.Trainer) -> None:
+    """Have the model built before the callbacks of a trainer are set up; for ``configure_callbacks``."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, BuildFirst) for callback in callbacks):
+        callbacks.insert(0, BuildFirst())
+
+
 # Training batches. Each is ready, started, processed (by the optimizer too) and completed (on_train_batch_end was
 # called), and Lightning counts all four: in the middle of the third batch of a run they are 3, 3, 2, 2.
 

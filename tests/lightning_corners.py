@@ -211,7 +211,7 @@ def check_build_first(folder: Path) -> None:
 
     class Late(Tiny):
         def configure_callbacks(self) -> Any:
-            self.trainer.callbacks.insert(0, corners.BuildFirst())  # type: ignore[attr-defined]
+            corners.build_first(self.trainer)
             return []
 
         def configure_model(self) -> None:

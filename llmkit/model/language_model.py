@@ -23,10 +23,11 @@ from llmkit.checkpoint.weights import check_shapes, initial, take_weights
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.lightning import BuildFirst, batches_begun, global_seed, logs_this_step
+from llmkit.lightning import batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
+from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
 from llmkit.model.use import columns_of, evaluating
@@ -104,6 +105,7 @@ class LanguageModel(pl.LightningModule):
         self.last_loss = torch.tensor(float("nan"))
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step: dict[str, Any] = {}
+        self._stored_settings: dict[str, Any] = {}
         self._initial: Stored | None = None
         if init_from is not None:
             with blame("model.init_from"):
@@ -119,9 +121,7 @@ class LanguageModel(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Have the network built before the callbacks of the trainer are set up."""
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, BuildFirst) for callback in callbacks):
-            callbacks.insert(0, BuildFirst())
+        build_first(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:
@@ -191,9 +191,7 @@ class LanguageModel(pl.LightningModule):
     @property
     def batch_shape(self) -> str:
         """The shapes of the last training batch, in words, once there was one."""
-        tensors = {name: value for name, value in self._step.batch.items() if isinstance(value, Tensor) and value.dim()}
-        shapes = ", ".join(f"{name} {' x '.join(map(str, value.shape))}" for name, value in tensors.items())
-        return f" (the last batch: {shapes})" if shapes else ""
+        return self._step.batch_shape
 
     @property
     def network(self) -> Backbone:
@@ -209,9 +207,10 @@ class LanguageModel(pl.LightningModule):
     # Training
 
     def on_train_start(self) -> None:
-        """Resume the optimizer step that the checkpoint was saved in."""
+        """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
+        apply_changes(self.trainer, self.parts, self._stored_settings, parameter_groups(self, self.kinds))
         self._step.restore(self, self._stored_step)
-        self._stored_step = {}
+        self._stored_step, self._stored_settings = {}, {}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
@@ -394,6 +393,7 @@ class LanguageModel(pl.LightningModule):
         """Refuse a checkpoint that is not ours or of a newer format; remember the step that it is in the middle of."""
         check_section(checkpoint, "the checkpoint")
         self._stored_step = checkpoint.get("step") or {}
+        self._stored_settings = stored_settings(self.trainer, self.spec, checkpoint)
 
 
 load = LanguageModel.load

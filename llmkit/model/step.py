@@ -145,6 +145,13 @@ class OptimizerStep:
         self.batch: Batch = {}
         """The last training batch."""
 
+    @property
+    def batch_shape(self) -> str:
+        """The shapes of the last training batch, in words, once there was one."""
+        tensors = {name: value for name, value in self.batch.items() if isinstance(value, Tensor) and value.dim()}
+        shapes = ", ".join(f"{name} {' x '.join(map(str, value.shape))}" for name, value in tensors.items())
+        return f" (the last batch: {shapes})" if shapes else ""
+
     def loss(self, model: pl.LightningModule, summed: Loss) -> tuple[Tensor, Tensor]:
         """Return the loss to back-propagate for a batch, and the mean loss of the step so far."""
         return self.accumulator.add(summed, _batches(model.trainer), int(model.trainer.accumulate_grad_batches))
