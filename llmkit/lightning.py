@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.trainer import call
 
 
 def global_seed() -> int:
@@ -34,6 +35,25 @@ def log_interval(trainer: pl.Trainer) -> int:
     """Return the number of optimizer steps between two logged ones."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return max(1, every)
+
+
+class BuildFirst(pl.Callback):
+    """Builds the model before the ``setup`` of the other callbacks; Lightning itself does so after it.
+
+    Callbacks that average weights copy the model in ``setup``: of a model without layers they would average nothing.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Call the model's ``setup`` and ``configure_model``; Lightning calls both again, which must do no harm."""
+        pl_module.setup(stage)
+        call._call_configure_model(trainer)
+
+
+def build_first(trainer: pl.Trainer) -> None:
+    """Have the model built before the callbacks of a trainer are set up; for ``configure_callbacks``."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, BuildFirst) for callback in callbacks):
+        callbacks.insert(0, BuildFirst())
 
 
 # Training batches. Each is ready, started, processed (by the optimizer too) and completed (on_train_batch_end was

@@ -252,9 +252,29 @@ def check_llmkit(folder: Path) -> None:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def check_build_first(folder: Path) -> None:
+    """A callback finds the layers that the model makes in ``configure_model`` when it is set up."""
+    seen: list[list[str]] = []
+
+    class Late(Tiny):
+        def configure_callbacks(self) -> Any:
+            corners.build_first(self.trainer)
+            return []
+
+        def configure_model(self) -> None:
+            self.late = getattr(self, "late", None) or torch.nn.Linear(1, 1)
+
+    class Look(Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+            seen.append([name for name, _ in pl_module.named_parameters()])
+
+    fit(trainer(folder, Look(), max_epochs=1), Late())
+    assert seen == [["weight", "late.weight", "late.bias"]]
+
+
 def check_all(parent: Path) -> None:
     """Run the checks, each in a folder of its own."""
-    for check in (check_counts, check_resume, check_end, check_settings, check_llmkit):
+    for check in (check_counts, check_resume, check_end, check_settings, check_build_first, check_llmkit):
         folder = parent / check.__name__
         folder.mkdir()
         check(folder)

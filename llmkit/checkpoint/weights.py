@@ -123,3 +123,10 @@ def check_class(stored: Stored, brought: type, configured: type) -> None:
             "remove data.tokenizer or model.init_from"
         )
         raise UserError(Problem("data.tokenizer", text))
+
+
+def unfit(source: str, error: RuntimeError) -> UserError:
+    """Return torch's error about weights that do not fit a model as one line."""
+    details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+    text = f"its weights do not fit the model, {len(details)} difference(s), the first: {details[0][:300]}"
+    return UserError(f"{source}: {text}")

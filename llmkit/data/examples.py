@@ -230,21 +230,3 @@ def note_truncated(head: Head, truncated: Iterable[int] | None, total: int, cont
             f"{count:,} of {total:,} texts{where} are longer than model.context ({context} tokens): "
             f"the {head.kept} of each is used"
         )
-
-
-Rows = Sequence[str] | Sequence[Mapping[str, Any]]
-"""Texts, or rows with the head's fields."""
-
-
-def batch_of(
-    head: Head, tokenizer: Tokenizer, context: int, rows: Rows, fields: Sequence[str], first: int = 0
-) -> Batch:
-    """Return texts or rows as one batch; a text is the first of the ``fields``, and the others are empty.
-
-    ``first`` is the number of the first row.
-    """
-    given = [row if isinstance(row, Mapping) else {**dict.fromkeys(fields, ""), fields[0]: row} for row in rows]
-    features = head.encode({name: [row[name] for row in given] for name in fields}, tokenizer, context)
-    note_truncated(head, features.get("truncated"), len(rows), context)
-    items = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
-    return {**head.collate(items, tokenizer), "rows": torch.arange(first, first + len(rows))}

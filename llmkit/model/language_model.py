@@ -20,16 +20,17 @@ from llmkit import registry
 from llmkit.check import check_arguments
 from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, check_section, read, refusing, restore_tokenizer, section
-from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_weights
+from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_weights, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
-from llmkit.data.examples import Rows, batch_of
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.lightning import align_logged_step, batches_begun, global_seed, logs_this_step
+from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
+from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
-from llmkit.model.step import OptimizerStep
+from llmkit.model.step import OptimizerStep, seed_device
+from llmkit.model.use import Rows, batch_of, evaluating
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.sequence import DecodingOptions, on_device
 
@@ -109,6 +110,7 @@ class LanguageModel(pl.LightningModule):
         self.last_loss = torch.tensor(float("nan"))
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step: dict[str, Any] = {}
+        self._stored_settings: dict[str, Any] = {}
         self._initial: Stored | None = None
         self._word_vectors = word_vectors
         if init_from is not None:
@@ -122,6 +124,11 @@ class LanguageModel(pl.LightningModule):
         return int(self.spec["context"])
 
     # Construction
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Have the network built before the callbacks of the trainer are set up."""
+        build_first(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Take tokenizer and label names from the data module, unless a checkpoint brought them."""
@@ -186,9 +193,7 @@ class LanguageModel(pl.LightningModule):
     @property
     def batch_shape(self) -> str:
         """The shapes of the last training batch, in words, once there was one."""
-        tensors = {name: value for name, value in self._step.batch.items() if isinstance(value, Tensor) and value.dim()}
-        shapes = ", ".join(f"{name} {' x '.join(map(str, value.shape))}" for name, value in tensors.items())
-        return f" (the last batch: {shapes})" if shapes else ""
+        return self._step.batch_shape
 
     @property
     def network(self) -> Backbone:
@@ -204,18 +209,15 @@ class LanguageModel(pl.LightningModule):
     # Training
 
     def on_train_start(self) -> None:
-        """Resume the optimizer step that the checkpoint was saved in."""
+        """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
+        apply_changes(self.trainer, self.parts, self._stored_settings, parameter_groups(self, self.kinds))
         self._step.restore(self, self._stored_step)
-        self._stored_step = {}
+        self._stored_step, self._stored_settings = {}, {}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of each step a function of seed, step and process, so that resuming is exact."""
         align_logged_step(self.trainer)
-        own = hash((global_seed(), batches_begun(self.trainer), self.global_rank)) % 2**63
-        # torch.manual_seed seeds devices that do not exist too, which costs more than a small step.
-        torch.default_generator.manual_seed(own)
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).manual_seed(own)
+        seed_device(hash((global_seed(), batches_begun(self.trainer), self.global_rank)) % 2**63, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, or what adds up to the mean of a step of several batches."""
@@ -293,9 +295,15 @@ class LanguageModel(pl.LightningModule):
             options: how text is generated; None: as the checkpoint says.
             first: the number of the first row; what is sampled for a row depends on its number.
             extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
+
+        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
         """
-        batch = self._batch(rows, self.head.inputs, first)
-        return self.head.predict(self.network, batch, self._trained_tokenizer, options or self.head.decoding, **extra)
+        head, network = self.head, self.network
+        if not rows:
+            return []
+        batch = self._batch(rows, head.inputs, first)
+        with evaluating(self):
+            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
 
     @torch.no_grad()
     def score(self, rows: Rows) -> list[dict[str, Any]]:
@@ -303,11 +311,11 @@ class LanguageModel(pl.LightningModule):
         head: Any = self.head
         if not hasattr(head, "score"):
             raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
-        scores: list[dict[str, Any]] = head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
+        with evaluating(self):
+            scores: list[dict[str, Any]] = head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
         return scores
 
     def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
-        self.eval()
         batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
         return on_device(batch, self.device)
 
@@ -344,7 +352,7 @@ class LanguageModel(pl.LightningModule):
         return model.to(device).eval()
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **kwargs: Any) -> LanguageModel:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu") -> LanguageModel:  # type: ignore[override]
         """Return the model of a checkpoint, ready to predict: Lightning's name for ``load``."""
         return cls.load(checkpoint_path, map_location)
 
@@ -386,16 +394,13 @@ class LanguageModel(pl.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
-            raise UserError(
-                f"{self.source}: its weights do not fit the model, {len(details)} difference(s), "
-                f"the first: {details[0][:300]}"
-            ) from error
+            raise unfit(self.source, error) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that is not ours or of a newer format; remember the step that it is in the middle of."""
         check_section(checkpoint, "the checkpoint")
         self._stored_step = checkpoint.get("step") or {}
+        self._stored_settings = stored_settings(self.trainer, self.spec, checkpoint)
 
 
 load = LanguageModel.load

@@ -35,19 +35,24 @@ class GradientAccumulator:
         self.sums: Tensor | None = None
         """Summed loss and count so far, (2,); None when no batch was added since the last step."""
 
-    def add(self, summed: Loss, batches: int) -> tuple[Tensor, Tensor]:
+    def add(self, summed: Loss, batches: int, accumulated: int = 1) -> tuple[Tensor, Tensor]:
         """Return the loss to back-propagate, and the mean loss of the step so far.
+
+        The value of the loss to back-propagate is the mean loss of the batch, which callbacks are given; its gradient
+        is that of the sum.
 
         Args:
             summed: the loss of a batch.
             batches: batches per step, on all processes together.
+            accumulated: batches per step on this process, by which Lightning divides the loss.
         """
+        mean = summed.total / summed.count.clamp(min=1)
         if batches == 1:
-            loss = summed.total / summed.count.clamp(min=1)
-            return loss, loss.detach()
+            return mean, mean.detach()
         new = torch.stack([summed.total.detach().to(EXACT), summed.count.detach().to(EXACT)])
         self.sums = new if self.sums is None else self.sums + new
-        return summed.total / UNIT, (self.sums[0] / self.sums[1].clamp(min=1)).float()
+        scaled = summed.total / UNIT
+        return scaled + (mean * accumulated - scaled).detach(), (self.sums[0] / self.sums[1].clamp(min=1)).float()
 
     def close(self, batches: int) -> Tensor | float:
         """End the step and return the factor that its gradient needs; the number 1.0 when it needs none."""
@@ -142,11 +147,18 @@ class OptimizerStep:
         self.batch: Batch = {}
         """The last training batch."""
 
+    @property
+    def batch_shape(self) -> str:
+        """The shapes of the last training batch, in words, once there was one."""
+        tensors = {name: value for name, value in self.batch.items() if isinstance(value, Tensor) and value.dim()}
+        shapes = ", ".join(f"{name} {' x '.join(map(str, value.shape))}" for name, value in tensors.items())
+        return f" (the last batch: {shapes})" if shapes else ""
+
     def loss(self, model: pl.LightningModule, summed: Loss) -> tuple[Tensor, Tensor]:
         """Return the loss to back-propagate for a batch, and the mean loss of the step so far."""
         if not isinstance(summed, Loss):
             raise returned(model.head, "loss", summed, "a Loss(total, count)")
-        return self.accumulator.add(summed, _batches(model.trainer))
+        return self.accumulator.add(summed, _batches(model.trainer), int(model.trainer.accumulate_grad_batches))
 
     def finish(self, model: pl.LightningModule, optimizer: Optimizer, limit: float | None) -> None:
         """Make the gradient that of the step's mean loss, clip its norm, and skip the step if it is not finite.
@@ -228,3 +240,13 @@ class OptimizerStep:
 def _batches(trainer: pl.Trainer) -> int:
     """Return the number of batches per step, on all processes together."""
     return int(trainer.accumulate_grad_batches) * trainer.world_size
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the random numbers of a device and of the CPU.
+
+    ``torch.manual_seed`` seeds devices that do not exist too, which costs more than a small step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
 from llmkit.checkpoint.content import read
 from llmkit.errors import Problem, UserError
@@ -171,8 +171,9 @@ class Checkpoints(Checkpoint):
         self.save(trainer, improved)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last steps."""
-        if trainer.global_step != self._saved_step and not is_debug_run(trainer):
+        """Save the last steps, and weights that were replaced by an average after the last step."""
+        averaged = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if (averaged or trainer.global_step != self._saved_step) and not is_debug_run(trainer):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer, best: bool = False) -> None:

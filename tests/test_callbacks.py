@@ -1,0 +1,127 @@
+"""Lightning's callbacks and Python methods: averages of weights are averages, and looking on changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from command import TINY, done
+from lightning.pytorch import callbacks
+from torch import Tensor, nn
+
+import llmkit
+from llmkit.errors import UserError
+from llmkit.model.language_model import LanguageModel
+from llmkit.model.use import evaluating
+
+EPOCHS = 3
+
+
+class Look(pl.Callback):
+    """Keeps the weights at the start of each epoch and after each step, and what a batch's loss is given as."""
+
+    def __init__(self, ask: bool = False) -> None:
+        self.ask = ask
+        self.epochs: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.losses: list[tuple[float, float]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.epochs.append(pl_module.net.embedding.weight.detach().clone())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(pl_module.net.embedding.weight.detach().clone())
+        self.losses.append((float(outputs["loss"]), float(pl_module.last_loss)))
+        if self.ask:
+            pl_module.net.position.eval()  # a part that its user froze
+            assert len(pl_module.predict(["a b", "b"])) == 2
+            assert pl_module.training and pl_module.net.dropout.training and not pl_module.net.position.training
+
+
+def fit(folder: Path, look: Look, *more: pl.Callback, **options: Any) -> LanguageModel:
+    """Train a tiny classifier on four batches an epoch."""
+    data = folder / "rows.csv"
+    data.write_text("text,label\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,{'xy'[i % 3 % 2]}\n" for i in range(16)))
+    pl.seed_everything(0, verbose=False)
+    model = LanguageModel(head=llmkit.plugin("head", "classification"), dim=8, num_layers=1, context=16, dropout=0.1)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
+        "limit_val_batches": 0,
+    }  # fmt: skip
+    tokenizer = llmkit.plugin("tokenizer", "char")
+    module = llmkit.DataModule(train=str(data), tokenizer=tokenizer, batch_size=4, validation_share=0)
+    pl.Trainer(**{**settings, **options}, callbacks=[*more, look]).fit(model, module)
+    return model
+
+
+def test_stochastic_weight_averaging_averages_the_weights(tmp_path: Path) -> None:
+    """Against the mean of the weights at the start of each epoch, which is when Lightning takes them up."""
+    look = Look()
+    model = fit(tmp_path, look, callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1))
+    torch.testing.assert_close(model.network.embedding.weight.detach(), torch.stack(look.epochs).mean(0))
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has none before 2.6")
+def test_a_moving_average_averages_the_weights(tmp_path: Path) -> None:
+    look = Look()
+    model = fit(tmp_path, look, callbacks.EMAWeightAveraging(decay=0.9), max_epochs=1)
+    average = look.steps[0]
+    for weights in look.steps[1:]:
+        average = 0.9 * average + 0.1 * weights
+    torch.testing.assert_close(model.network.embedding.weight.detach(), average)
+
+
+def test_a_run_keeps_the_average(tmp_path: Path) -> None:
+    """The average comes after the last validation, and ``last.ckpt`` must hold it all the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    words = ["fit", "--data.train", text, *TINY, "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
+    words += ["--trainer.limit_train_batches", "3", "--output", tmp_path / "runs"]
+    average = '{"class_path": "StochasticWeightAveraging", "init_args": {"swa_lrs": 0.1, "swa_epoch_start": 1}}'
+    folder = done(*words, "--trainer.callbacks", average).folder / "checkpoints"
+    files = [torch.load(folder / name, weights_only=True) for name in ("best.ckpt", "last.ckpt")]
+    assert files[0]["global_step"] == files[1]["global_step"] == 6
+    assert not torch.equal(*(file["state_dict"]["net.embedding.weight"] for file in files))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_callbacks_are_given_the_loss_of_the_batch(tmp_path: Path, accumulate: int) -> None:
+    look = Look()
+    fit(tmp_path, look, max_epochs=1, accumulate_grad_batches=accumulate)
+    batches, step_so_far = zip(*look.losses, strict=True)
+    expected = [batches[i] if i % accumulate == 0 else (batches[i - 1] + batches[i]) / 2 for i in range(len(batches))]
+    assert step_so_far == pytest.approx(expected) and 0.5 < batches[0] < 0.9  # ln 2, of two classes
+
+
+def test_predict_in_a_callback_changes_nothing(tmp_path: Path) -> None:
+    asked, left = Look(ask=True), Look()
+    fit(tmp_path, asked, max_epochs=1)
+    fit(tmp_path, left, max_epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(asked.steps, left.steps, strict=True))
+
+
+def test_predict_says_what_it_takes(tmp_path: Path) -> None:
+    model = fit(tmp_path, Look(), max_epochs=1, limit_train_batches=1)
+    assert model.predict([]) == []
+    with pytest.raises(UserError, match="takes a list of texts or rows, and got one str"):
+        model.predict("a b")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="got one dict"):
+        model.predict({"text": "a b"})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="row 2 has no text; it needs text"):
+        model.predict([{"text": "a"}, {"sentence": "b"}])
+    with pytest.raises(UserError, match="not built yet"):
+        LanguageModel().predict(["a"])
+    with pytest.raises(TypeError, match="dropout"):
+        LanguageModel.load_from_checkpoint("x.ckpt", dropout=0.9)  # type: ignore[call-arg]
+
+
+def test_evaluating_ends_with_an_error_too() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with pytest.raises(ZeroDivisionError), evaluating(module):
+        assert not module.training and not module[0].training
+        raise ZeroDivisionError
+    assert module.training and module[0].training and not module[1].training
