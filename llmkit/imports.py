@@ -74,9 +74,9 @@ def _import(name: str, folder: Path) -> str:
         file = getattr(sys.modules[new], "__file__", None)
         if file and folder in Path(file).resolve().parents[:2]:
             _places[new] = folder
-    found = getattr(loaded, "__file__", None)
-    if absolute.endswith(".py") and (found is None or Path(found).resolve() != Path(absolute)):
-        text = f"{name}: another module is already called '{module}' ({found}); rename the file"
+    origin = getattr(loaded, "__file__", None)
+    if absolute.endswith(".py") and (origin is None or Path(origin).resolve() != Path(absolute)):
+        text = f"{name}: another module is already called '{module}' ({origin}); rename the file"
         raise UserError(Problem("imports", text))
     return absolute
 
