@@ -110,7 +110,7 @@ def test_predict_says_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes a list of texts or rows, and got one str"):
         model.predict("a b")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="got one dict"):
-        model.predict({"text": "a b"})  # type: ignore[arg-type]
+        model.predict({"text": "a b"})
     with pytest.raises(UserError, match="row 2 has no text; it needs text"):
         model.predict([{"text": "a"}, {"sentence": "b"}])
     with pytest.raises(UserError, match="not built yet"):

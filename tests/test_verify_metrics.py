@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from llmkit import DataModule, LanguageModel, UserError, plugin, registry
 from llmkit.commands.verify.metrics import table
 from llmkit.contracts import Attention, Batch, Head, Loss, Network, Role, Stage, Tokenizer
+from llmkit.ops.metrics import Mean
 from llmkit.sequence import Memory, State
 from llmkit.sequence import Sequence as Positions
 from llmkit.testing.invariance import Finding, check
@@ -93,6 +94,19 @@ def test_packed_documents_and_batches_by_tokens_pass(options: dict[str, Any], fo
 
 
 # Broken plugins
+
+
+class Rounded(Classification):
+    """Counts by a number that its batches carry as a floating-point tensor, which half precision rounds."""
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
+        return {**super().collate(features, tokenizer), "weight": torch.tensor(0.1 * len(features))}
+
+    def metrics(self, stage: Stage) -> dict[str, nn.Module]:
+        return {"loss": Mean()}
+
+    def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        metrics["loss"].update(batch["weight"], len(batch["ids"]))
 
 
 class MeanLoss(Classification):
@@ -183,6 +197,12 @@ def test_padding_that_counts(folder: Path) -> None:
     first = found["loss"].first
     assert first.startswith("batch size 2, rows ")
     assert found["val_loss"].first == first
+
+
+def test_a_number_that_a_precision_plugin_rounds(folder: Path) -> None:
+    found = findings(Rounded, folder)
+    assert failed(found) == {"val_loss"}
+    assert found["val_loss"].first == "trainer.precision bf16-true, batch size 1"
 
 
 def test_a_mean_of_means(folder: Path) -> None:

@@ -33,6 +33,7 @@ from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
 from llmkit.sequence import on_device
+from llmkit.testing import precision
 from llmkit.testing.head.subject import items_of
 from llmkit.testing.numerics import alike
 
@@ -82,7 +83,8 @@ def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Findin
 
     The rows come from the validation data if there is any; those for the gradients from the training data. They are
     read in batches of 1 to 64, in several orders, by ``batch_tokens``, and paired with the longest row; blocks of a
-    joined text are also cut to different lengths and padded. Everything is computed in eval mode, on the model's device
+    joined text are also cut to different lengths and padded. Metrics are also computed as under each precision plugin
+    of Lightning, which must not round what they add up. Everything is computed in eval mode, on the model's device
     and in the precision of its weights. Numbers that differ in single precision are computed again in double
     precision, which distinguishes rounding from a bug.
 
@@ -207,7 +209,7 @@ class Cut:
             "ids": ids.masked_fill(padding, self.split.pad_id),
             "targets": cut,
             "segments": segments.masked_fill(padding, 0),
-            "bytes": (cut != IGNORE).sum() * self.split.bytes_per_token,
+            "bytes": int((cut != IGNORE).sum()) * self.split.bytes_per_token,
         }
 
 
@@ -293,7 +295,12 @@ class Examined:
             for name, comparison in compared.items():
                 where = functools.partial(self._culprit, way, stage, name, batches)
                 comparison.add(gap(measured[name], references[rows][name]), where)
-        reference = next(iter(references.values()))
+        rows, reference = next(iter(references.items()))
+        for plugin in precision.PLUGINS:
+            under = self._measured_under(plugin, stage, one_by_one(rows))
+            for name, comparison in compared.items():
+                where = functools.partial("trainer.precision {}, batch size 1".format, plugin)
+                comparison.add(gap(under[name], reference[name]), where)
         return [comparison.finding(names[name], shown(reference[name])) for name, comparison in compared.items()]
 
     @torch.inference_mode()
@@ -304,6 +311,15 @@ class Examined:
         for batch in batches:
             self.head.evaluate(self.net, self.batch(batch), metrics, self.tokenizer)
         return {name: metric.compute().cpu().double() for name, metric in metrics.items()}
+
+    @torch.inference_mode()
+    def _measured_under(self, plugin: str, stage: Stage, batches: Batches) -> dict[str, Tensor]:
+        def update(batch: Batch, metrics: Any) -> None:
+            for metric in metrics.values():
+                metric.to(self.device)
+            self.head.evaluate(self.net, batch, metrics, self.tokenizer)
+
+        return precision.measured(plugin, lambda: self.head.metrics(stage), map(self.batch, batches), update)
 
     def _culprit(self, way: str, stage: Stage, name: str, batches: Batches) -> str:
         """Return the way of batching, and which of its batches differs on its own."""

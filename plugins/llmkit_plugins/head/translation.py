@@ -16,7 +16,7 @@ from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
 Tokenize = Literal[
-    "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "flores101", "flores200", "spBLEU-1K"
+    "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
 ]
 """``auto``, or one of sacrebleu's tokenizers."""
 
@@ -97,7 +97,7 @@ def tokenizer_for(texts: Iterable[str]) -> str:
 def check_installed(tokenize: str) -> None:
     """Raise UserError when a tokenizer of sacrebleu needs a package that is not installed."""
     package = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}.get(tokenize)
-    if tokenize.startswith(("flores", "spBLEU")):
+    if tokenize.startswith(("spm", "flores", "spBLEU")):
         package = "sentencepiece"
     if package is not None and not importlib.util.find_spec(package):
         extra = {"MeCab": "sacrebleu[ja]", "mecab_ko": "sacrebleu[ko]"}.get(package, package)
