@@ -276,7 +276,9 @@ class Subject:
         head = self.ready if head is None else head
         with torch.inference_mode():
             items = items_of(head.encode(copy.deepcopy(dict(columns)), TOKENIZER, CONTEXT))
-            return head.predict(net or self.net, head.collate(items, TOKENIZER), TOKENIZER, head.decoding)
+            # The data layer numbers the rows.
+            batch = {**head.collate(items, TOKENIZER), "rows": torch.arange(len(items))}
+            return head.predict(net or self.net, batch, TOKENIZER, head.decoding)
 
 
 class FirstRows(int):

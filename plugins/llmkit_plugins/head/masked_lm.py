@@ -137,7 +137,7 @@ class MaskedLM(Head):
 
         Raises UserError for a text without ``[MASK]``.
         """
-        batch = {name: value[:, : net.max_length] for name, value in batch.items()}
+        batch = {name: batch[name][:, : net.max_length] for name in ("ids", "segments") if name in batch}
         ids_BT, mask_BT = batch["ids"], batch["ids"] == self.mask_id
         counts = mask_BT.sum(1).tolist()
         if 0 in counts:
