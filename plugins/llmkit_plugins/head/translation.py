@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from llmkit.ops.metrics import BLEU, ChrF
@@ -17,6 +19,7 @@ class Translation(SequenceToSequence):
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
         bleu_tokenize: how sacrebleu tokenizes for BLEU: 13a (most languages), zh, ja-mecab, char, ...
+        references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
     """
 
     inputs = ("source",)
@@ -24,8 +27,10 @@ class Translation(SequenceToSequence):
     texts = ("source", "target")
     decoding = DecodingOptions(temperature=0.0, num_beams=5)
 
-    def __init__(self, label_smoothing: float = 0.1, bleu_tokenize: str = "13a") -> None:
-        super().__init__(label_smoothing)
+    def __init__(
+        self, label_smoothing: float = 0.1, bleu_tokenize: str = "13a", references: Literal["one", "lines"] = "one"
+    ) -> None:
+        super().__init__(label_smoothing, references)
         self.bleu_tokenize = bleu_tokenize
 
     def text_metrics(self) -> dict[str, nn.Module]:
