@@ -52,6 +52,32 @@ def test_rouge_equals_rouge_score_on_english(kind: Literal["1", "2", "L"]) -> No
         assert rouge(kind, [prediction], [reference]) == pytest.approx(100 * score, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rouge_takes_the_best_of_several_references(kind: Literal["1", "2", "L"]) -> None:
+    predictions, first, second = english(1), english(2), english(5)
+    scorer = RougeScorer([f"rouge{kind}"])
+    scores = [
+        scorer.score_multi([*pair], prediction)[f"rouge{kind}"].fmeasure
+        for prediction, *pair in zip(predictions, first, second, strict=True)
+    ]
+    metric = ROUGE(kind)
+    metric.update(predictions, [[*pair] for pair in zip(first, second, strict=True)])
+    assert float(metric.compute()) == pytest.approx(100 * sum(scores) / 60, abs=1e-9)
+
+
+def test_a_reference_in_each_line() -> None:
+    """The first is trained on, and all are compared with."""
+    tokenizer = plugin("tokenizer", "byte")()
+    head: Any = plugin("head", "summarization", references="lines")()
+    rows = {"document": ["d", "e"], "summary": ["ab\ncd\n\n", ""]}
+    features = head.encode(rows, tokenizer, 16)
+    assert [tokenizer.decode(ids) for ids in features["target"]] == ["ab", ""]
+    batch = head.collate([{name: column[i] for name, column in features.items()} for i in range(2)], tokenizer)
+    assert [head._listed(target) for target in batch["reference"]] == [["ab", "cd"], [""]]
+    one: Any = plugin("head", "summarization")()
+    assert one._listed("ab\ncd") == ["ab\ncd"]
+
+
 def test_rouge_takes_characters_of_chinese_and_japanese() -> None:
     # 我 吃 苹 果 of 我 喜 欢 吃 苹 果: 4 of 6 and 4 of 4; the pairs 吃苹 and 苹果 are 2 of 5 and of 3.
     assert rouge("1", ["我吃苹果。"], ["我喜欢吃苹果"]) == pytest.approx(100 * 8 / 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -61,6 +62,18 @@ def test_chrf_equals_sacrebleu() -> None:
     wanted = sacrebleu.CHRF()
     assert metric.compute().item() == pytest.approx(wanted.corpus_score(HYPOTHESES, [REFERENCES]).score, abs=1e-9)
     assert metric.signature() == str(wanted.get_signature())
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2), (1, 3, 2)])
+def test_several_references_equal_sacrebleu(counts: tuple[int, ...]) -> None:
+    several = [(REFERENCES[i:] + REFERENCES[:i])[:count] for i, count in enumerate(counts)]
+    streams: Any = [[row[i] if i < len(row) else None for row in several] for i in range(max(counts))]
+    for metric, wanted in ((BLEU(), sacrebleu.BLEU()), (ChrF(), sacrebleu.CHRF())):
+        for text, references in zip(HYPOTHESES, several, strict=False):
+            metric.update([text], [references])
+        texts = HYPOTHESES[: len(several)]
+        assert metric.compute().item() == pytest.approx(wanted.corpus_score(texts, streams).score, abs=1e-9)
+        assert metric.signature() == str(wanted.get_signature())
 
 
 def test_a_sum_over_a_count_is_the_same_in_any_batches() -> None:

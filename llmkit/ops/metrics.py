@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -106,6 +107,11 @@ class BitsPerByte(Mean):
         self.count += num_bytes.sum() if isinstance(num_bytes, Tensor) else num_bytes
 
 
+def listed(reference: str | list[str]) -> list[str]:
+    """Return the references of a text, one or several."""
+    return [reference] if isinstance(reference, str) else reference
+
+
 class _CorpusScore(Metric):
     """A sacrebleu corpus score from summed sufficient statistics, so that processes add up exactly."""
 
@@ -115,13 +121,17 @@ class _CorpusScore(Metric):
     def __init__(self, scorer: Any) -> None:
         super().__init__()
         self.scorer = scorer
+        self._counts: set[int] = set()  # the numbers of references that were seen
         # The statistics are counts; one example shows how many there are.
         width = len(scorer._extract_corpus_statistics(["a"], [["a"]])[0])
         self.add_state("statistics", torch.zeros(width, dtype=EXACT), dist_reduce_fx="sum")
 
-    def update(self, predictions: list[str], references: list[str]) -> None:
-        """Add sentences and their references, detokenised."""
-        rows = self.scorer._extract_corpus_statistics(predictions, [references])
+    def update(self, predictions: list[str], references: Sequence[str | list[str]]) -> None:
+        """Add sentences, and the reference or references of each, detokenised."""
+        several = [listed(reference) for reference in references]
+        self._counts.update(map(len, several))
+        # sacrebleu takes all first references, all second ones, ...; None where a sentence has fewer.
+        rows = self.scorer._extract_corpus_statistics(predictions, list(zip_longest(*several)))
         self.statistics += torch.tensor(rows, dtype=EXACT, device=self.statistics.device).sum(0)
 
     def compute(self) -> Tensor:
@@ -131,7 +141,7 @@ class _CorpusScore(Metric):
 
     def signature(self) -> str:
         """Return sacrebleu's signature of how the score is computed (Post 2018, arXiv:1804.08771)."""
-        self.scorer.num_refs = 1
+        self.scorer.num_refs = min(self._counts, default=1) if len(self._counts) < 2 else -1
         return str(self.scorer.get_signature())
 
 

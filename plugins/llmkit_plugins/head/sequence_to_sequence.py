@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,17 +21,23 @@ class SequenceToSequence(Head):
 
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
+        references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
     """
 
     topology = "encoder_decoder"
 
-    def __init__(self, label_smoothing: float = 0.1) -> None:
+    def __init__(self, label_smoothing: float = 0.1, references: Literal["one", "lines"] = "one") -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.references = label_smoothing, references
 
     @abstractmethod
     def text_metrics(self) -> dict[str, nn.Module]:
-        """Return metrics whose ``update`` takes the texts that were written and their references, two lists."""
+        """Return metrics whose ``update`` takes the texts that were written, and a list of references for each."""
+
+    def _listed(self, target: str) -> list[str]:
+        """Return the references in a target, at least one."""
+        lines = [line for line in target.split("\n") if line.strip()] if self.references == "lines" else []
+        return lines or [target]
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``source`` and ``target`` ids, each ended by eos and cut to the context."""
@@ -40,7 +46,7 @@ class SequenceToSequence(Head):
         longest = [len(row) + 1 for row in sources]
         if self.targets[0] in rows:
             written = rows[self.targets[0]]
-            targets = tokenizer.encode_batch(written)
+            targets = tokenizer.encode_batch([self._listed(target)[0] for target in written])
             features["reference"] = written  # metrics compare with the text itself, which the ids may not give back
             features["target"] = [[*row[: max_length - 1], tokenizer.eos_id] for row in targets]
             longest = [max(a, len(b) + 1) for a, b in zip(longest, targets, strict=True)]
@@ -92,8 +98,9 @@ class SequenceToSequence(Head):
         metrics["perplexity"].update(loss)
         if of_texts:
             texts = [found[0].text for found in self._write(net, batch, memory, tokenizer, self.decoding)]
+            references = [self._listed(target) for target in batch["reference"]]
             for metric in of_texts:
-                metric.update(texts, batch["reference"])
+                metric.update(texts, references)
 
     def _write(
         self, net: Network, batch: Batch, memory: Memory, tokenizer: Tokenizer, options: DecodingOptions

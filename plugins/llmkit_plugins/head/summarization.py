@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
-from llmkit.ops.metrics import Mean
+from llmkit.ops.metrics import Mean, listed
 from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
@@ -20,6 +21,7 @@ class Summarization(SequenceToSequence):
 
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
+        references: ``lines``: each line of a summary is a reference of its own, the first of which is trained on.
     """
 
     inputs = ("document",)
@@ -37,7 +39,7 @@ _ROUGE_TOKEN = re.compile(rf"[{_ONE_BY_ONE}]|[^\W_{_ONE_BY_ONE}]+")
 
 
 class ROUGE(Mean):
-    """Mean F-measure of ROUGE over all texts, each against one reference, 0 to 100.
+    """Mean F-measure of ROUGE over all texts, each against the best of its references, 0 to 100.
 
     Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     Tokens are runs of letters and digits in lower case, not stemmed, and single characters in Chinese and Japanese.
@@ -53,18 +55,21 @@ class ROUGE(Mean):
         super().__init__()
         self.kind = kind
 
-    def update(self, predictions: list[str], references: list[str]) -> None:
-        """Add texts and their references."""
-        for pair in zip(predictions, references, strict=True):
-            a, b = (_ROUGE_TOKEN.findall(text.lower()) for text in pair)
-            if self.kind == "L":
-                common, units = _common_subsequence(a, b), len(a) + len(b)
-            else:  # zip pairs each token with the next one: a b c becomes (a, b), (b, c)
-                size = range(int(self.kind))
-                grams, others = (Counter(zip(*(row[i:] for i in size), strict=False)) for row in (a, b))
-                common, units = (grams & others).total(), grams.total() + others.total()
-            self.total += 2 * common / max(1, units)  # 2PR / (P + R): twice the common units over the units of both
+    def update(self, predictions: list[str], references: Sequence[str | list[str]]) -> None:
+        """Add texts, and the reference or references of each."""
+        for text, several in zip(predictions, references, strict=True):
+            self.total += max(self._f_measure(text, reference) for reference in listed(several))
             self.count += 1
+
+    def _f_measure(self, *pair: str) -> float:
+        a, b = (_ROUGE_TOKEN.findall(text.lower()) for text in pair)
+        if self.kind == "L":
+            common, units = _common_subsequence(a, b), len(a) + len(b)
+        else:  # zip pairs each token with the next one: a b c becomes (a, b), (b, c)
+            size = range(int(self.kind))
+            grams, others = (Counter(zip(*(row[i:] for i in size), strict=False)) for row in (a, b))
+            common, units = (grams & others).total(), grams.total() + others.total()
+        return 2 * common / max(1, units)  # 2PR / (P + R): twice the common units over the units of both
 
     def compute(self) -> Tensor:
         """Return the mean F-measure, 0 to 100."""

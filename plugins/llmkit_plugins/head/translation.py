@@ -36,6 +36,7 @@ class Translation(SequenceToSequence):
         bleu_tokenize: how sacrebleu tokenizes for BLEU. ``auto`` goes by the script of the training targets: ``zh``
             for Chinese, ``ja-mecab`` for Japanese (``char`` where mecab is not installed), ``char`` for Thai, Lao,
             Burmese and Khmer, and ``13a`` for everything else.
+        references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
 
     Raises:
         UserError: an unknown tokenizer, or one whose package is not installed.
@@ -46,8 +47,13 @@ class Translation(SequenceToSequence):
     texts = ("source", "target")
     decoding = DecodingOptions(temperature=0.0, num_beams=5)
 
-    def __init__(self, label_smoothing: float = 0.1, bleu_tokenize: Tokenize = "auto") -> None:
-        super().__init__(label_smoothing)
+    def __init__(
+        self,
+        label_smoothing: float = 0.1,
+        bleu_tokenize: Tokenize = "auto",
+        references: Literal["one", "lines"] = "one",
+    ) -> None:
+        super().__init__(label_smoothing, references)
         if bleu_tokenize not in get_args(Tokenize):
             raise UserError(unknown("bleu_tokenize", bleu_tokenize, get_args(Tokenize)))
         if bleu_tokenize != "auto":
