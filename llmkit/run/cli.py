@@ -22,6 +22,7 @@ from llmkit.lightning import is_debug_run, raised_while_resuming, set_validation
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory
+from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
@@ -33,7 +34,7 @@ DEFAULT_VAL_INTERVAL = 500
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
-    "check_val_every_n_epoch": None,  # val_check_interval counts steps, whatever an epoch is
+    "check_val_every_n_epoch": None,  # val_check_interval counts batches, whatever an epoch is
     "val_check_interval": DEFAULT_VAL_INTERVAL,  # lowered by validate_last_step
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
@@ -70,6 +71,7 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
+        bound_kernels()
         super().__init__(
             LanguageModel,
             DataModule,
@@ -134,6 +136,7 @@ class CLI(LightningCLI):
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [LambdaCallback(on_train_start=validate_last_step), GracefulShutdown(), throughput]
+        own.append(ReturnMemory())
         if self.command == "predict":
             own.append(Predictions())
         if given.get("enable_progress_bar") is not False:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -88,7 +89,11 @@ class Predictions(pl.Callback):
         # Batch n was given to process n % size.
         lines = "".join(chain.from_iterable(zip_longest(*ranks, fillvalue="")))
         path = run_folder(trainer) / "predictions.jsonl"
-        write_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
+
+        def write(part: Path) -> None:
+            part.write_text(lines, encoding="utf-8")
+
+        write_whole(path, write)
         print(f"predictions: {path}")
 
 
