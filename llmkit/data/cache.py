@@ -20,7 +20,7 @@ from torch import nn
 
 from llmkit.errors import note
 
-VERSION = 4  # part of every key: raise it when the format of what is stored changes
+VERSION = 5  # part of every key: raise it when the format of what is stored changes
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
 MAPPED = ".bin"  # suffix of arrays that are mapped and may be large: only their size is checked
 DAY = 24 * 3600  # seconds

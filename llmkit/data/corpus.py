@@ -18,6 +18,7 @@ from llmkit.data.prepare import Fields, Item, cut, measure
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
+from llmkit.data.tokens import Ending
 from llmkit.errors import Problem, UserError
 
 
@@ -29,8 +30,8 @@ class Reader(NamedTuple):
     """Takes (shard, number of shards) for training data; without arguments it reads everything."""
     identity: list[Any]
     """Changes whenever the items may have changed; part of the keys of the cache."""
-    joins: bool
-    """Whether the items become one stream of tokens."""
+    joins: Ending | None
+    """How documents end where the items become one stream of tokens; None: they do not."""
     skipped: Skipped
     """The bad rows of the latest pass."""
 
@@ -56,7 +57,7 @@ class Corpus:
     options: Options
     on_bad_row: OnBadRow
     columns: dict[str, str] | None
-    documents: Literal["file", "line"]
+    documents: Literal["file", "line", "every_line"]
     validation_share: float
     streaming: bool
     folder: Path
@@ -73,9 +74,11 @@ class Corpus:
 
     def reader(self, stage: Stage, head: Head) -> Reader:
         """Return the reader of a stage. Raises UserError when nothing is configured or files are missing."""
-        joins = head.layout == "blocks" and stage != "predict"
+        whole, blank = self.documents == "file", self.documents == "every_line"
+        joined = head.layout == "blocks" and stage != "predict"
         part = self._shared() and stage in ("train", "validation")
-        source = self._source("train" if part else stage, chunks=joins and self.documents == "file")
+        source = self._source("train" if part else stage, chunks=joined and whole, blank=joined and blank)
+        joins = Ending(int(source.single and not whole), blank) if joined else None
         fields = Fields.of(head, self.columns or {}, stage == "predict", source.single)
         columns = [(name, column, name in fields.texts) for name, column in fields.columns.items()]
         # Files of a stream are too large to be read for a hash.
@@ -113,12 +116,12 @@ class Corpus:
         given = self.given[stage]
         return stage if given is None and self.hub is not None and stage in self.hub.splits else given
 
-    def _source(self, stage: Stage, chunks: bool) -> Source:
+    def _source(self, stage: Stage, chunks: bool, blank: bool) -> Source:
         key, given = f"data.{stage}", self._given(stage)
         if given is None:
             raise UserError(Problem(key, "is not set, and this run needs it"))
         if self.hub is None:
-            return local(key, given, replace(self.options, chunks=chunks))
+            return local(key, given, replace(self.options, chunks=chunks, blank=blank))
         if not isinstance(given, str):
             raise UserError(Problem(key, f"with data.source it is the name of a split, got {given}"))
         return self.hub.rows(key, given)

@@ -37,6 +37,7 @@ class Options:
     column_names: list[str] | None = None
     encoding: str = "utf-8"
     chunks: bool = False  # a text file is one document, read in chunks; otherwise each non-empty line is a row
+    blank: bool = False  # and each empty line too
 
     def __post_init__(self) -> None:
         """Raise UserError for an invalid pattern."""
@@ -69,7 +70,7 @@ def _text(path: str, options: Options) -> RawRows:
     for number, line, wrong in _numbered(path, options):
         if wrong:
             yield Bad(wrong, path, number)
-        elif line.strip():
+        elif line.strip() or options.blank:
             yield Row({"text": line}, path, number)
 
 

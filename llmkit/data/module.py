@@ -62,8 +62,9 @@ class DataModule(pl.LightningDataModule):
             cell; a value that should be text but is not; a row that the head refuses. ``error`` stops and names file
             and row; ``skip`` leaves out these rows (or, of a text file that is one document, these lines) and reports
             how many there were. A file that cannot be read at all is always an error.
-        documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
-            each non-empty line. For other heads each non-empty line is a row.
+        documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), each
+            non-empty line, or every line, of which an empty one is an end of a document alone. For other heads each
+            non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
             the end of the text if there is only one. 0: no validation.
         tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
@@ -98,7 +99,7 @@ class DataModule(pl.LightningDataModule):
         columns: dict[str, str] | None = None,
         encoding: str = "utf-8",
         on_bad_row: OnBadRow = "error",
-        documents: Literal["file", "line"] = "file",
+        documents: Literal["file", "line", "every_line"] = "file",
         validation_share: float = 0.1,
         tokenizer: Callable[[], Tokenizer] | None = None,
         pack: bool = False,
@@ -236,7 +237,7 @@ class DataModule(pl.LightningDataModule):
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
                 if reader.joins:
-                    write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack)
+                    write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack, reader.joins)
                 else:
                     Features.of(chain(first, groups)).write(folder)
             summaries = [skipped.summary(reader.skipped.seen) for skipped in (reader.skipped, refused)]
@@ -282,10 +283,24 @@ class DataModule(pl.LightningDataModule):
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
             order = TrainingOrder(split.training_order, split.num_batches, split.training_rows, self.seed, overfit)
+            self._note_rows(split)
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position
         return loader
+
+    def _note_rows(self, split: Blocks | Examples) -> None:
+        """Note, once, how many rows ``batch_tokens`` comes to: texts may be far shorter than one expects."""
+        if not isinstance(split, Examples) or split.batch_tokens is None:
+            return
+        rows, batches = split.training_rows / split.num_batches, split.num_batches
+        text = (
+            f"data.batch_tokens {split.batch_tokens:,}: a batch holds {rows:,.0f} rows on average, "
+            f"an epoch {batches:,} batch{'es' * (batches > 1)}"
+        )
+        if world()[0] == 0 and text not in self._noted:
+            note(text)
+        self._noted.add(text)
 
     def _training_position(self) -> Position:
         if self._position is None or self.trainer is None or self._position.trainer is not self.trainer:

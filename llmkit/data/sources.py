@@ -69,7 +69,7 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
             text = "'lines' needs data.pattern, a regular expression with named groups"
             raise UserError(Problem("data.format", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
-        identity = [formats, options.pattern, options.column_names, options.encoding, options.chunks]
+        identity = [formats, options.pattern, options.column_names, options.encoding, options.chunks, options.blank]
     names = [Path(path).name for path in files]
     return Source(key, names, partial(_read, key, readers), set(formats) == {"text"}, files, [names, *identity])
 

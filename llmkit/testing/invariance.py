@@ -194,6 +194,7 @@ class Cut:
             "targets": cut,
             "segments": segments.masked_fill(padding, 0),
             "bytes": (cut != IGNORE).sum() * self.split.bytes_per_token,
+            "hidden": self.split.hidden_bytes(cut),
         }
 
 

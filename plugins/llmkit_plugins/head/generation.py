@@ -11,7 +11,7 @@ from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenize
 from llmkit.errors import UserError
 from llmkit.ops.decoding import OnToken, generate
 from llmkit.ops.losses import linear_cross_entropy
-from llmkit.ops.metrics import BitsPerByte, MeanLoss, Perplexity
+from llmkit.ops.metrics import BitsPerByte, Mean, MeanLoss, Perplexity
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
@@ -48,15 +48,17 @@ class Generation(Head):
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), net.output_weight_VD, batch["targets"].flatten())
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, perplexity and bits per byte."""
-        return {"loss": MeanLoss(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte()}
+        """Return loss, perplexity, bits per byte and the share of unknown tokens among the targets."""
+        metrics: dict[str, nn.Module] = {"loss": MeanLoss(), "perplexity": Perplexity()}
+        return {**metrics, "bits_per_byte": BitsPerByte(), "unknown_share": Mean()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
         loss = self.loss(net, batch)
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
-        metrics["bits_per_byte"].update(loss, batch["bytes"])
+        metrics["bits_per_byte"].update(loss, batch["bytes"], batch.get("hidden", 0.0))
+        metrics["unknown_share"].update((batch["targets"] == tokenizer.unk_id).sum(), loss.count)
 
     def predict(
         self,
