@@ -30,7 +30,8 @@ def test_blocks_of_a_stream(tmp_path: Path, length: int, shuffle_buffer: int) ->
     data = bound(Joining(), 8, tmp_path, streaming=True, shuffle_buffer=shuffle_buffer, **settings)
     tokens = ids_of(data, text)
     loader = data.train_dataloader()
-    offsets, places = set(), set()
+    offsets: set[int] = set()
+    places: set[int] = set()
     for _ in range(40):
         starts, num_bytes = [], 0.0
         for batch in loader:

@@ -156,8 +156,8 @@ def measurements(alone: dict[str, Path], data: Path) -> list[tuple[str, list[str
         ("predict", "classification", "labels.csv"),
     ):
         words = (command, "--ckpt_path", alone[name] / "checkpoints" / "last.ckpt", f"--data.{command}", data / file)
-        words = (*words, "--trainer.precision", "32-true", "--data.batch_size", 4)
-        found.append((f"{name} {command}", [str(word) for word in words]))
+        exact = ("--trainer.precision", "32-true", "--data.batch_size", 4)
+        found.append((f"{name} {command}", [str(word) for word in (*words, *exact)]))
     return found
 
 
