@@ -89,7 +89,7 @@ class Generation(Head):
         return f"{answer['prompt']}{answer['text']}"
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
-        """Return a continuation of the first words of the validation text."""
+        """Return a continuation of the first words of a validation batch."""
         prompt = {"ids": batch["ids"][:1, : min(16, net.max_length // 2)]}
         answer = self.predict(net, prompt, tokenizer, self.decoding)[0]
         return f"{answer['prompt']}|{answer['text']}"
