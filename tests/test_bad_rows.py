@@ -17,7 +17,7 @@ from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
 
 from llmkit.contracts import Tokenizer
 from llmkit.data import cache, formats, hub
-from llmkit.data.tokens import Piece, write_tokens
+from llmkit.data.tokens import Ending, Piece, write_tokens
 from llmkit.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -454,7 +454,7 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path: Path) -> No
 def test_a_full_disk_says_so(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         (folder / "tokens.bin").symlink_to("/dev/full")
-        write_tokens(folder, [Piece([6] * 100_000, 1, 0)], CharTokenizer("a"), pack=False)
+        write_tokens(folder, [Piece([6] * 100_000, 1, 0)], CharTokenizer("a"), False, Ending())
 
     with pytest.raises(OSError, match="No space left") as caught:
         cache.entry(tmp_path, "key", write)

@@ -21,13 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_fakes import BOS, EOS, PAD, CharTokenizer, Joining, Labelling, Recorder, Translating, bound, trainer
 from torch import nn
 
+from llmkit import plugin
 from llmkit.contracts import IGNORE
 from llmkit.data import DataModule, batches, cache
 from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder, evenly
 from llmkit.data.examples import Examples, Features
+from llmkit.data.prepare import hidden_bytes
 from llmkit.data.tokens import Blocks, Order, best_fit, split_batches
 from llmkit.errors import UserError
 
@@ -150,6 +153,48 @@ def test_lines_as_documents(tmp_path: Path) -> None:
     assert tokens.tokens.tolist() == [i for text in ("ab", "cd\u2028e", "f") for i in [*ids_of(data, text), EOS]]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_line_is_a_document(tmp_path: Path, streaming: bool) -> None:
+    """An empty line is its end alone, and every end stands for a newline."""
+    path = write(tmp_path / "a.txt", "\nab\n\n\ncd e\n")
+    settings: Any = {"train": path, "validation": path, "documents": "every_line"}
+    data = bound(Joining(), 12, tmp_path, batch_size=1, streaming=streaming, **settings)
+    expected = [EOS, *ids_of(data, "ab"), EOS, EOS, EOS, *ids_of(data, "cd e"), EOS]
+    if streaming:
+        (batch,) = data.train_dataloader()
+        assert [*batch["ids"][0].tolist()[:10], batch["targets"][0][9]] == expected
+        return
+    split: Any = data.split("validation")
+    assert split.tokens.tolist() == expected
+    assert split.stored.num_bytes == 11
+    (batch,) = evaluated(bound(Joining(), 12, tmp_path, batch_size=9, pack=True, **settings))
+    assert int((batch["targets"] != IGNORE).sum()) == 11  # each line's characters and its end
+
+
+def test_wikitext_has_as_many_tokens_as_published(tmp_path: Path, data_folder: Callable[[str], Path]) -> None:
+    """The validation split with an end for each of its lines: 217,646 (Merity et al. 2017, arXiv:1609.07843)."""
+    path = str(data_folder("wikitext-2") / "valid.txt")
+    for name in ("transformer", "lstm"):
+        config = yaml.safe_load(Path(f"configs/generation/wikitext2_{name}.yaml").read_text())
+        word = plugin("tokenizer", "word")
+        documents = config["data"]["documents"]
+        data = bound(Joining(), 64, tmp_path, train=path, validation=path, documents=documents, tokenizer=word)
+        split: Any = data.split("validation")
+        assert (split.size, len(split)) == (217_646, 217_645)  # the first is not predicted
+
+
+def test_bytes_that_unknown_tokens_hide(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "the cat sat\n" * 9)
+    other = write(tmp_path / "b.txt", "the zzzé sat\nyy  the cat y\n")
+    word, head = plugin("tokenizer", "word"), plugin("head", "generation")()
+    settings: Any = {"train": path, "validation": other, "documents": "line", "tokenizer": word}
+    (batch,) = evaluated(bound(head, 16, tmp_path, **settings))
+    assert int((batch["targets"] == 3).sum()) == 3  # zzzé, yy, y
+    assert float(batch["hidden"]) == pytest.approx(5 + 2 + 1)
+    assert float(batch["bytes"]) == pytest.approx(len("the zzzé sat\nyy  the cat y\n".encode()))
+    assert hidden_bytes(["a?!b", "ab", "é"], [[6, 3, 3, 7], [6, 7], [3]], CharTokenizer("ab")) == [2, 0, 2]
+
+
 def test_a_large_file_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmkit.data import formats
 
@@ -229,7 +274,7 @@ def test_packed_documents(tmp_path: Path, context: int) -> None:
         whole = [BOS, *ids, EOS]
         expected += [whole[i : i + context + 1] for i in range(0, len(whole) - 1, context)]
     assert sorted(pieces) == sorted(expected)
-    assert num_bytes == pytest.approx(sum(map(len, lines)))
+    assert num_bytes == pytest.approx(sum(len(line) + 1 for line in lines))  # eos stands for the newline
     assert len(evaluated(data)) * 3 * context < 1.35 * len(pairs) + 3 * context
     rows = [row for batch in data.train_dataloader() for row in batch["ids"].tolist()]
     assert len({tuple(row) for row in rows}) > len(rows) // 2
@@ -416,8 +461,11 @@ def test_the_first_batches_of_an_evaluation_represent_all(tmp_path: Path) -> Non
         assert sorted(evenly(count)) == list(range(count))
 
 
-def test_a_row_longer_than_batch_tokens_comes_alone(tmp_path: Path) -> None:
+def test_a_row_longer_than_batch_tokens_comes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bound(Labelling(), 64, tmp_path, train=table(tmp_path, 50), batch_tokens=10)
+    count = len(data.train_dataloader())
+    said = f"a batch holds {45 / count:.0f} rows on average, an epoch {count} batches"
+    assert capsys.readouterr().err.count(said) == 1
     assert sum(len(batch["ids"]) for batch in data.train_dataloader()) == 45
     assert all(len(b["ids"]) == 1 for b in data.train_dataloader() if b["ids"].shape[1] > 10)
 

@@ -140,8 +140,8 @@ def test_loss_and_rouge_of_the_head() -> None:
         head.evaluate(net, batch, metrics, tokenizer)
         answers = head.predict(net, batch, tokenizer, head.decoding)
     assert float(loss.total) == pytest.approx(total, rel=1e-9)
-    assert set(metrics) == {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
-    assert set(head.metrics("validation")) == {"loss", "perplexity"}
+    assert set(metrics) == {"loss", "perplexity", "unknown_share", "rouge1", "rouge2", "rougeL"}
+    assert set(head.metrics("validation")) == {"loss", "perplexity", "unknown_share"}
     assert answers[0]["document"] == documents[0] and head.show(answers[0]) == answers[0]["text"]
     written = [answer["text"] for answer in answers]
     for kind in KINDS:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from command import TINY, llmkit
+
+from llmkit.run import memory
 
 
 @pytest.fixture
@@ -48,3 +53,29 @@ def test_the_disk_is_full(words: list[str], tmp_path: Path, monkeypatch: pytest.
     (left,) = (tmp_path / "runs").rglob("checkpoints/*")
     assert left.name == "last.ckpt"
     assert torch.load(left, weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory and can return it")
+def test_freed_memory_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    monkeypatch.setattr(memory, "INTERVAL", 0.0)
+    callback, model = memory.ReturnMemory(), pl.LightningModule()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    callback.on_train_start(trainer, model)
+    held = [torch.ones(16_000) for _ in range(2000)]  # 122 MiB in pieces that come from the heap
+    del held[::2]
+    before = resident()
+    callback.on_train_batch_end(trainer, model)
+    assert resident() < before - 40
+
+
+def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    memory.bound_kernels()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    memory.bound_kernels()
+    assert os.environ[name] == memory.KERNELS

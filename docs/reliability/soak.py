@@ -1,6 +1,9 @@
 """Train for a long time with a checkpoint every 50 steps, and watch memory, open files and disk.
 
     python docs/reliability/soak.py --hours 2 --output /tmp/soak
+    python docs/reliability/soak.py --hours 1 --output /tmp/soak --config configs/translation/multi30k.yaml
+
+The second one has batches of many shapes.
 
 Prints one line a minute and writes ``soak.json`` next to this file: medians of the second half of the time against the
 first, without the first tenth.
@@ -41,8 +44,18 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two samples")
+    parser.add_argument("--config", default=CONFIG)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "llmkit", "fit", "--config", CONFIG, "--name=soak", f"--output={options.output}"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "fit",
+        "--config",
+        options.config,
+        "--name=soak",
+        f"--output={options.output}",
+    ]
     process = subprocess.Popen([*command, *OPTIONS])
     started, rows = time.monotonic(), []
     while time.monotonic() - started < options.hours * 3600 and process.poll() is None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmkit.data.batches import halved
 from llmkit.data.examples import Examples, Features
-from llmkit.data.tokens import Index
+from llmkit.data.tokens import Blocks, Index
 from llmkit.errors import Problem, UserError
 
 
@@ -27,11 +27,13 @@ class Balanced:
     chances: NDArray[np.float64]
 
     @classmethod
-    def of(cls, split: Examples, balance: float) -> Balanced:
+    def of(cls, split: Blocks | Examples, balance: float) -> Balanced:
         """Return the order in which a class of n rows is drawn in proportion to n to the power of 1 - ``balance``.
 
         Raises UserError for a head whose rows do not have one class each.
         """
+        if not isinstance(split, Examples):
+            raise UserError(Problem("data.balance", "is for heads with one class a row (classification)"))
         values, ends = split.features.values, split.features.ends
         names = [name for name in split.head.classes if name in values and name not in ends]
         if len(names) != 1:

@@ -20,6 +20,7 @@ from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped, Source
 from llmkit.data.sources import Files, local
 from llmkit.data.stream import HELD_OUT, take
+from llmkit.data.tokens import Ending
 from llmkit.errors import Problem, UserError
 
 Columns = dict[str, str | list[str] | dict[str, str | list[str]]]
@@ -33,8 +34,8 @@ class Reader(NamedTuple):
     """Takes (shard, number of shards) for training data; without arguments it reads everything."""
     identity: list[Any]
     """Changes whenever the items may have changed; part of the keys of the cache."""
-    joins: bool
-    """Whether the items become one stream of tokens."""
+    joins: Ending | None
+    """How documents end where the items become one stream of tokens; None: they do not."""
     skipped: Skipped
     """The bad rows of the latest pass."""
 
@@ -60,7 +61,7 @@ class Corpus:
     options: Options
     on_bad_row: OnBadRow
     columns: Columns | None
-    documents: Literal["file", "line"]
+    documents: Literal["file", "line", "every_line"]
     shares: Shares
     limits: dict[Stage, int]
     streaming: bool
@@ -78,11 +79,13 @@ class Corpus:
 
     def reader(self, stage: Stage, head: Head) -> Reader:
         """Return the reader of a stage. Raises UserError when nothing is configured or files are missing."""
-        joins = head.layout == "blocks" and stage != "predict"
+        whole, every = self.documents == "file", self.documents == "every_line"
+        joined = head.layout == "blocks" and stage != "predict"
         shares = self._shares()
         part = stage in self._parts()
         given: Stage = "train" if part else stage
-        source = self._source(given, chunks=joins and self.documents == "file")
+        source = self._source(given, chunks=joined and whole, blanks=stage == "predict" or (joined and every))
+        joins = Ending(int(source.single and not whole), every) if joined else None
         fields = Fields.of(head, self._columns(given), stage == "predict", source)
         columns = [(name, column, name in fields.texts) for name, column in fields.columns.items()]
         # Files of a stream are too large to be read for a hash.
@@ -163,12 +166,12 @@ class Corpus:
             return None
         return stage if given is None and self.hub is not None and stage in self.hub.splits else given
 
-    def _source(self, stage: Stage, chunks: bool) -> Source:
+    def _source(self, stage: Stage, chunks: bool, blanks: bool) -> Source:
         key, given = f"data.{stage}", self._given(stage)
         if given is None:
             raise UserError(Problem(key, "is not set, and this run needs it"))
         if self.hub is None:
-            return local(key, given, replace(self.options, chunks=chunks, blanks=stage == "predict"))
+            return local(key, given, replace(self.options, chunks=chunks, blanks=blanks))
         if not isinstance(given, str):
             raise UserError(Problem(key, f"with data.source it is the name of a split, got {given}"))
         return self.hub.rows(key, given)

@@ -159,6 +159,12 @@ class Examples:
         """Number of examples."""
         return self.training_rows
 
+    def batch_size_note(self) -> str:
+        """Return how many rows ``batch_tokens`` comes to: texts may be far shorter than one expects."""
+        rows, many = self.training_rows / self.num_batches, "es" * (self.num_batches > 1)
+        text = f"a batch holds {rows:,.0f} rows on average, an epoch {self.num_batches:,} batch{many}"
+        return f"data.batch_tokens {self.batch_tokens:,}: {text}"
+
     def _sorted(self, rng: np.random.Generator) -> Index:
         """Return the rows by length, then by the difference of their two texts, ties at random."""
         return np.lexsort((self._skew + rng.random(len(self)), self._rounded))

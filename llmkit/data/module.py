@@ -69,8 +69,9 @@ class DataModule(pl.LightningDataModule):
             cell; a value that should be text but is not; a row that the head refuses. ``error`` stops and names file
             and row; ``skip`` leaves out these rows (or, of a text file that is one document, these lines) and reports
             how many there were. A file that cannot be read at all is always an error.
-        documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), or
-            each non-empty line. For other heads each non-empty line is a row.
+        documents: what a document is in a text file, for a head that joins its rows: the file (line ends kept), each
+            non-empty line, or every line, of which an empty one is an end of a document alone. For other heads each
+            non-empty line is a row.
         validation_share: share of ``train`` set aside when there is no ``validation``: random documents or rows, or
             the end of each text if they are few or of very different sizes. A row whose label only rows set aside
             would have stays in the training part. 0: no validation.
@@ -115,7 +116,7 @@ class DataModule(pl.LightningDataModule):
         columns: Columns | None = None,
         encoding: str = "utf-8",
         on_bad_row: OnBadRow = "error",
-        documents: Literal["file", "line"] = "file",
+        documents: Literal["file", "line", "every_line"] = "file",
         validation_share: float = 0.1,
         test_share: float = 0.0,
         folds: int | None = None,
@@ -229,9 +230,13 @@ class DataModule(pl.LightningDataModule):
                 key = self._key("train", self._corpus.reader("train", self.head))
                 train = self._folder / key if key else None
         for text in shared_rows(train, self._entries, self.head.inputs) if train else ():
-            if text not in self._noted:
-                note(text)
-            self._noted.add(text)
+            self._note_once(text)
+
+    def _note_once(self, text: str) -> None:
+        """Print a note: training and validation rows from the same files skip the same ones."""
+        if world()[0] == 0 and text not in self._noted:
+            note(text)
+        self._noted.add(text)
 
     def bytes_per_token(self, stage: Stage) -> float:
         """Return the UTF-8 bytes of text for each target of a split; NaN where rows are not joined to a stream."""
@@ -284,7 +289,7 @@ class DataModule(pl.LightningDataModule):
                 if not first:
                     raise reader.empty(refused if refused.count else reader.skipped)
                 if reader.joins:
-                    write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack)
+                    write_tokens(folder, chain.from_iterable(chain(first, groups)), tokenizer, self.pack, reader.joins)
                 else:
                     Features.of(chain(first, groups)).write(folder)
             rows.write(folder)
@@ -298,11 +303,7 @@ class DataModule(pl.LightningDataModule):
         if stage == "predict":
             self.blank_rows = json.loads((path / "blank.json").read_text())
         for summary in json.loads((path / "skipped.json").read_text()):
-            text = f"{reader.source.key}: {summary}"
-            # Once: training and validation rows from the same files skip the same ones.
-            if world()[0] == 0 and text not in self._noted:
-                note(text)
-            self._noted.add(text)
+            self._note_once(f"{reader.source.key}: {summary}")
         limit = self._corpus.limits.get(stage)
         if limit and world()[0] == 0:
             note(f"data.{stage}: at most {limit:,} rows are used (data.limit)")
@@ -340,11 +341,9 @@ class DataModule(pl.LightningDataModule):
         else:
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-            plan = split.training_order
-            if self.balance:
-                if not isinstance(split, Examples):
-                    raise UserError(Problem("data.balance", f"is for classifiers, not for {type(self.head).__name__}"))
-                plan = Balanced.of(split, self.balance).training_order
+            plan = Balanced.of(split, self.balance).training_order if self.balance else split.training_order
+            if isinstance(split, Examples) and split.batch_tokens is not None:
+                self._note_once(split.batch_size_note())
             order = TrainingOrder(plan, split.num_batches, split.training_rows, self.seed, overfit)
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)

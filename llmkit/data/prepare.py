@@ -11,7 +11,7 @@ import numpy as np
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data.opening import shortened
 from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
-from llmkit.data.tokens import Piece
+from llmkit.data.tokens import Ending, Piece
 from llmkit.errors import Problem, UserError, nearest, place, returned
 
 GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
@@ -199,7 +199,7 @@ class Encoder:
     head: Head
     tokenizer: Tokenizer
     context: int
-    joins: bool
+    joins: Ending | None
 
     def groups(self, items: Iterable[Item], skipped: Skipped, progress: Progress | None = None) -> Iterator[Any]:
         """Yield the features, or the list of pieces, of each group of items.
@@ -246,7 +246,34 @@ class Encoder:
     def _pieces(self, group: list[Item], ids: list[list[int]]) -> list[Piece]:
         """Return the tokens of each item, with the bytes of its texts."""
         names = [name for name in self.head.texts if name in group[0].fields]
+        texts = ["".join(item.fields[name] for name in names) for item in group]
+        hidden = hidden_bytes(texts, ids, self.tokenizer)
         return [
-            Piece(tokens, sum(len(item.fields[name].encode()) for name in names), item.document)
-            for item, tokens in zip(group, ids, strict=True)
+            Piece(tokens, len(text.encode()), item.document, count)
+            for item, text, tokens, count in zip(group, texts, ids, hidden, strict=True)
         ]
+
+
+def hidden_bytes(texts: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> list[int]:
+    """Return how many bytes of each text its unknown tokens stand for.
+
+    The ids are decoded with a known token in place of each unknown one, and what is then missing is counted:
+    ``the zzz sat`` becomes ``the the sat``, 8 bytes without the ``the`` put in, so 3 of 11 are missing. White space
+    does not count where the tokenizer does not keep it.
+    """
+
+    def size(text: str) -> int:
+        return len(text.encode()) if tokenizer.lossless else len(" ".join(text.split()).encode())
+
+    found = [0] * len(texts)
+    rows = [number for number, row in enumerate(ids) if tokenizer.unk_id in row]
+    special = {getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id", "unk_id", "mask_id", "sep_id")}
+    known = next((token for token in range(tokenizer.vocab_size) if token not in special), None)
+    if not rows or known is None:
+        return found
+    instead = [[known if token == tokenizer.unk_id else token for token in ids[number]] for number in rows]
+    length = size(tokenizer.decode([known]))
+    for number, text in zip(rows, tokenizer.decode_batch(instead), strict=True):
+        count = ids[number].count(tokenizer.unk_id)
+        found[number] = max(count, size(texts[number]) - size(text) + count * length)  # at least a byte for each
+    return found

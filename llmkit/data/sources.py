@@ -87,7 +87,15 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
             raise UserError(Problem("data.delimiter", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
         identity = [
-            *(formats, options.pattern, options.delimiter, options.column_names, options.encoding, options.chunks)
+            *(
+                formats,
+                options.pattern,
+                options.delimiter,
+                options.column_names,
+                options.encoding,
+                options.chunks,
+                options.blanks,
+            )
         ]
     names = [Path(path).name for path in files]
     advice = ""

@@ -98,7 +98,7 @@ class Stream(IterableDataset[Batch]):
         if not self.encoder.joins:
             return self._examples(items, rng)
         pieces = chain.from_iterable(self.encoder.groups(items, self.skipped))
-        ids = joined(pieces, self.encoder.tokenizer, self.pack)
+        ids = joined(pieces, self.encoder.tokenizer, self.pack, self.encoder.joins)
         return self._packed(ids, rng) if self.pack else self._blocks(ids, rng)
 
     @property
@@ -117,6 +117,8 @@ class Stream(IterableDataset[Batch]):
     def _blocks(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:
         context = self.encoder.context
         size = self._pool_rows * context
+        # Each pass leaves out another number of tokens at its start, so that blocks are cut at other places.
+        offset = int(rng.integers(context))
         pool: list[int] = []
         seen = num_bytes = 0
         yielded = False
@@ -124,16 +126,16 @@ class Stream(IterableDataset[Batch]):
             pool += ids
             seen, num_bytes = seen + len(ids), num_bytes + length
             last = not ids
-            while len(pool) > size or (last and len(pool) > 1):
+            while len(pool) > size + offset or (last and len(pool) > 1):
+                pool, offset = pool[min(offset, max(0, len(pool) - 1 - context)) :], 0
                 blocks = min(self._pool_rows, (len(pool) - 1) // context)
-                blocks -= blocks % self.batch_size
                 if blocks == 0 and yielded:
                     return
-                # The whole stream may be less than a batch: then it is padded.
-                starts = rng.permutation(blocks or -(-(len(pool) - 1) // context)) * context
+                # A stream of less than a block is padded.
                 data = np.array(pool[: blocks * context + 1 if blocks else None])
                 tokens = Tokens(data, "int64", data.size, num_bytes / seen * (data.size - 1))
                 split = Blocks(tokens, context, self.batch_size, self.encoder.tokenizer.pad_id)
+                starts = rng.permutation(max(1, blocks)) * context
                 yield from (split[indices] for indices in split_batches(starts, self.batch_size))
                 yielded = True
                 pool = pool[data.size - 1 :]  # the last target is the first token of the next block

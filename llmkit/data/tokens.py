@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llmkit.contracts import IGNORE, Batch, Tokenizer
 
@@ -27,27 +28,42 @@ class Piece(NamedTuple):
     ids: list[int]
     num_bytes: int
     document: int
+    hidden: int = 0
+    """How many of the bytes the unknown tokens stand for."""
 
 
-def joined(pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool) -> Iterator[tuple[list[int], int, bool]]:
+class Ending(NamedTuple):
+    """What the end of a document is, where documents are joined."""
+
+    num_bytes: int = 0
+    """Bytes of text that ``eos`` stands for: 1 for the newline of a line."""
+    of_empty: bool = False
+    """Whether documents without tokens count: they are ``eos`` alone."""
+
+
+def joined(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool, ending: Ending
+) -> Iterator[tuple[list[int], int, bool]]:
     """Yield ids to be joined, their bytes, and whether a document begins with them.
 
     Every document is followed by ``eos``, unless it is the only one; with ``pack`` it also begins with ``bos``, and
-    always ends with ``eos``. Documents without tokens are left out. Two documents ``a b`` and ``c`` become
-    ``a b eos c eos``, with ``pack`` ``bos a b eos bos c eos``.
+    always ends with ``eos``. Documents without tokens are left out, unless ``ending`` says otherwise. Two
+    documents ``a b`` and ``c`` become ``a b eos c eos``, with ``pack`` ``bos a b eos bos c eos``.
     """
     document, count = -1, 0
     for piece in pieces:
-        if not piece.ids:
-            continue
         begins = piece.document != document or count == 0
+        if not piece.ids and not (begins and ending.of_empty):
+            continue
         if begins:
             if count:
-                yield [tokenizer.eos_id], 0, False
+                yield [tokenizer.eos_id], ending.num_bytes, False
             document, count = piece.document, count + 1
-        yield [tokenizer.bos_id, *piece.ids] if pack and begins else piece.ids, piece.num_bytes, begins
+        ids = [tokenizer.bos_id, *piece.ids] if pack and begins else piece.ids
+        if ids:
+            yield ids, piece.num_bytes, begins
     if count and (pack or count > 1):
-        yield [tokenizer.eos_id], 0, False
+        yield [tokenizer.eos_id], ending.num_bytes, False
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,8 @@ class Tokens:
     size: int
     num_bytes: float  # of the text that the tokens stand for
     starts: Index | None = None  # where each packed document begins, and where the last one ends
+    unk_id: int = -1
+    hidden: float = 0.0  # bytes of text that an unknown token stands for, on average
 
     @property
     def targets(self) -> int:
@@ -66,13 +84,21 @@ class Tokens:
         return max(0, self.size - 1 if self.starts is None else self.size - len(self.starts) + 1)
 
 
-def write_tokens(folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool) -> None:
+def write_tokens(folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, pack: bool, ending: Ending) -> None:
     """Write the token array of a split."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     size = num_bytes = 0
     starts: list[int] = []
+    unknown = hidden = 0
+
+    def counted() -> Iterator[Piece]:
+        nonlocal unknown, hidden
+        for piece in pieces:
+            unknown, hidden = unknown + piece.ids.count(tokenizer.unk_id), hidden + piece.hidden
+            yield piece
+
     with open(folder / "tokens.bin", "wb") as file:
-        for ids, count, begins in joined(pieces, tokenizer, pack):
+        for ids, count, begins in joined(counted(), tokenizer, pack, ending):
             if begins:
                 starts.append(size)
             file.write(np.asarray(ids, dtype).tobytes())  # tofile would not report that the disk is full
@@ -80,7 +106,9 @@ def write_tokens(folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, pa
             num_bytes += count
     if pack:
         np.save(folder / "starts.npy", np.array([*starts, size], np.int64))
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "size": size, "num_bytes": num_bytes}))
+    meta = {"dtype": dtype.name, "size": size, "num_bytes": num_bytes}
+    meta |= {"unk_id": tokenizer.unk_id, "hidden": hidden / max(unknown, 1)}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def read_tokens(folder: Path) -> Tokens:
@@ -172,6 +200,10 @@ class Blocks:
         """UTF-8 bytes of text for each target."""
         return self.stored.num_bytes / max(len(self), 1)
 
+    def hidden_bytes(self, targets: Tensor) -> float:
+        """Return how many bytes of text the unknown tokens among these targets stand for."""
+        return int((targets == self.stored.unk_id).sum()) * self.stored.hidden
+
     @property
     def num_batches(self) -> int:
         """Number of training batches of an epoch."""
@@ -204,10 +236,13 @@ class Blocks:
         return self._batch(count, ids=ids_BT, targets=targets_BT)
 
     def _batch(self, count: int, **columns: NDArray[Any]) -> Batch:
-        """Return a batch of these columns, with the bytes of text that its ``count`` targets stand for."""
+        """Return a batch of these columns, with the bytes of text that its ``count`` targets stand for.
+
+        ``hidden`` is how many of them unknown tokens stand for.
+        """
         batch = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         # A plain number: a model in half precision gets every floating-point tensor of a batch rounded.
-        return {**batch, "bytes": count * self.bytes_per_token}
+        return {**batch, "bytes": count * self.bytes_per_token, "hidden": self.hidden_bytes(batch["targets"])}
 
 
 class Packed(Blocks):

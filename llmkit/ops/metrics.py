@@ -97,13 +97,17 @@ class Perplexity(MeanLoss):
 
 
 class BitsPerByte(Mean):
-    """Loss in bits for each UTF-8 byte of the text, comparable between tokenizers."""
+    """Loss in bits for each UTF-8 byte of the text, comparable between tokenizers.
+
+    The loss of an unknown token is that of naming it unknown. To that come 8 bits for each byte of text it stands for:
+    the bytes of unknown words are taken to be uniformly distributed.
+    """
 
     higher_is_better = False
 
-    def update(self, loss: Loss, num_bytes: Tensor | float) -> None:
-        """Add a summed loss and the number of bytes it covers."""
-        self.total += loss.total.detach().to(EXACT) / math.log(2)
+    def update(self, loss: Loss, num_bytes: Tensor | float, hidden_bytes: float = 0.0) -> None:
+        """Add a summed loss, the number of bytes it covers, and how many of them unknown tokens stand for."""
+        self.total += loss.total.detach().to(EXACT) / math.log(2) + 8 * hidden_bytes
         self.count += num_bytes.sum() if isinstance(num_bytes, Tensor) else num_bytes
 
 

@@ -22,6 +22,7 @@ from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, unlogged
+from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
@@ -31,7 +32,7 @@ from llmkit.run.validation import DEFAULT_INTERVAL, Validations
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module shards batches itself
-    "check_val_every_n_epoch": None,  # val_check_interval counts steps, whatever an epoch is
+    "check_val_every_n_epoch": None,  # val_check_interval counts batches, whatever an epoch is
     "val_check_interval": DEFAULT_INTERVAL,  # Validations lowers it
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
@@ -70,6 +71,7 @@ class CLI(LightningCLI):
         self.command = command
         self.stored = stored
         self.identity = hashlib.sha256(" ".join(args).encode()).hexdigest()[:8]
+        bound_kernels()
         super().__init__(
             LanguageModel,
             DataModule,
@@ -134,7 +136,7 @@ class CLI(LightningCLI):
         kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
-        own: list[pl.Callback] = [Validations(), throughput]
+        own: list[pl.Callback] = [Validations(), throughput, ReturnMemory()]
         if self.command == "predict":
             own.append(Predictions())
         if given.get("enable_progress_bar") is not False:

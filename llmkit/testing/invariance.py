@@ -16,35 +16,31 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
+from llmkit.contracts import Batch, Head, Stage, Tokenizer
 from llmkit.data import DataModule
-from llmkit.data.examples import Examples
-from llmkit.data.tokens import Blocks, Index, split_batches
+from llmkit.data.tokens import Blocks, Index
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
 from llmkit.sequence import on_device
 from llmkit.testing import precision
+from llmkit.testing.arrangements import Batches, Cut, Rows, Ways, arrangements, chosen, distinct, one_by_one
 from llmkit.testing.head.subject import items_of
 from llmkit.testing.numerics import alike
 
-SIZES = (1, 2, 3, 8, 64)
 ACCUMULATIONS = (1, 2, 4, 8)
 TOLERANCE = 1e-6
 NEW_TOKENS = 8
 """Most tokens of a generated text: enough for a difference to show."""
-
-Batches = list[Index]
-Ways = dict[str, Batches]
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,6 @@ class Finding:
     def passed(self) -> bool:
         """Whether the number does not depend on the batching."""
         return not self.first
-
-
-class Rows(Protocol):
-    """A source of batches: a split of the data, or ``Cut``."""
-
-    def __getitem__(self, rows: Index, /) -> Batch:
-        """Return these rows as one batch."""
 
 
 def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Finding]:
@@ -167,50 +156,6 @@ def _findings(
         examined = Examined(net, head, tokenizer, Cut(split) if isinstance(split, Blocks) else split)
         found.append(examined.gradient(chosen(split, count)))
     return found
-
-
-def chosen(split: Blocks | Examples, count: int) -> Index:
-    """Return ``count`` rows of a split, short and long ones, the longest first."""
-    order = np.concatenate(split.evaluation_order())
-    places = np.linspace(0, len(order) - 1, min(count, len(order))).astype(np.int64)
-    longest, *others = order[places]
-    return np.array([longest, *np.random.default_rng(0).permutation(others)], np.int64)
-
-
-def arrangements(split: Blocks | Examples, rows: Index, batch_tokens: int) -> Ways:
-    """Return ways to batch the rows, by name; the last one has a row more than once."""
-    ways = {f"batch size {size}": split_batches(rows, size) for size in SIZES}
-    ways["batch size 8, backwards"] = split_batches(rows[::-1], 8)
-    ways["batch size 5, shuffled"] = split_batches(np.random.default_rng(1).permutation(rows), 5)
-    if isinstance(split, Examples):
-        by_tokens = Examples(split.features, split.head, split.tokenizer, 1, batch_tokens)
-        kept = [batch[np.isin(batch, rows)] for batch in by_tokens.evaluation_order()]
-        ways[f"batch_tokens {batch_tokens}"] = [batch for batch in kept if len(batch)]
-        ways["with the longest row"] = [np.array([row, rows[0]]) for row in rows]
-    return ways
-
-
-class Cut:
-    """Blocks of a text cut to unequal lengths; several of them are padded to the context, one alone is not."""
-
-    def __init__(self, split: Blocks) -> None:
-        self.split = split
-
-    def __getitem__(self, rows: Index) -> Batch:
-        """Return rows as one batch with segments."""
-        batch, context = self.split[rows], self.split.context
-        lengths = torch.tensor([np.random.default_rng(int(row)).integers(1, context + 1) for row in rows])
-        width = context if len(rows) > 1 else int(lengths)
-        padding = torch.arange(width) >= lengths[:, None]
-        ids, targets = batch["ids"][:, :width], batch["targets"][:, :width]
-        segments = batch["segments"][:, :width] if "segments" in batch else (ids != self.split.pad_id).long()
-        cut = targets.masked_fill(padding, IGNORE)
-        return {
-            "ids": ids.masked_fill(padding, self.split.pad_id),
-            "targets": cut,
-            "segments": segments.masked_fill(padding, 0),
-            "bytes": int((cut != IGNORE).sum()) * self.split.bytes_per_token,
-        }
 
 
 class Comparison:
@@ -380,16 +325,6 @@ class Examined:
                         total += part
                 count += float(found.count)
         return [total / max(count, 1) for total in sums]
-
-
-def one_by_one(rows: Iterable[int]) -> Batches:
-    """Return each row as a batch."""
-    return [np.array([row]) for row in rows]
-
-
-def distinct(ways: Ways) -> list[int]:
-    """Return all rows that are batched."""
-    return sorted({row for batches in ways.values() for batch in batches for row in batch.tolist()})
 
 
 def gap(found: Tensor, expected: Tensor) -> float:

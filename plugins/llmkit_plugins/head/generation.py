@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.losses import linear_cross_entropy
-from llmkit.ops.metrics import BitsPerByte, MeanLoss, Perplexity
+from llmkit.ops.metrics import BitsPerByte, Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import OnText, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
@@ -48,15 +48,17 @@ class Generation(Head):
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), net.output_weight_VD, batch["targets"].flatten())
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, perplexity and bits per byte."""
-        return {"loss": MeanLoss(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte()}
+        """Return loss, perplexity, bits per byte and the share of unknown tokens among the targets."""
+        metrics: dict[str, nn.Module] = {"loss": MeanLoss(), "perplexity": Perplexity()}
+        return {**metrics, "bits_per_byte": BitsPerByte(), "unknown_share": Mean()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
         loss = self.loss(net, batch)
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
-        metrics["bits_per_byte"].update(loss, batch["bytes"])
+        metrics["bits_per_byte"].update(loss, batch["bytes"], batch.get("hidden", 0.0))
+        metrics["unknown_share"].update((batch["targets"] == tokenizer.unk_id).sum(), loss.count)
 
     def predict(
         self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions, on_text: OnText | None = None
@@ -99,7 +101,7 @@ class Generation(Head):
         return [scored(total, count) for total, count in zip(totals, counts, strict=True)]
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:
-        """Return a continuation of the first words of the validation text."""
+        """Return a continuation of the first words of a validation batch."""
         prompt = {"ids": batch["ids"][:1, : min(16, net.max_length // 2)]}
         answer = self.predict(net, prompt, tokenizer, self.decoding)[0]
         return f"{answer['prompt']}|{answer['text']}"

@@ -115,8 +115,8 @@ class MaskedLM(Head):
         return Sequence.of(ids_BT, segments_BT)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss, perplexity and accuracy of the chosen tokens."""
-        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": Mean()}
+        """Return loss, perplexity and accuracy of the chosen tokens, and the share of unknown ones among all."""
+        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": Mean(), "unknown_share": Mean()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
@@ -125,6 +125,8 @@ class MaskedLM(Head):
         loss = linear_cross_entropy(hidden_ND, weight_VD, tokens_N)
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
+        ids_BT = batch["ids"]
+        metrics["unknown_share"].update((ids_BT == tokenizer.unk_id).sum(), (ids_BT != self.pad_id).sum())
         rows = rows_at_once(weight_VD)
         for states, tokens in zip(hidden_ND.split(rows), tokens_N.split(rows), strict=True):
             best = (states @ weight_VD.to(states.dtype).T).argmax(-1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.ops.losses import linear_cross_entropy
-from llmkit.ops.metrics import MeanLoss, Perplexity
+from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import Written, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Memory, Sequence, first_rows, padded, segments_of
 
@@ -85,17 +85,20 @@ class SequenceToSequence(Head):
         return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, smoothing)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
-        """Return loss and perplexity (not smoothed); on the test data the metrics of the written texts too."""
-        metrics: dict[str, nn.Module] = {"loss": MeanLoss(), "perplexity": Perplexity()}
+        """Return loss and perplexity (not smoothed), the share of unknown tokens among the targets, and on the test
+        data the metrics of the written texts.
+        """
+        metrics: dict[str, nn.Module] = {"loss": MeanLoss(), "perplexity": Perplexity(), "unknown_share": Mean()}
         return {**metrics, **self.text_metrics()} if stage == "test" else metrics
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch; where there are metrics of texts, write them."""
         memory = self._memory(net, batch)
         loss = self._loss(net, batch, memory, 0.0)
-        of_texts = [metric for name, metric in metrics.items() if name not in ("loss", "perplexity")]
+        of_texts = [metric for name, metric in metrics.items() if name not in ("loss", "perplexity", "unknown_share")]
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
+        metrics["unknown_share"].update((batch["targets"] == tokenizer.unk_id).sum(), loss.count)
         if of_texts:
             texts = [found[0].text for found in self._write(net, batch, memory, tokenizer, self.decoding)]
             references = [self._listed(target) for target in batch["reference"]]
