@@ -71,8 +71,8 @@ def _import(name: str, folder: Path) -> str:
         raise UserError(Problem("imports", f"{name} cannot be imported: {cause}{hint}")) from error
     imported.add(module)
     for new in [new for new in sys.modules if new not in before and "." not in new]:
-        file = getattr(sys.modules[new], "__file__", None)
-        if file and folder in Path(file).resolve().parents[:2]:
+        source = getattr(sys.modules[new], "__file__", None)
+        if source and folder in Path(source).resolve().parents[:2]:
             _places[new] = folder
     origin = getattr(loaded, "__file__", None)
     if absolute.endswith(".py") and (origin is None or Path(origin).resolve() != Path(absolute)):

@@ -108,9 +108,9 @@ def test_predict_says_what_it_takes(tmp_path: Path) -> None:
     model = fit(tmp_path, Look(), max_epochs=1, limit_train_batches=1)
     assert model.predict([]) == []
     with pytest.raises(UserError, match="takes a list of texts or rows, and got one str"):
-        model.predict("a b")  # type: ignore[arg-type]
+        model.predict("a b")
     with pytest.raises(UserError, match="got one dict"):
-        model.predict({"text": "a b"})
+        model.predict({"text": "a b"})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="row 2 has no text; it needs text"):
         model.predict([{"text": "a"}, {"sentence": "b"}])
     with pytest.raises(UserError, match="not built yet"):

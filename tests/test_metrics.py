@@ -37,7 +37,7 @@ def test_bits_per_byte_by_hand() -> None:
     metric.update(loss(6 * math.log(2), 3), torch.tensor(12.0))
     assert metric.compute().item() == pytest.approx(0.5)
     # An unknown token of 4 bytes, 8 bits each, takes 2 bits to be called unknown.
-    metric.update(loss(2 * math.log(2), 1), torch.tensor(4.0), torch.tensor(4.0))
+    metric.update(loss(2 * math.log(2), 1), torch.tensor(4.0), 4.0)
     assert metric.compute().item() == pytest.approx((6 + 2 + 32) / 16)
 
 

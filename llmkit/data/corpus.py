@@ -103,7 +103,7 @@ class Corpus:
             read = partial(self._part, read, source.key, shares, stage, text, head.classes)
         if stage in self.limits:
             identity.append(self.limits[stage])
-            read = partial(self._limited, read, stage, joins)
+            read = partial(self._limited, read, stage, joined)
         return Reader(source, read, identity, joins, skipped)
 
     def _part(
@@ -124,7 +124,7 @@ class Corpus:
 
     @staticmethod
     def _part_of_a_stream(
-        stage: Stage, source: Source, read: Any, identity: list[Any], joins: bool, skipped: Skipped
+        stage: Stage, source: Source, read: Any, identity: list[Any], joins: Ending | None, skipped: Skipped
     ) -> Reader:
         identity += [stage, HELD_OUT]
         if stage == "validation":
