@@ -84,9 +84,8 @@ def test_class_weights_that_do_not_fit() -> None:
         head.build(16, 262)
 
 
-@pytest.mark.parametrize("head", ["classification", "multi_label", "regression"])
-def test_a_decoder_passes_the_checks(head: str) -> None:
-    report = check("head", plugin("head", head, topology="decoder"))
+def test_a_decoder_passes_the_checks() -> None:
+    report = check("head", plugin("head", "classification", topology="decoder"))
     assert not report.failed, str(report)
 
 

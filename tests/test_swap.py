@@ -23,6 +23,7 @@ HEADS = ("generation", "classification", "translation")
 FILES = {
     **{"generation": "text.txt", "masked_lm": "text.txt", "classification": "labels.csv", "translation": "pairs.tsv"},
     **{"summarization": "summaries.csv", "token_classification": "tags.conll", "question_answering": "questions.squad"},
+    **{"multi_label": "scored.jsonl", "regression": "scored.jsonl"},
 }
 PROMPTS = ("word 3", "line 12 of")
 
@@ -41,6 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer = {"text": "word", "answer_start": 0}
     questions = [{"context": w, "qas": [{"id": w, "question": "which?", "answers": [answer]}]} for w in words]
     (folder / "questions.squad").write_text(json.dumps({"data": [{"title": "", "paragraphs": questions}]}))
+    scored = [{"text": w, "labels": ["a", "b"][: i % 3], "score": i % 7} for i, w in enumerate(words)]
+    (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
     (folder / "rows.txt").write_text("".join(f"word {i}\n" for i in (5, 3, 11, 4, 7)))
     return folder
 
@@ -104,8 +107,15 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("head", sorted(FILES.keys() - set(HEADS)))
-@pytest.mark.parametrize("attention", ["multi_head", "lstm", "low_rank"])
+@pytest.mark.parametrize(
+    ("attention", "head"),
+    [
+        (attention, head)
+        for attention in ("multi_head", "lstm", "low_rank")
+        for head in sorted(FILES.keys() - set(HEADS))
+        if attention == "multi_head" or FILES[head] != "scored.jsonl"  # these use the network as classification does
+    ],
+)
 def test_attention_and_further_head(attention: str, head: str, data: Path, tmp_path: Path) -> None:
     assert FILES.keys() == registry.entries("head").keys()
     result = fit(data, tmp_path, "--model.attention", attention, head=head)

@@ -18,6 +18,9 @@ from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.labels import accepted
 from llmkit_plugins.head.pooled import Pooled
 
+BITS = torch.int64 if torch.float64 == EXACT else torch.int32
+"""Integers of the size of an exact number."""
+
 
 def _number(value: Any) -> float:
     """Return a score as a number. Raises UserError for any other value."""
@@ -146,6 +149,13 @@ class ScoreMetric(Metric):
         super().__init__()
         self.kind = kind
         self.add_state("pairs", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        super().reset()
+        # A process without rows takes part in the exchange too: it would leave out a list that is empty.
+        self.pairs = [torch.zeros(0, 2, dtype=BITS, device=self.device)]
 
     def update(self, predicted: Tensor, expected: Tensor) -> None:
         """Add scores, (B,) each."""
