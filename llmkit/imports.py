@@ -71,8 +71,8 @@ def _import(name: str, folder: Path) -> str:
         raise UserError(Problem("imports", f"{name} cannot be imported: {cause}{hint}")) from error
     imported.add(module)
     for new in [new for new in sys.modules if new not in before and "." not in new]:
-        file = getattr(sys.modules[new], "__file__", None)
-        if file and folder in Path(file).resolve().parents[:2]:
+        origin = getattr(sys.modules[new], "__file__", None)
+        if origin and folder in Path(origin).resolve().parents[:2]:
             _places[new] = folder
     found = getattr(loaded, "__file__", None)
     if absolute.endswith(".py") and (found is None or Path(found).resolve() != Path(absolute)):
