@@ -57,7 +57,7 @@ def _import(name: str, folder: Path) -> str:
             raise UserError(Problem("imports", f"{file} does not exist.{hint}"))
         folder, module, absolute = file.parent, file.stem, str(file)
     # Imported under a real name, so that worker processes and pickles find the module again.
-    _leave_other_folders(folder)
+    _leave_other_folders(module, folder)
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))
@@ -81,12 +81,14 @@ def _import(name: str, folder: Path) -> str:
     return absolute
 
 
-def _leave_other_folders(folder: Path) -> None:
-    """Forget the modules that an earlier run of this process took from its folders and that ``folder`` has as well.
+def _leave_other_folders(module: str, folder: Path) -> None:
+    """Forget another folder's module of this name, and helpers of its modules that ``folder`` has as well.
 
     Otherwise ``import helpers`` in a file here would silently get the ``helpers.py`` there.
     """
     for name in [name for name, place in _places.items() if place != folder]:
+        if name != module and name in imported:
+            continue
         if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file():
             for part in [part for part in sys.modules if part == name or part.startswith(f"{name}.")]:
                 del sys.modules[part]

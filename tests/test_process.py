@@ -91,6 +91,8 @@ def test_files_of_one_name(words: list[str], tmp_path: Path) -> None:
         assert norm.factor == factor  # type: ignore[attr-defined]
     result = llmkit(*words, "--imports", files[1], "--model.norm", "one")
     assert "unknown norm 'one'" in result.err
+    (tmp_path / "two" / "other.py").write_text("import of_one_name_helper\n")
+    done(*words, "--imports", files[0], str(tmp_path / "two" / "other.py"), "--model.norm", "one")
     result = llmkit(*words, "--imports", *files)
     assert result.code == 2
     assert "another module is already called 'of_one_name'" in result.err

@@ -215,7 +215,35 @@ def test_without_a_logger_a_run_has_a_folder_too(words: list[str], tmp_path: Pat
     assert written == ["version_0", "version_1", "version_2"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("every_n_steps", "0"), ("keep", "-1")])
+def test_early_stopping(words: list[str]) -> None:
+    """It counts validations without a better one, over a resume too."""
+    own = (
+        *words,
+        *WORSE,
+        "--trainer.val_check_interval",
+        "2",
+        "--trainer.max_steps",
+        "40",
+        "--checkpoint.patience",
+        "3",
+    )
+    whole = done(*own, "--name", "whole")
+    values = scores(whole)
+    best = min(values, key=lambda step: values[step])
+    since = [step for step in sorted(values) if step > best]
+    assert len(since) == 3
+    assert f"step {since[-1]}: training stops, 3 validation(s) in a row" in whole.err
+    assert steps_of(whole)["last.ckpt"] == since[-1] < 40
+    done(*own, "--name", "parts", "--trainer.max_steps", since[1])
+    resumed = done(*own, "--name", "parts", "--ckpt_path", "last")
+    assert scores(resumed) == values
+    again = done(*own, "--name", "parts", "--ckpt_path", "last")
+    assert "training stops" in again.err
+    for run in (resumed, again):
+        assert [steps_of(run)[name] for name in ("last.ckpt", "best.ckpt")] == [since[-1], best]
+
+
+@pytest.mark.parametrize(("key", "value"), [("every_n_steps", "0"), ("keep", "-1"), ("patience", "0")])
 def test_numbers_out_of_range(key: str, value: str, words: list[str]) -> None:
     result = llmkit(*words, f"--checkpoint.{key}", value)
     assert result.code == 2

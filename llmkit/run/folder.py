@@ -97,7 +97,7 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 class RunFolder(Callback):
     """Makes all processes of a run use the folder that the first one has claimed; the first callback of a trainer.
 
-    It gives the config to all loggers, as hyperparameters. A resumed run begins its ``metrics.csv`` with the rows of
+    It gives the config to all loggers, as hyperparameters. The ``metrics.csv`` of a resumed run begins with the rows of
     the run before it, up to the checkpoint.
     """
 

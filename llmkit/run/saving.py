@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
 from llmkit.checkpoint.content import read
-from llmkit.errors import Problem, UserError
+from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import can_resume_here, is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.step import local_shard
@@ -88,21 +88,26 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: optimizer steps between two checkpoints, in addition to those at validations; None: only those.
         keep: how many of the newest checkpoints to keep as ``step_N.ckpt``, next to ``last.ckpt`` and ``best.ckpt``.
+        patience: early stopping: training ends after this many validations in a row without a better value of the
+            head's metric; None: it does not.
 
     Raises:
         UserError: a number is out of range; or weights are not finite, which never replace a checkpoint.
     """
 
-    def __init__(self, every_n_steps: int | None = None, keep: int = 0) -> None:
+    def __init__(self, every_n_steps: int | None = None, keep: int = 0, patience: int | None = None) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(Problem("checkpoint.every_n_steps", f"must be at least 1, got {every_n_steps}"))
+        if patience is not None and patience < 1:
+            raise UserError(Problem("checkpoint.patience", f"must be at least 1, got {patience}"))
         if keep < 0:
             raise UserError(Problem("checkpoint.keep", f"must be 0 or more, got {keep}"))
-        self.every_n_steps, self.keep = every_n_steps, keep
+        self.every_n_steps, self.keep, self.patience = every_n_steps, keep, patience
         self.folder = Path()
         self.best_step: int | None = None
         self.best_score = float("nan")
+        self.waited = 0
         self._stored_folder = ""
         self._saved_step = -1
 
@@ -118,7 +123,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what killed runs left, and take over the best checkpoint of a resumed run."""
-        self._saved_step = trainer.global_step
+        # A run that had been stopped early has no step left: its checkpoint is written at the end.
+        self._saved_step = -1 if self._stop_early(trainer) else trainer.global_step
         if trainer.is_global_zero:
             sweep(self.folder.parent.parent)
         self._take_over_best(trainer)
@@ -168,7 +174,20 @@ class Checkpoints(Checkpoint):
         improved = better or (self.best_step is None and not math.isnan(value))
         if improved:
             self.best_score, self.best_step = value, trainer.global_step
+        self.waited = 0 if improved else self.waited + 1
         self.save(trainer, improved)
+        self._stop_early(trainer)
+
+    def _stop_early(self, trainer: pl.Trainer) -> bool:
+        if self.patience is None or self.waited < self.patience:
+            return False
+        trainer.should_stop = True
+        if trainer.is_global_zero:
+            note(
+                f"step {trainer.global_step}: training stops, {self.waited} validation(s) in a row were not better "
+                f"than that of step {self.best_step} (checkpoint.patience)"
+            )
+        return True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, and weights that were replaced by an average after the last step."""
@@ -199,13 +218,18 @@ class Checkpoints(Checkpoint):
                 (self.folder / f"step_{step}.ckpt").unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which checkpoint is the best, and its folder."""
-        return {"best_step": self.best_step, "best_score": self.best_score, "folder": str(self.folder)}
+        """Return which checkpoint is the best, how many validations were not better since, and the folder."""
+        return {
+            "best_step": self.best_step,
+            "best_score": self.best_score,
+            "waited": self.waited,
+            "folder": str(self.folder),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best checkpoint of the run that is resumed."""
         self.best_step, self.best_score = state_dict["best_step"], state_dict["best_score"]
-        self._stored_folder = state_dict["folder"]
+        self.waited, self._stored_folder = state_dict.get("waited", 0), state_dict["folder"]
 
 
 def sweep(folder: Path) -> None:
