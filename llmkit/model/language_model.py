@@ -24,7 +24,7 @@ from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position
 from llmkit.data.examples import note_truncated
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import batches_begun, build_first, global_seed, logs_this_step
-from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
@@ -92,6 +92,7 @@ class LanguageModel(pl.LightningModule):
             decoding = DecodingOptions(**decoding)
         if decoding is not None:
             self.head.decoding = decoding
+        self.uses_muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
         self.spec: dict[str, Any] = {**self.parts.spec, "decoding": dataclasses.asdict(self.head.decoding)}
         self.net: Backbone | None = None
         self.kinds: dict[str, str] = {}
@@ -104,8 +105,7 @@ class LanguageModel(pl.LightningModule):
         self.results: dict[str, Tensor] = {}
         self.last_loss = torch.tensor(float("nan"))
         self._step = OptimizerStep(max_bad_steps)
-        self._stored_step: dict[str, Any] = {}
-        self._stored_settings: dict[str, Any] = {}
+        self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
         if init_from is not None:
             with blame("model.init_from"):
@@ -158,7 +158,7 @@ class LanguageModel(pl.LightningModule):
                 note(taken)
         self.val_metrics = nn.ModuleDict(self.head.metrics("validation"))
         self.test_metrics = nn.ModuleDict(self.head.metrics("test"))
-        self.kinds = parameter_kinds(self)
+        self.kinds = parameter_kinds(self, hidden=self.uses_muon)
         if self.spec["compile"]:
             self.net.compile()
         if self.device_mesh is not None:
@@ -208,7 +208,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
-        apply_changes(self.trainer, self.parts, self._stored_settings, parameter_groups(self, self.kinds))
+        apply_changes(self.trainer, self.parts, self._stored_settings, self._groups())
         self._step.restore(self, self._stored_step)
         self._stored_step, self._stored_settings = {}, {}
 
@@ -231,13 +231,16 @@ class LanguageModel(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self, self.kinds, fused_maps(self) if self.uses_muon else None)
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
-        muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
-        if muon and isinstance(self.trainer.strategy, FSDPStrategy):
-            text = "muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP"
-            raise UserError(Problem("model.optimizer", text))
-        optimizer = self.parts.build("optimizer", parameter_groups(self, self.kinds))
+        if self.uses_muon and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UserError(
+                Problem("model.optimizer", "muon needs whole matrices, not FSDP's pieces: use adamw or DDP")
+            )
+        optimizer = self.parts.build("optimizer", self._groups())
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
             raise UserError(Problem("trainer.max_steps", "must be set: the schedule has to know how long the run is"))
@@ -299,8 +302,7 @@ class LanguageModel(pl.LightningModule):
         Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
         """
         network, tokenizer = self.network, self._trained_tokenizer
-        columns = columns_of(rows, self.head.inputs)
-        if not rows:
+        if not (columns := columns_of(rows, self.head.inputs)):
             return []
         features = self.head.encode(columns, tokenizer, self.context)
         note_truncated(self.head, features.get("truncated"), len(rows), self.context)
@@ -327,8 +329,7 @@ class LanguageModel(pl.LightningModule):
         where = f"checkpoint {path}"
         check_classes(stored.part, where)
         spec = {**stored.part["model"], "compile": False}
-        problems = check_arguments(cls, copy.deepcopy(spec), "model")  # which fills in defaults
-        if problems:
+        if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
             if spec.get("init_from") is not None:

@@ -24,7 +24,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def columns_of(rows: Sequence[str] | Sequence[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, list[Any]]:
-    """Return rows as columns; a text stands for the first field of a row whose other fields are empty.
+    """Return rows as columns, {} for none; a text stands for the first field of a row whose other fields are empty.
 
     Raises UserError when ``rows`` is a single text or row, or a row lacks a field.
     """
@@ -34,4 +34,4 @@ def columns_of(rows: Sequence[str] | Sequence[Mapping[str, Any]], fields: Sequen
     for number, row in enumerate(given, 1):
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"predict: row {number} has no {' and no '.join(missing)}; it needs {', '.join(fields)}")
-    return {name: [row[name] for row in given] for name in fields}
+    return {name: [row[name] for row in given] for name in fields} if given else {}
