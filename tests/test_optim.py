@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from llmkit.model import optim
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
+from llmkit.registry import plugin
 
 
 def small_model() -> nn.Sequential:
@@ -81,6 +83,43 @@ def test_muon_agrees_with_torchs_muon_on_one_matrix() -> None:
         other.step()
     # Both iterate in low precision; a step of 0.1 per singular direction is what they must agree on.
     assert (ours - theirs).norm() < 0.05 * (ours - start).norm()
+
+
+def test_muon_orthogonalises_each_map_of_a_fused_weight() -> None:
+    """As if each map were a weight of its own; the maps of queries, keys and values have different sizes here."""
+    torch.manual_seed(4)
+    start, sizes = torch.randn(16, 8), [8, 4, 4]
+    whole = nn.Parameter(start.clone())
+    pieces = [nn.Parameter(piece.clone()) for piece in start.split(sizes)]
+    one = Muon([{"params": [whole], "kind": "matrix", "maps": [sizes]}], lr=0.1)
+    several = Muon([{"params": pieces, "kind": "matrix"}], lr=0.1)
+    for _ in range(3):
+        whole.grad = torch.randn(16, 8)
+        for piece, gradient in zip(pieces, whole.grad.split(sizes), strict=True):
+            piece.grad = gradient.clone()
+        one.step()
+        several.step()
+    torch.testing.assert_close(whole.detach(), torch.cat([piece.detach() for piece in pieces]))
+
+
+def test_muon_takes_hidden_matrices_by_their_maps_and_no_classifier() -> None:
+    model = LanguageModel(
+        head=plugin("head", "classification"), attention=plugin("attention", "lstm"), optimizer=Muon, dim=8,
+        feedforward=plugin("feedforward", "swiglu"), num_layers=1, context=8,
+    )  # fmt: skip
+    model.tokenizer = plugin("tokenizer", "byte")()
+    model.head.set_info({"labels": ["a", "b"]})
+    model.configure_model()
+    matrices, embeddings, _ = model._groups()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p].rpartition("0.")[2]: rows for p, rows in zip(matrices["params"], matrices["maps"], strict=True)}
+    gates = [4] * 4
+    assert found == {
+        "attention.rnn.weight_ih_l0": gates, "attention.rnn.weight_hh_l0": gates,
+        "attention.rnn.weight_ih_l0_reverse": gates, "attention.rnn.weight_hh_l0_reverse": gates,
+        "feedforward.inner.weight": [24, 24], "feedforward.out.weight": [8],
+    }  # fmt: skip
+    assert {names[p] for p in embeddings["params"]} == {"net.embedding.weight", "head.classifier.weight"}
 
 
 def test_muon_uses_adamw_for_everything_else() -> None:

@@ -323,27 +323,50 @@ def _is_embedding(name: str) -> bool:
     return name.startswith(("embedding.", "position."))
 
 
-def parameter_kinds(net: nn.Module) -> dict[str, str]:
-    """Return the kind of each parameter by name: ``matrix``, ``embedding`` (output matrix too) or ``vector``."""
+def parameter_kinds(net: nn.Module, hidden: bool = False) -> dict[str, str]:
+    """Return the kind of each parameter by name: ``matrix``, ``embedding`` (output matrix too) or ``vector``.
+
+    Args:
+        net: the network, or the model around it.
+        hidden: whether only hidden matrices are of the kind ``matrix``: a head's count as output matrices.
+    """
 
     def kind(name: str, parameter: Tensor) -> str:
         if parameter.dim() < 2:
             return "vector"
+        if hidden and name.startswith("head."):
+            return "embedding"
         return "embedding" if _is_embedding(name) or name.startswith("output.") else "matrix"
 
     return {name: kind(name.removeprefix("net."), parameter) for name, parameter in net.named_parameters()}
 
 
-def parameter_groups(net: nn.Module, kinds: dict[str, str]) -> list[dict[str, Any]]:
+def fused_maps(net: nn.Module) -> dict[str, list[int]]:
+    """Return, by name, the weights that ``llmkit.ops.fused.fused`` marked, with the rows of each map in them."""
+    return {
+        f"{module}.{name}": sizes
+        for module, part in net.named_modules()
+        for name, sizes in getattr(part, "fused", {}).items()
+    }
+
+
+def parameter_groups(
+    net: nn.Module, kinds: dict[str, str], maps: dict[str, list[int]] | None = None
+) -> list[dict[str, Any]]:
     """Return optimizer groups by ``kind``: matrices and embeddings with weight decay, vectors without.
 
     Args:
         net: the module, possibly wrapped by FSDP since ``kinds`` was taken (its shards are flat).
         kinds: what ``parameter_kinds`` returned.
+        maps: what ``fused_maps`` returned: the group ``matrix`` says the ``maps`` of each of its parameters.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
-    for name, parameter in net.named_parameters():
+    rows: list[list[int]] = []
+    for full_name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            groups[kinds[name.replace("_fsdp_wrapped_module.", "")]].append(parameter)
-    no_decay = {"vector": {"weight_decay": 0.0}}
-    return [{"params": group, "kind": kind, **no_decay.get(kind, {})} for kind, group in groups.items() if group]
+            name = full_name.replace("_fsdp_wrapped_module.", "")
+            groups[kinds[name]].append(parameter)
+            if maps is not None and kinds[name] == "matrix":
+                rows.append(maps.get(name, [len(parameter)]))
+    own: dict[str, dict[str, Any]] = {"vector": {"weight_decay": 0.0}, "matrix": {"maps": rows} if rows else {}}
+    return [{"params": group, "kind": kind, **own.get(kind, {})} for kind, group in groups.items() if group]

@@ -24,13 +24,13 @@ from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_w
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
-from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep, seed_device
-from llmkit.model.use import Rows, batch_of, evaluating
+from llmkit.model.use import Rows, Scores, batch_of, evaluating
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.sequence import DecodingOptions, on_device
 
@@ -97,6 +97,7 @@ class LanguageModel(pl.LightningModule):
             decoding = DecodingOptions(**decoding)
         if decoding is not None:
             self.head.decoding = decoding
+        self.uses_muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
         self.spec: dict[str, Any] = {**self.parts.spec, "decoding": dataclasses.asdict(self.head.decoding)}
         self.net: Backbone | None = None
         self.kinds: dict[str, str] = {}
@@ -109,8 +110,7 @@ class LanguageModel(pl.LightningModule):
         self.results: dict[str, Tensor] = {}
         self.last_loss = torch.tensor(float("nan"))
         self._step = OptimizerStep(max_bad_steps)
-        self._stored_step: dict[str, Any] = {}
-        self._stored_settings: dict[str, Any] = {}
+        self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
         self._word_vectors = word_vectors
         if init_from is not None:
@@ -159,7 +159,7 @@ class LanguageModel(pl.LightningModule):
         begin_with_vectors(self.net, self._trained_tokenizer, self._word_vectors, self.global_rank)
         self.val_metrics = self.parts.metrics(self.head, "validation")
         self.test_metrics = self.parts.metrics(self.head, "test")
-        self.kinds = parameter_kinds(self)
+        self.kinds = parameter_kinds(self, hidden=self.uses_muon)
         if self.spec["compile"]:
             torch.compiler.reset()  # torch keeps eight graphs of a class: a ninth model would silently run uncompiled
             self.net.compile()
@@ -191,11 +191,6 @@ class LanguageModel(pl.LightningModule):
         return f", vocabulary {self.tokenizer.vocab_size:,}, {self.net.num_parameters()['total']:,} parameters"
 
     @property
-    def batch_shape(self) -> str:
-        """The shapes of the last training batch, in words, once there was one."""
-        return self._step.batch_shape
-
-    @property
     def network(self) -> Backbone:
         """The network; raises UserError before it is built."""
         if self.net is None:
@@ -210,7 +205,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
-        apply_changes(self.trainer, self.parts, self._stored_settings, parameter_groups(self, self.kinds))
+        apply_changes(self.trainer, self.parts, self._stored_settings, self._groups())
         self._step.restore(self, self._stored_step)
         self._stored_step, self._stored_settings = {}, {}
 
@@ -230,13 +225,15 @@ class LanguageModel(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self, self.kinds, fused_maps(self) if self.uses_muon else None)
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
-        muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
-        if muon and isinstance(self.trainer.strategy, FSDPStrategy):
-            text = "muon needs whole matrices, and FSDP has flat pieces: use adamw, or DDP"
+        if self.uses_muon and isinstance(self.trainer.strategy, FSDPStrategy):
+            text = "muon needs whole matrices, not FSDP's pieces: use adamw or DDP"
             raise UserError(Problem("model.optimizer", text))
-        optimizer = self.parts.build("optimizer", parameter_groups(self, self.kinds))
+        optimizer = self.parts.build("optimizer", self._groups())
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
             raise UserError(Problem("trainer.max_steps", "must be set: the schedule has to know how long the run is"))
@@ -308,12 +305,11 @@ class LanguageModel(pl.LightningModule):
     @torch.no_grad()
     def score(self, rows: Rows) -> list[dict[str, Any]]:
         """Return how probable the model finds each text or row, with targets; for heads that write text."""
-        head: Any = self.head
-        if not hasattr(head, "score"):
+        head = self.head
+        if not isinstance(head, Scores):
             raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
         with evaluating(self):
-            scores: list[dict[str, Any]] = head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
-        return scores
+            return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
 
     def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
         batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
@@ -338,8 +334,7 @@ class LanguageModel(pl.LightningModule):
         where = f"checkpoint {path}"
         check_classes(stored.part, where)
         spec = {**stored.part["model"], "compile": False}
-        problems = check_arguments(cls, copy.deepcopy(spec), "model")  # which fills in defaults
-        if problems:
+        if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
             if spec.get("init_from") is not None or spec.get("word_vectors") is not None:

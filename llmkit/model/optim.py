@@ -52,7 +52,9 @@ class Muon(Optimizer):
     2-D matrices only, and it always computes in bf16, which is twenty times slower on a CPU without bf16 matmuls.
 
     Args:
-        params: groups, each with its ``kind``: ``matrix``, ``embedding`` or ``vector``.
+        params: groups, each with its ``kind``: ``matrix``, ``embedding`` or ``vector``. A group of matrices may say in
+            ``maps`` the rows of the maps that each parameter holds (queries, keys and values in one weight, the gates
+            of an LSTM): each of them is orthogonalised by itself.
         lr: learning rate of the matrices.
         momentum: decay of the matrices' momentum (Nesterov).
         weight_decay: decay of the matrices and embeddings.
@@ -86,17 +88,22 @@ class Muon(Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 parameters = [p for p in group["params"] if p.grad is not None]
-                if parameters:
-                    (self._orthogonal if group.get("kind") == "matrix" else self._adam)(group, parameters)
+                if group.get("kind") == "matrix":
+                    self._orthogonal(group)
+                elif parameters:
+                    self._adam(group, parameters)
         return loss
 
-    def _orthogonal(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        shapes: dict[torch.Size, list[Tensor]] = {}
-        for parameter in parameters:
-            shapes.setdefault(parameter.shape, []).append(parameter)
-        for shape, members in shapes.items():
-            grads = [p.grad for p in members if p.grad is not None]
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in members]
+    def _orthogonal(self, group: dict[str, Any]) -> None:
+        shapes: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        every = group["params"]
+        for parameter, rows in zip(every, group.get("maps") or [[len(p)] for p in every], strict=True):
+            if parameter.grad is not None:
+                buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                for piece in zip(*(x.split(rows) for x in (parameter, parameter.grad, buffer)), strict=True):
+                    shapes.setdefault(piece[0].shape, []).append(piece)
+        for shape, pieces in shapes.items():
+            members, grads, buffers = map(list, zip(*pieces, strict=True))
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])
             matrices = torch.stack(updates).flatten(2)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from llmkit.contracts import Batch, Head, Tokenizer
+from llmkit.contracts import Batch, Head, Network, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import UserError
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 """Texts, or rows with the head's fields."""
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """A head that can say how probable the model finds a text."""
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def score(self, net: Network, batch: Batch, /) -> list[dict[str, Any]]:
+        """Return the log probability of each row, with its number of tokens and perplexity."""
 
 
 @contextmanager
@@ -50,4 +61,4 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
     for number, row in enumerate(given, 1):
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"predict: row {number} has no {' and no '.join(missing)}; it needs {', '.join(fields)}")
-    return {name: [row[name] for row in given] for name in fields}
+    return {name: [row[name] for row in given] for name in fields} if given else {}

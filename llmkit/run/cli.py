@@ -180,7 +180,7 @@ class CLI(LightningCLI):
             spec = ", ".join(f"model.{key} {model.spec[key]}" for key in ("dim", "num_layers", "context"))
             raise UserError(
                 f"out of memory ({' '.join(str(error).split())[:160]}). It depends on {batch} "
-                f"{data.batch_tokens or data.batch_size}{model.batch_shape}, {spec}{model.size}, precision "
+                f"{data.batch_tokens or data.batch_size}{model._step.batch_shape}, {spec}{model.size}, precision "
                 f"{self.trainer.precision}. Lower {batch} first (trainer.accumulate_grad_batches makes up for it), "
                 f"then model.context or model.dim"
             ) from error

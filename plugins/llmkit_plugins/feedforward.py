@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward
 from llmkit.ops.elementwise import Dropout
+from llmkit.ops.fused import fused
 
 
 class _TwoLayers(Feedforward):
@@ -100,7 +101,7 @@ class SwiGLU(Feedforward):
     def __init__(self, dim: int, hidden_multiple: float = 4.0, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__(dim)
         hidden = 8 * math.ceil(hidden_multiple * dim / 12)
-        self.inner = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.inner = fused(nn.Linear(dim, 2 * hidden, bias=bias), [hidden] * 2)
         self.out = nn.Linear(hidden, dim, bias=bias)
         self.dropout = Dropout(dropout)
 

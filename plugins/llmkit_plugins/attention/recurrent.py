@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from llmkit.contracts import Attention, Role
 from llmkit.ops.backend import without_autocast
+from llmkit.ops.fused import fused
 from llmkit.sequence import Memory, Sequence, State, positions_in_segments
 from llmkit_plugins.attention.heads import check_directions
 
@@ -87,7 +88,10 @@ class Recurrent(Attention):
         super().__init__(dim, role)
         check_directions(dim, role)
         both = role == "bidirectional"
-        self.rnn = network(dim, dim // 2 if both else dim, batch_first=True, bidirectional=both)
+        width = dim // 2 if both else dim
+        self.rnn = network(dim, width, batch_first=True, bidirectional=both)
+        gates = [width] * (4 if network is nn.LSTM else 3)
+        fused(self.rnn, gates, *(name for name, _ in self.rnn.named_parameters() if name.startswith("weight")))
 
     def forward(
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None

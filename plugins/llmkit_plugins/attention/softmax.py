@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
 from llmkit.ops.elementwise import rms_norm
+from llmkit.ops.fused import fused
 from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
@@ -60,9 +61,9 @@ class GroupedQuery(Attention):
         kv_dim = 2 * num_kv_heads * self.head_dim
         if role == "cross":
             self.q = nn.Linear(dim, dim, bias=bias)
-            self.kv = nn.Linear(dim, kv_dim, bias=bias)
+            self.kv = fused(nn.Linear(dim, kv_dim, bias=bias), [kv_dim // 2] * 2)
         else:
-            self.qkv = nn.Linear(dim, dim + kv_dim, bias=bias)
+            self.qkv = fused(nn.Linear(dim, dim + kv_dim, bias=bias), [dim, kv_dim // 2, kv_dim // 2])
         self.out = nn.Linear(dim, dim, bias=bias)  # a map called `out` starts small, as residual outputs should
         self.qk_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
         self.lookup = Lookup(role, num_heads)
