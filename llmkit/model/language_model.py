@@ -231,8 +231,7 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
         if self.uses_muon and isinstance(self.trainer.strategy, FSDPStrategy):
-            text = "muon needs whole matrices, not FSDP's pieces: use adamw or DDP"
-            raise UserError(Problem("model.optimizer", text))
+            raise UserError(Problem("model.optimizer", "muon needs whole matrices: use adamw, or DDP instead of FSDP"))
         optimizer = self.parts.build("optimizer", self._groups())
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
