@@ -108,8 +108,9 @@ def _flat(name: str, column: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]
 
 
 WINDOW = 3.0
-"""How far a row moves from its place among rows of similar length in each epoch, in batches. With 3, 10 to 25 % of the
-pairs of rows that share a batch share one in the next epoch too, and 1 to 4 % more of a batch is padding."""
+"""How far a row moves from its place among rows of similar length in each epoch, in batches. With 3, of the pairs of
+rows that share a batch (of 32), 11 % of SST-2's and 20 % of DialogSum's share one in the next epoch too, for 1 and 2 %
+more padding. A wider window mixes more and pads more."""
 
 
 class Examples:
