@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmkit.model import optim
+from llmkit.model.backbone import fused_maps
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
 from llmkit.registry import plugin
@@ -120,6 +121,13 @@ def test_muon_takes_hidden_matrices_by_their_maps_and_no_classifier() -> None:
         "feedforward.inner.weight": [24, 24], "feedforward.out.weight": [8],
     }  # fmt: skip
     assert {names[p] for p in embeddings["params"]} == {"net.embedding.weight", "head.classifier.weight"}
+
+
+def test_the_maps_of_latent_attention() -> None:
+    """Latent and rotary key are two maps of the input, keys and values two of the latent; cross has no rotary key."""
+    build = plugin("attention", "latent", num_heads=2, kv_rank=6, rope_dim=2)
+    assert fused_maps(build(8, "causal")) == {"down.weight": [6, 2], "up.weight": [8, 8]}
+    assert fused_maps(build(8, "cross")) == {"down.weight": [6], "up.weight": [8, 8]}
 
 
 def test_muon_uses_adamw_for_everything_else() -> None:
