@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmkit.model import optim
+from llmkit.model.backbone import fused_maps
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
 from llmkit.registry import plugin
@@ -70,7 +71,9 @@ def test_orthogonalise_leaves_the_smallest_values_of_a_square_matrix_behind(
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim has no Muon before torch 2.9")
-def test_muon_agrees_with_torchs_muon_on_one_matrix() -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_muon_agrees_with_torchs_muon_on_one_matrix(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "fast_bf16", lambda device: bf16)
     torch.manual_seed(3)
     start = torch.randn(16, 8)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -81,7 +84,9 @@ def test_muon_agrees_with_torchs_muon_on_one_matrix() -> None:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         mine.step()
         other.step()
-    # Both iterate in low precision; a step of 0.1 per singular direction is what they must agree on.
+    if bf16:
+        assert torch.equal(ours, theirs)
+    # Torch's iterates in bf16 always; a step of 0.1 per singular direction is what they must agree on.
     assert (ours - theirs).norm() < 0.05 * (ours - start).norm()
 
 
@@ -120,6 +125,13 @@ def test_muon_takes_hidden_matrices_by_their_maps_and_no_classifier() -> None:
         "feedforward.inner.weight": [24, 24], "feedforward.out.weight": [8],
     }  # fmt: skip
     assert {names[p] for p in embeddings["params"]} == {"net.embedding.weight", "head.classifier.weight"}
+
+
+def test_the_maps_of_latent_attention() -> None:
+    """Latent and rotary key are two maps of the input, keys and values two of the latent; cross has no rotary key."""
+    build = plugin("attention", "latent", num_heads=2, kv_rank=6, rope_dim=2)
+    assert fused_maps(build(8, "causal")) == {"down.weight": [6, 2], "up.weight": [8, 8]}
+    assert fused_maps(build(8, "cross")) == {"down.weight": [6], "up.weight": [8, 8]}
 
 
 def test_muon_uses_adamw_for_everything_else() -> None:

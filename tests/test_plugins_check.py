@@ -107,6 +107,10 @@ def test_registered_name_and_json(folder: Path) -> None:
     assert found["title"] == "attention: llmkit_plugins.attention.recurrent.GRU()"
     assert {item["name"]: item["status"] for item in found["results"]}["cross_memory"] == "n/a"
     assert "6 wide" in found["results"][0]["detail"]
+    assert result.err.startswith(
+        "llmkit: note: differs from the default attention, multi_head: no argument num_heads (4"
+    )
+    assert "qk_norm (true there)" in result.err and result.err.count("\n") == 1
 
 
 def test_reference_from_a_file(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import os
 import shlex
 import subprocess
@@ -14,11 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command import done, llmkit
 
 from llmkit import imports, registry
+from llmkit.model.backbone import fused_maps
 from llmkit.registry import DEFAULTS
-from llmkit.testing import properties
+from llmkit.testing import attention, properties
+from llmkit.testing.facts import differences
 
 FAMILIES = list(DEFAULTS)
 
@@ -177,6 +182,26 @@ def test_the_documentation_of_a_class_is_its_own(family: str, tmp_path: Path, mo
     for file in tmp_path.iterdir():
         if file.is_file():
             assert "template" not in file.read_text().lower()
+
+
+def test_new_attention_starts_as_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the same names and maps give the same numbers: only what a user changes differs."""
+    monkeypatch.chdir(tmp_path)
+    done("plugins", "new", "attention", "fresh_start")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("fresh_start").FreshStart
+    default = registry.find("attention", registry.default("attention")).load()
+    for init_args in ({}, {"num_heads": 2, "qk_norm": False, "bias": True}):
+        for usage in attention.subject(functools.partial(default, **init_args)).usages:
+            built_in = usage.build()
+            mine = own(built_in.dim, usage.role, **init_args).double().eval()
+            mine.load_state_dict(built_in.state_dict())
+            assert fused_maps(mine) == fused_maps(built_in) and mine.mixing_flops(7) == built_in.mixing_flops(7)
+            for inputs, name in itertools.product(usage.kinds(), ("none", "rotary", "alibi")):
+                inputs.seq.position = registry.plugin("position", name)(built_in.dim, 40)
+                found, right = (usage.outputs(module, inputs)["forward"] for module in (mine, built_in))
+                torch.testing.assert_close(inputs.select(found), inputs.select(right))
+    assert differences("attention", functools.partial(own), 64, 8) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from command import done, llmkit
 
+from llmkit.commands.plugins.show import text as show_text
 from llmkit.testing.facts import papers
 
 OWN = '''
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from llmkit.contracts import Attention, Feedforward, Head, Position
+from llmkit.ops.fused import fused
 from llmkit.sequence import State
 
 
@@ -94,6 +96,23 @@ class Broken(Growing):
 
     def forward(self, x_BTD, seq, *, memory=None, state=None):
         return x_BTD.view(1, 77)
+
+
+class Whole(Growing):
+    """The four maps of the default in one weight."""
+
+    def __init__(self, dim, role, num_heads=2):
+        super().__init__(dim, role)
+        self.whole = nn.Linear(dim, 4 * dim, bias=False)
+
+
+class Marked(Whole):
+    """The same, and each map is named."""
+
+    def __init__(self, dim, role, num_heads=2, **others):
+        super().__init__(dim, role, num_heads)
+        fused(self.whole, [dim] * 4)
+        self.share = nn.Parameter(torch.zeros(()))
 
 
 class Stateless(Growing):
@@ -279,6 +298,41 @@ def test_arguments() -> None:
     assert power["description"] == "of the width; one and a half." and power["default"] == 1.5
     assert names["type"] == "tuple[str, ...]" and names["default"] == ["a", "b"]
     assert other == {"name": "other", "type": "", "required": False, "default": None, "description": ""}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("attention/multi_head",), []),
+        (
+            ("attention/multi_head", "--init.qk_norm", "false"),
+            ["qk_norm is false (true there)", "lacks weights 12 (qk_scale)"],
+        ),
+        # Four square maps in one weight would be queries, keys, values and output in one: Muon has to know.
+        (
+            ("shown_plugins:Whole",),
+            [
+                "num_heads is 2 (4 there)",
+                "no argument qk_norm (true there), bias (false there), dropout (0.0 there)",
+                "lacks weights 12 (qk_scale), 4 of 48 x 48 (qkv.weight, out.weight)",
+                "has further weights 192 x 48 (whole.weight)",
+            ],
+        ),
+        (
+            ("shown_plugins:Marked",),
+            ["num_heads is 2 (4 there)", "lacks weights 12 (qk_scale)", "has further weights a number (share)"],
+        ),
+        (("norm/layer",), ["eps is 1e-05 (1e-06 there)", "has further weights 48"]),
+        (("position/learned",), ["no argument base (10000.0 there)", "has further weights 20 x 48 (table.weight)"]),
+        (("head/translation",), []),
+    ],
+)
+def test_what_differs_from_the_default(words: tuple[object, ...], expected: list[str]) -> None:
+    facts = show(*words, "--dim", D, "--context", T)
+    assert facts["differences"] == expected
+    name = {"position": "rotary", "norm": "rms"}.get(facts["family"], "multi_head")
+    section = f"\ndiffers from the default, {name}\n  {'; '.join(expected)}\n"
+    assert (section in show_text(facts)) == bool(expected)
 
 
 def test_what_heads_and_tokenizers_support() -> None:

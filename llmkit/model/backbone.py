@@ -344,7 +344,7 @@ def parameter_kinds(net: nn.Module, hidden: bool = False) -> dict[str, str]:
 def fused_maps(net: nn.Module) -> dict[str, list[int]]:
     """Return, by name, the weights that ``llmkit.ops.fused.fused`` marked, with the rows of each map in them."""
     return {
-        f"{module}.{name}": sizes
+        f"{module}.{name}".removeprefix("."): sizes
         for module, part in net.named_modules()
         for name, sizes in getattr(part, "fused", {}).items()
     }

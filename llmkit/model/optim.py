@@ -48,8 +48,10 @@ class Muon(Optimizer):
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     Matrices of one shape are orthogonalised together, in bf16 where the hardware multiplies it fast. The weights equal
-    those of ``torch.optim.Muon``, in bf16 to the bit. That one is not used because torch 2.6 to 2.8 lack it, it takes
-    2-D matrices only, and it always computes in bf16, which is twenty times slower on a CPU without bf16 matmuls.
+    those of ``torch.optim.Muon``, in bf16 to the bit, when that one gets each map as a matrix of its own and gradients
+    are not tiny (of a norm below 1e-4, where the term against division by zero shows). It is not used because torch 2.6
+    to 2.8 lack it, it takes 2-D matrices only, and it always computes in bf16, which is twenty times slower on a CPU
+    without bf16 matmuls.
 
     Args:
         params: groups, each with its ``kind``: ``matrix``, ``embedding`` or ``vector``. A group of matrices may say in

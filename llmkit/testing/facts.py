@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 from llmkit import registry
 from llmkit.contracts import Attention, Head, Position, Role, Tokenizer
 from llmkit.errors import UserError
+from llmkit.model.backbone import fused_maps
 from llmkit.registry import Entry, Factory
 from llmkit.sequence import Sequence, State
 
@@ -54,6 +56,7 @@ def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
         "supports": {},
         "limits": [f"the argument {name} must be given" for name in registry.missing_arguments(factory)],
         "cost": [],
+        "differences": [] if registry.missing_arguments(factory) else differences(entry.family, factory, dim, length),
     }
     if not facts["limits"]:
         with _refusals(facts):
@@ -71,6 +74,70 @@ def papers(text: str) -> list[str]:
     found = re.findall(r"\barXiv:\s?(\d{4}\.\d{4,5}|[\w.-]+/\d{7})|\bdoi:\s?(10\.\d+/\S+)", text, re.IGNORECASE)
     links = [f"https://arxiv.org/abs/{a}" if a else f"https://doi.org/{b.rstrip('.,;:)')}" for a, b in found]
     return list(dict.fromkeys(links))
+
+
+def differences(family: str, factory: functools.partial[Any], dim: int, length: int) -> list[str]:
+    """Return what sets a plugin apart from its family's default, other than what it computes.
+
+    In a comparison with the default these are confounds unless they are the point: arguments that it lacks or whose
+    values differ, and weights by shape. A weight counts as the maps that are marked in it by ``llmkit.ops.fused``,
+    because Muon treats each by itself. Tokenizers and heads are not compared: another task is not a variant.
+
+    Args:
+        family: of the plugin.
+        factory: builds it from what the framework passes.
+        dim: the width at which weights are compared; a plugin that refuses it is compared by its arguments alone.
+        length: the context at which weights of positions are compared.
+    """
+    default = registry.resolve(family, None)
+    cls, usual = registry.target_of(factory), registry.target_of(default)
+    if family in ("tokenizer", "head"):
+        return []
+    found, missing = [], []
+    parameters = inspect.signature(cls).parameters
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, parameter in inspect.signature(usual).parameters.items():
+        if name in registry.PASSED:
+            continue
+        usual_value = f"({json.dumps(parameter.default, default=str)} there)"
+        if name in parameters or name in factory.keywords:
+            value = factory.keywords[name] if name in factory.keywords else parameters[name].default
+            if value != parameter.default:
+                found.append(f"{name} is {json.dumps(value, default=str)} {usual_value}")
+        elif not passed_on:
+            missing.append(f"{name} {usual_value}")
+    if missing:
+        found.append(f"no argument {', '.join(missing)}")
+
+    def build(factory: Factory) -> Build:
+        role = [role for role in ROLES if role in cls.roles][:1] if family == "attention" else []
+        return lambda dim, length: factory(dim, *([length] if family == "position" else role))
+
+    with contextlib.suppress(UserError):
+        here, there = (_measured(build(part), _maps, dim, length) for part in (factory, default))
+        for verb, more, less in (("lacks", there, here), ("has further", here, there)):
+            extra = {shape: len(names) - len(less.get(shape, ())) for shape, names in more.items()}
+            shapes = [
+                (f"{number} of " if number > 1 else "")
+                + (" x ".join(map(str, shape)) or "a number")
+                + ("" if shape in less else f" ({', '.join(dict.fromkeys(more[shape]))})")
+                for shape, number in extra.items()
+                if number > 0
+            ]
+            if shapes:
+                found.append(f"{verb} weights {', '.join(shapes)}")
+    return found
+
+
+def _maps(module: Any, length: int) -> dict[tuple[int, ...], list[str]]:
+    """Return, by shape, the names of the weights that hold the module's maps; several times if it holds several."""
+    fused = fused_maps(module)
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, parameter in module.named_parameters():
+        shape = tuple(parameter.shape)
+        for part in [(rows, *shape[1:]) for rows in fused[name]] if name in fused else [shape]:
+            found.setdefault(part, []).append(name)
+    return found
 
 
 def _version(distribution: str) -> str | None:

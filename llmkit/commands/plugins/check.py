@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from llmkit.commands import Parser, imported
 from llmkit.commands.plugins.target import NoContract, add_target, find, init_args, locate
 from llmkit.errors import UserError, note
 from llmkit.testing import Report
+from llmkit.testing.facts import differences
+from llmkit.testing.usage import CONTEXT
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -44,10 +47,11 @@ def run(command: str, argv: list[str]) -> int:
 def _report(options: argparse.Namespace, arguments: dict[str, Any]) -> Report:
     only = options.only
     factory: registry.Factory
+    plugin: functools.partial[Any] | None = None
     try:
         entry = locate(options.target)
         family = entry.family
-        factory = registry.factory_of({"class_path": entry.class_path, "init_args": arguments}, family)
+        factory = plugin = registry.factory_of({"class_path": entry.class_path, "init_args": arguments}, family)
     except NoContract:
         from torch import nn
 
@@ -70,7 +74,11 @@ def _report(options: argparse.Namespace, arguments: dict[str, Any]) -> Report:
         given["reference"] = find("function", options.reference)
     if options.rows:
         given["rows"] = _rows(options.rows)
-    return testing.check(family, factory, only=only, **given)
+    report = testing.check(family, factory, only=only, **given)
+    apart = differences(family, plugin, options.dim or 256, CONTEXT) if plugin else []
+    if apart:
+        note(f"differs from the default {family}, {registry.default(family)}: {'; '.join(apart)}")
+    return report
 
 
 def _rows(file: str) -> Any:

@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any
 
+from llmkit import registry
 from llmkit.commands import Parser, at_least, columns, imported
 from llmkit.commands.plugins import listing
 from llmkit.commands.plugins.target import add_target, init_args, locate
@@ -48,6 +49,8 @@ def text(facts: Facts) -> str:
     supports = facts["supports"].items()
     lines += _section("supports", [[name.replace("_", " "), _ability(name, value, twice)] for name, value in supports])
     lines += _section("limits", [[limit] for limit in facts["limits"]])
+    apart = [["; ".join(facts["differences"])]] if facts["differences"] else []
+    lines += _section(f"differs from the default, {registry.default(facts['family'])}", apart)
     if facts["cost"]:
         quantities = [name for name in facts["cost"][0] if name != "role"]
         rows = [["", *(title for name in quantities for title in (TITLES[name], f"at {twice}"))]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
+from llmkit.ops.fused import fused
 from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
@@ -67,8 +68,9 @@ class Latent(Attention):
         if role == "cross":
             self.rope_dim = 0
         self.q = nn.Linear(dim, num_heads * (self.head_dim + self.rope_dim), bias=False)
-        self.down = nn.Linear(dim, self.kv_rank + self.rope_dim, bias=False)
-        self.up = nn.Linear(self.kv_rank, 2 * dim, bias=False)
+        narrow = [self.kv_rank, self.rope_dim] if self.rope_dim else [self.kv_rank]
+        self.down = fused(nn.Linear(dim, sum(narrow), bias=False), narrow)
+        self.up = fused(nn.Linear(self.kv_rank, 2 * dim, bias=False), [dim] * 2)
         self.out = nn.Linear(dim, dim, bias=False)
         self.latent_scale = nn.Parameter(torch.ones(self.kv_rank))
         self.lookup = Lookup(role, num_heads)
