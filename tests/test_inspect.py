@@ -10,11 +10,14 @@ import pytest
 import torch
 from command import TINY, done, llmkit
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmkit import LanguageModel, load, main
+from llmkit import DataModule, LanguageModel, load, main, plugin
+from llmkit.commands.inspect import describe
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
+from llmkit.testing.invariance import build
 
 DIM, LAYERS, HEADS, CONTEXT, BATCH = 16, 3, 4, 16, 2
 MODEL = ("--model.num_layers", LAYERS, "--model.attention", json.dumps({"name": "multi_head", "num_heads": HEADS}))
@@ -45,7 +48,7 @@ def test_keys_and_sizes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     facts = inspect(text)
     assert set(facts) == {*("tree", "parameters", "flops_per_token", "memory_bytes", "tokens_per_step", "vocab_size")}
     assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total"}
-    assert set(facts["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
+    assert set(facts["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations", "peak"}
     assert facts["vocab_size"] == 6 + len(set(text.read_text()))  # special tokens and characters
     assert facts["tokens_per_step"] == BATCH * CONTEXT
     assert inspect(text, "--trainer.accumulate_grad_batches", "3")["tokens_per_step"] == 3 * BATCH * CONTEXT
@@ -132,3 +135,38 @@ def test_activations_grow_with_the_batch(text: Path) -> None:
     one, three = (inspect(text, "--data.batch_size", size)["memory_bytes"]["activations"] for size in (2, 6))
     assert one > BATCH * CONTEXT * DIM * LAYERS * 4  # at the least what enters each layer
     assert 2 * one < three <= 3 * one
+
+
+FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("head", FILES)
+def test_peak(head: str, batches: int, text: Path, tmp_path: Path) -> None:
+    """Against what the CPU's allocator reports to torch's profiler; the sum of the parts is an upper limit."""
+    lines = text.read_text().splitlines()
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{line}\t{line[3:]}\n" for line in lines))
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{line},{i % 3}\n" for i, line in enumerate(lines)))
+    (tmp_path / "text.txt").write_text(text.read_text())
+    tokenizer: Any = plugin("tokenizer", "char")
+    data = DataModule(train=str(tmp_path / FILES[head]), tokenizer=tokenizer, batch_size=8, cache_dir=str(tmp_path))
+    model = LanguageModel(plugin("head", head), dim=64, num_layers=2, context=32)
+    build(model, data)
+    batch = next(iter(data.train_dataloader()))
+    memory = describe(model, batch, batches)["memory_bytes"]
+    assert all(p.grad is None for p in model.parameters())
+
+    now = peak = 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(batches):
+            loss = model.head.loss(model.network, batch)
+            (loss.total / loss.count).backward()
+            del loss
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert memory["peak"] == pytest.approx(memory["weights"] + memory["optimizer"] + peak, rel=0.01)
+    parts = sum(memory.values()) - memory["peak"]
+    assert memory["peak"] <= parts
+    assert batches == 1 or memory["peak"] == pytest.approx(parts, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torchmetrics import MeanMetric
 from llmkit import DataModule, LanguageModel, UserError, plugin, registry
 from llmkit.commands.verify.metrics import table
 from llmkit.contracts import Attention, Batch, Head, Loss, Network, Role, Stage, Tokenizer
+from llmkit.data import batches
 from llmkit.ops.metrics import Mean
 from llmkit.sequence import Memory, State
 from llmkit.sequence import Sequence as Positions
@@ -23,6 +25,7 @@ from llmkit.testing.invariance import Finding, check
 from llmkit_plugins.attention.softmax import MultiHead
 from llmkit_plugins.head.classification import Classification
 from llmkit_plugins.head.generation import Generation
+from llmkit_plugins.head.translation import Translation
 
 TEXTS = [" ".join(["word", "of", "line", "x"][: 1 + i % 4] * (1 + i % 5)) + f" {i}" for i in range(24)]
 FILES = {
@@ -32,6 +35,8 @@ FILES = {
     "summary": ("summaries.csv", "auto"),
     "tags": ("tags.conll", "conll"),
     "answers": ("questions.squad", "squad"),
+    "labels": ("several.jsonl", "auto"),
+    "score": ("scores.csv", "auto"),
 }
 
 
@@ -41,6 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("\n".join(TEXTS) + "\n")
     (folder / "labels.csv").write_text("text,label\n" + "".join(f"{t},{'abc'[i % 3]}\n" for i, t in enumerate(TEXTS)))
+    several = [json.dumps({"text": t, "labels": list("abc"[: i % 4])}) + "\n" for i, t in enumerate(TEXTS)]
+    (folder / "several.jsonl").write_text("".join(several))
+    (folder / "scores.csv").write_text("text,score\n" + "".join(f"{t},{i % 7}\n" for i, t in enumerate(TEXTS)))
     (folder / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{t}\t{t[: i + 2]}\n" for i, t in enumerate(TEXTS)))
     (folder / "summaries.csv").write_text(
         "document,summary\n" + "".join(f"{t},{t[: i + 2]}\n" for i, t in enumerate(TEXTS))
@@ -86,6 +94,31 @@ def test_shipped_heads_pass(head: str, folder: Path) -> None:
         names |= {f"val_{name}" for name in model.metrics("validation")}
     assert names <= found.keys()
     assert all(finding.difference < 1e-6 for finding in found.values())
+
+
+LENGTH = sum(min(len(text), 32) for text in TEXTS) / len(TEXTS)
+PLACE = (len("\n".join(TEXTS)) // 32) * 32 / 2  # of blocks of 32, from the first to the last
+ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "by length": ("classification", f"mean length {LENGTH:g}", {"batch_size": 2}),
+    "by length and tokens": ("classification", f"mean length {LENGTH:g}", {"batch_tokens": 64}),
+    "text": ("generation", f"mean place {PLACE:g}", {"batch_size": 1}),
+    "packed": ("generation", "mean place 12.5", {"batch_size": 1, "pack": True, "documents": "line"}),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_first_batches_that_do_not_represent_all(order: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, reference, options = ORDERS[order]
+    what = "first validation batches"
+    found = findings(plugin("head", head), folder, 2, **options)
+    assert found[what].passed
+    assert found[what].reference == reference
+    assert found[what].difference < 0.15
+    monkeypatch.setattr(batches, "evenly", range)  # sorted
+    found = findings(plugin("head", head), folder, 2, **options)
+    assert failed(found) == {what}
+    assert found[what].difference > 0.25
+    assert re.fullmatch(r"the first \d+ batches, mean (length|place) [\d.]+", found[what].first)
 
 
 @pytest.mark.parametrize("options", [{"pack": True, "documents": "line"}, {"batch_tokens": 64}])
@@ -170,6 +203,13 @@ class DrawsByPlace(Generation):
         return super().predict(net, {name: value for name, value in batch.items() if name != "rows"}, *rest)
 
 
+class DrawsByPlaceWhenAsked(Translation):
+    """Does the same; its own options are beam search, which draws nothing."""
+
+    def predict(self, net: Network, batch: Batch, *rest: Any) -> list[dict[str, Any]]:
+        return super().predict(net, {name: value for name, value in batch.items() if name != "rows"}, *rest)
+
+
 class Unsteady(Generation):
     """Loses figures in single precision, and only there."""
 
@@ -211,7 +251,7 @@ def test_a_mean_of_means(folder: Path) -> None:
     assert found["val_mean of padded rows"].first.startswith("batch size 2, rows ")
 
 
-@pytest.mark.parametrize("head", [AnswersInOrder, DrawsByPlace])
+@pytest.mark.parametrize("head", [AnswersInOrder, DrawsByPlace, DrawsByPlaceWhenAsked])
 def test_answers_that_depend_on_the_place(head: type[Head], folder: Path) -> None:
     found = findings(head, folder)
     assert failed(found) == {"answers"}

@@ -26,19 +26,20 @@ from torch import Tensor
 
 from llmkit.contracts import Batch, Head, Stage, Tokenizer
 from llmkit.data import DataModule
-from llmkit.data.tokens import Blocks, Index
+from llmkit.data.tokens import Blocks, Index, split_batches
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.metrics import EXACT
-from llmkit.sequence import on_device
-from llmkit.testing import precision
+from llmkit.sequence import DecodingOptions, on_device
+from llmkit.testing import order, precision
 from llmkit.testing.arrangements import Batches, Cut, Rows, Ways, arrangements, chosen, distinct, one_by_one
 from llmkit.testing.head.subject import items_of
 from llmkit.testing.numerics import alike
 
 ACCUMULATIONS = (1, 2, 4, 8)
 TOLERANCE = 1e-6
+SAMPLED_SIZES = (4, 16)
 NEW_TOKENS = 8
 """Most tokens of a generated text: enough for a difference to show."""
 
@@ -51,7 +52,7 @@ class Finding:
         what: which number.
         reference: its value, computed one row at a time.
         difference: the largest difference of any way of batching: relative, for values below 1 absolute.
-        first: the first way of batching with a difference above ``TOLERANCE``, and its rows; empty: none.
+        first: the first way of batching with a difference above what is allowed, and its rows; empty: none.
         exact: the difference in double precision, if single precision alone would not have passed.
     """
 
@@ -73,9 +74,12 @@ def check(model: LanguageModel, data: DataModule, rows: int = 64) -> list[Findin
     The rows come from the validation data if there is any; those for the gradients from the training data. They are
     read in batches of 1 to 64, in several orders, by ``batch_tokens``, and paired with the longest row; blocks of a
     joined text are also cut to different lengths and padded. Metrics are also computed as under each precision plugin
-    of Lightning, which must not round what they add up. Everything is computed in eval mode, on the model's device
-    and in the precision of its weights. Numbers that differ in single precision are computed again in double
-    precision, which distinguishes rounding from a bug.
+    of Lightning, which must not round what they add up. Texts are also sampled, where the head's options do not.
+    Everything is computed in eval mode, on the model's device and in the precision of its weights. Numbers that differ
+    in single precision are computed again in double precision, which distinguishes rounding from a bug.
+
+    Further, the first half of the validation batches must represent all of them: the mean length of their rows (or
+    their mean place in a text that is cut into blocks) is compared, see ``llmkit.testing.order``.
 
     Args:
         model: built or not; without weights, it gets new ones.
@@ -109,6 +113,7 @@ def compare(
             exact = copy.deepcopy(net).double(), copy.deepcopy(head).double()
             again = {finding.what: finding for finding in _findings(*exact, model.tokenizer, data, rows, log)}
             found = [_doubted(finding, again[finding.what]) for finding in found]
+        found += _first_half(data)
     finally:
         head.decoding = decoding
         model.train(training)
@@ -120,6 +125,16 @@ def _doubted(single: Finding, double: Finding) -> Finding:
     if single.passed or not double.passed:
         return single
     return dataclasses.replace(single, first="", exact=double.difference)
+
+
+def _first_half(data: DataModule) -> list[Finding]:
+    """Return whether the first validation batches represent all of them; nothing where there is but one batch."""
+    compared = order.first_half(data)
+    if compared is None:
+        return []
+    what, whole, half, batches, represents = compared
+    first = "" if represents else f"the first {batches} batches, {what} {half:.6g}"
+    return [Finding("first validation batches", f"{what} {whole:.6g}", abs(half / max(whole, 1e-9) - 1), first)]
 
 
 def build(model: LanguageModel, data: DataModule) -> None:
@@ -275,19 +290,29 @@ class Examined:
         return f"{way}, no single batch but all together (a mean of batch means?)"
 
     def answers(self, ways: Ways) -> Finding:
-        """Compare the answers; texts are generated as the head's options say, by sampling too, and are short."""
-        alone = {row: self._answers(np.array([row]))[0] for row in distinct(ways)}
+        """Compare the answers; texts are generated as the head's options say, and sampled, and are short."""
         compared = Comparison()
+        self._compare_answers(compared, ways, "", self.head.decoding)
+        options = self.head.decoding
+        if options.temperature == 0 or options.num_beams > 1:
+            sampled = dataclasses.replace(options, temperature=1.0, num_beams=1, num_return_sequences=1)
+            rows = np.concatenate(next(iter(ways.values())))
+            sizes = {f"batch size {size}": split_batches(rows, size) for size in SAMPLED_SIZES}
+            self._compare_answers(compared, sizes, ", sampled", sampled)
+        return compared.finding("answers", f"to {len(distinct(ways))} rows")
+
+    def _compare_answers(self, compared: Comparison, ways: Ways, suffix: str, options: DecodingOptions) -> None:
+        alone = {row: self._answers(np.array([row]), options)[0] for row in distinct(ways)}
         for way, batches in ways.items():
             for batch in batches:
-                pairs = zip(batch.tolist(), self._answers(batch), strict=True)
+                pairs = zip(batch.tolist(), self._answers(batch, options), strict=True)
                 off = [row for row, answer in pairs if not alike(answer, alone[row])]
-                where = functools.partial("{}, {}: another answer to row {}".format, way, shown_rows(batch), *off[:1])
+                name = "{}{}, {}: another answer to row {}"
+                where = functools.partial(name.format, way, suffix, shown_rows(batch), *off[:1])
                 compared.add(len(off) / len(batch), where)
-        return compared.finding("answers", f"to {len(alone)} rows")
 
     @torch.inference_mode()
-    def _answers(self, rows: Index) -> list[dict[str, Any]]:
+    def _answers(self, rows: Index, options: DecodingOptions) -> list[dict[str, Any]]:
         batch = self.source[rows]
         if self.head.layout == "blocks":  # prompts: short texts that end in a mask, for heads that fill masks
             features = self.head.encode({name: [""] * len(rows) for name in self.head.inputs}, self.tokenizer, 1)
@@ -295,7 +320,7 @@ class Examined:
             texts = [ids[: 1 + row % 13] for row, ids in zip(rows.tolist(), batch["ids"].tolist(), strict=True)]
             features["ids"] = [[*(i for i in ids if i != pad), mask][-self.net.max_length :] for ids in texts]
             batch = {**self.head.collate(items_of(features), self.tokenizer), "rows": torch.tensor(rows.tolist())}
-        return self.head.predict(self.net, on_device(batch, self.device), self.tokenizer, self.head.decoding)
+        return self.head.predict(self.net, on_device(batch, self.device), self.tokenizer, options)
 
     def gradient(self, rows: Index) -> Finding:
         """Compare the gradient of the mean loss, accumulated over several batches, with that of the rows one by one."""

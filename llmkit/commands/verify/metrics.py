@@ -15,8 +15,9 @@ from llmkit.testing.invariance import Finding, build, compare
 DESCRIPTION = (
     "Compute the loss, metrics, answers and gradients of a config's model on some rows, one row at a time and in many "
     "kinds of batches (sizes 1 to 64, other orders, more padding, by batch_tokens, accumulated), and compare them; the "
-    "metrics also under each precision plugin of Lightning. The weights are new, or those of --ckpt_path. Exit code 0: "
-    "no number depends on batching; 1: some do."
+    "metrics also under each precision plugin of Lightning, texts also sampled. Check that the first half of the "
+    "validation batches represents all (limit_val_batches). The weights are new, or those of --ckpt_path. Exit code 0: "
+    "all numbers pass; 1: some fail."
 )
 
 
