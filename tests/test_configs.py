@@ -117,7 +117,7 @@ SHORT = (
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"),
     *("--model.num_layers", "1"),  # width and everything else are the config's own
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-    *("--model.decoding.max_new_tokens", "3", "--model.decoding.num_beams", "2"),
+    *("--model.decoding.max_new_tokens", "3"),
 )
 
 

@@ -170,7 +170,7 @@ def test_classes_are_drawn_in_balance(tmp_path: Path, batch: dict[str, int], bal
 @pytest.mark.parametrize(
     ("head", "options", "says"),
     [
-        (Joining(), {}, "is for classifiers, not for Joining"),
+        (Joining(), {}, r"is for heads with one class a row \(classification\)"),
         (Regression(), {}, r"is for heads with one class a row \(classification\), not for Regression"),
         (Classification(), {"streaming": True}, "cannot be combined with data.streaming"),
         (Classification(), {"balance": 2}, "must be from 0 to 1, got 2"),

@@ -17,10 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning_corners import CLI_HOOKS, check_all
 
 from llmkit.data import DataModule
+from llmkit.lightning import BuildFirst
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI
 from llmkit.run.folder import RunFolder, RunLogger
+from llmkit.run.memory import ReturnMemory
 from llmkit.run.progress import Progress
+from llmkit.run.report import Predictions
 from llmkit.run.saving import Checkpoints, WholeFileIO
 from llmkit.run.shutdown import GracefulShutdown
 from llmkit.run.throughput import Throughput
@@ -69,7 +72,8 @@ def test_one_module_knows_the_private_corners() -> None:
 
 CLASSES = (
     *(CLI, LanguageModel, DataModule, WholeFileIO),
-    *(Checkpoints, GracefulShutdown, Progress, RunFolder, RunLogger, Throughput, Trace, Validations),
+    *(BuildFirst, Checkpoints, GracefulShutdown, Predictions, Progress, ReturnMemory, RunFolder, RunLogger, Throughput),
+    *(Trace, Validations),
 )
 
 

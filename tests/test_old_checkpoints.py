@@ -60,7 +60,7 @@ def read_raw(path: Path) -> object:
 
 def order_of_that_time(examples: Any, rng: np.random.Generator) -> list[Any]:
     """Return the batches of an epoch as that commit ordered examples; since then rows move between batches."""
-    noise = (1 + examples._lengths / 16) * rng.random(len(examples))
+    noise = (1 + examples.lengths / 16) * rng.random(len(examples))
     batches = split_batches(np.lexsort((examples._skew + noise, examples._rounded)), examples.batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 

@@ -353,7 +353,8 @@ def test_precedence(data: Path, tmp_path: Path) -> None:
         saved = yaml.safe_load((again.folder / "config.yaml").read_text())
         assert (saved["model"]["dropout"], saved["data"]["batch_size"]) == values
         assert saved["model"]["dim"] == 16
-        assert content(again.checkpoint)["llmkit"]["model"]["dropout"] == values[0]
+        last = again.folder / "checkpoints" / "last.ckpt"
+        assert content(last)["llmkit"]["model"]["dropout"] == values[0]
 
 
 def test_precedence_of_decoding(data: Path, tmp_path: Path) -> None:

@@ -203,8 +203,10 @@ class CLI(LightningCLI):
         if is_debug_run(trainer) or trainer.interrupted:
             return
         saver = trainer.checkpoint_callback
-        # The best step may be the last one, which has just been measured.
-        if not (isinstance(saver, Checkpoints) and saver.best_step == trainer.global_step and model.results):
+        # The best step may be the last one, which has just been measured. The validation makes a sharded network whole
+        # again, for the sample.
+        measured = isinstance(saver, Checkpoints) and saver.best_step == trainer.global_step and model.results
+        if not measured or model.device_mesh is not None:
             best = getattr(saver, "best_model_path", "")
             with unlogged(trainer):  # the values of the best step do not belong to the last one
                 trainer.validate(model, self.datamodule, ckpt_path=best or None, verbose=False)

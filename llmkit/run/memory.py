@@ -15,6 +15,7 @@ KERNELS = "256"
 128 took no more time than 1,024 in 40 steps of 31 shapes; none at all took four times as long."""
 
 INTERVAL = 1.0  # seconds
+_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def bound_kernels() -> None:
@@ -30,13 +31,12 @@ class ReturnMemory(pl.Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the function."""
-        glibc = sys.platform == "linux" and pl_module.device.type == "cpu"
-        self._trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if glibc else None
+        """Begin to count the time."""
+        self._trims = _trim is not None and pl_module.device.type == "cpu"
         self._last = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Return what is free."""
-        if self._trim is not None and time.monotonic() - self._last >= INTERVAL:
-            self._trim(0)
+        if self._trims and time.monotonic() - self._last >= INTERVAL:
+            _trim(0)
             self._last = time.monotonic()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmkit import UserError
 from llmkit.contracts import Attention, Role
+from llmkit.ops.backend import without_autocast
 from llmkit.sequence import Memory, Sequence, State
 
 
@@ -42,12 +43,15 @@ class AFT(Attention):
     ) -> Tensor:
         """Return the mixed sequence, (B, T, D); see ``Attention.forward``."""
         q_BTD, k_BTD, v_BTD = self.qkv(x_BTD).chunk(3, -1)
-        weight_BTD = (self.limit * torch.tanh(k_BTD / self.limit)).exp()
+        # Sums over a long text do not fit into half precision.
+        exact = torch.promote_types(k_BTD.dtype, torch.float32)
+        weight_BTD = (self.limit * torch.tanh(k_BTD.to(exact) / self.limit)).exp()
         terms_BTF = torch.cat([weight_BTD * v_BTD, weight_BTD], -1)
 
         mask = seq.mask(causal=self.role == "causal")  # (B or 1, 1, T, T); None: everything may be seen
         seen = terms_BTF.new_ones(1, *[x_BTD.shape[1]] * 2) if mask is None else mask[:, 0].to(terms_BTF.dtype)
-        sums_BTF = seen @ terms_BTF
+        with without_autocast(x_BTD):
+            sums_BTF = seen @ terms_BTF
         if state is not None:
             sums_BTF = sums_BTF + self._past(terms_BTF, seq, state)
         values_BTD, weights_BTD = sums_BTF.chunk(2, -1)
