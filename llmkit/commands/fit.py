@@ -71,7 +71,9 @@ def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
         return False
     limits = {**tree["trainer"], **filled_in(tree["trainer"])}
     model = {name: value for name, value in stored.part["model"].items() if name not in ("optimizer", "scheduler")}
-    model["optimizer"] = {"class_path": stored.part["model"]["optimizer"]["class_path"]}  # another one is refused
+    optimizers = [part["optimizer"] or {} for part in (stored.part["model"], tree["model"])]
+    if len({optimizer.get("class_path", "").rpartition(".")[2] for optimizer in optimizers}) > 1:
+        return False  # which is refused
     same = _agree({"model": model, "data": stored.part["config"].get("data", {})}, tree)
     return same and has_ended(stored.content, limits["max_steps"], limits["max_epochs"])
 
