@@ -66,7 +66,7 @@ def llmkit(*words: object) -> Result:
 def done(*words: object) -> Result:
     """Run a command that has to succeed."""
     result = llmkit(*words)
-    assert result.code == 0, result.err
+    assert result.code == 0, f"{result.out[-3000:]}\n{result.err}"
     return result
 
 
