@@ -51,7 +51,6 @@ def test_a_run_leaves_the_process_as_it_was(words: list[str]) -> None:
 def test_each_model_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Torch keeps a number of graphs of a class, here two; the models after that ran eagerly, in silence."""
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    monkeypatch.setattr(torch._dynamo.config, name, 2)
     compile, calls = torch.compile, []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -63,14 +62,18 @@ def test_each_model_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend))
     (tmp_path / "text.txt").write_text("once upon a time there was a note\n" * 20)
-    for dim in (8, 16, 24, 32):
-        data = kit.DataModule(train=str(tmp_path / "text.txt"), tokenizer=kit.plugin("tokenizer", "byte"), batch_size=2)
-        model = kit.LanguageModel(dim=dim, num_layers=1, context=16, compile=True)
-        build(model, data)
-        before = len(calls)
-        model.train()
-        model.head.loss(model.network, next(iter(data.train_dataloader())))
-        assert len(calls) > before, dim
+    text, limit = str(tmp_path / "text.txt"), dict[str, Any]({name: 2})
+    with torch._dynamo.config.patch(**limit):
+        for dim in (8, 16, 24, 32):
+            data = kit.DataModule(
+                train=str(tmp_path / "text.txt"), tokenizer=kit.plugin("tokenizer", "byte"), batch_size=2
+            )
+            model = kit.LanguageModel(dim=dim, num_layers=1, context=16, compile=True)
+            build(model, data)
+            before = len(calls)
+            model.train()
+            model.head.loss(model.network, next(iter(data.train_dataloader())))
+            assert len(calls) > before, dim
     torch.compiler.reset()
 
 
