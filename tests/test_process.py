@@ -62,7 +62,7 @@ def test_each_model_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend))
     (tmp_path / "text.txt").write_text("once upon a time there was a note\n" * 20)
-    text, limit = str(tmp_path / "text.txt"), dict[str, Any]({name: 2})
+    limit: dict[str, Any] = {name: 2}
     with torch._dynamo.config.patch(**limit):
         for dim in (8, 16, 24, 32):
             data = kit.DataModule(
