@@ -231,7 +231,7 @@ class Head(nn.Module, ABC):
     """What cuts a field into the pieces that are encoded. It may hold a list of words if it is not in ``texts``."""
     notes: ClassVar[Mapping[str, str]] = {}
     """Features that are 1 in rows worth a note, and what it says after ``data.train: 3 of 100 rows``."""
-    scored_share: float = 0.0  # of an encoder's positions: those that the loss scores over the vocabulary, for FLOPs
+    scored_share: float | None = None  # of positions scored over the vocabulary by the loss; None: all of a decoder's
     kept: ClassVar[str] = "start"
     """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
 from llmkit.errors import Problem, UserError, blame, returned
+from llmkit.model.initial import Draws, draw_weights, quieten
 from llmkit.ops.elementwise import Dropout
 from llmkit.registry import target_of
 from llmkit.sequence import Memory, Sequence, State
@@ -110,6 +110,7 @@ class Backbone(nn.Module, Network):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
+        draws = Draws()
         self.topology, self._max_length = topology, max_length
         factories: dict[str, Callable[..., Any]] = {
             **{"attention": attention, "cross_attention": cross_attention, "feedforward": feedforward},
@@ -121,15 +122,17 @@ class Backbone(nn.Module, Network):
         if two_sided:
             check_role(topology, "cross_attention", cross_attention, "cross")
 
-        def make(name: str, *args: Any) -> Any:
-            with blame(f"model.{name}"):
+        def make(name: str, *args: Any, where: str = "") -> Any:
+            with blame(f"model.{name}"), draws.named(f"{where}{name}"):
                 return factories[name](dim, *args)
 
         def stack(role: Role) -> nn.ModuleList:
             reads_memory = two_sided and role == "causal"
-            return nn.ModuleList(Layer(make, role, reads_memory, dropout, norm_first) for _ in range(num_layers))
+            here = [functools.partial(make, where=f"{role} layer {index} ") for index in range(num_layers)]
+            return nn.ModuleList(Layer(part, role, reads_memory, dropout, norm_first) for part in here)
 
-        self.embedding = nn.Embedding(vocab_size, dim)
+        with draws.named("embedding"):
+            self.embedding = nn.Embedding(vocab_size, dim)
         self.position: Position = make("position", max_length)
         self.dropout = Dropout(dropout)
         # A post-norm stack ends in a norm already.
@@ -138,19 +141,10 @@ class Backbone(nn.Module, Network):
             self.encoder, self.encoder_norm = stack("bidirectional"), final("norm")
         if topology != "encoder":
             self.decoder, self.decoder_norm = stack("causal"), final("norm")
-        self.output = nn.Linear(dim, vocab_size, bias=False) if not tie_embeddings and topology != "encoder" else None
-        self._initialise(num_layers * (3 if two_sided else 2))
-
-    def _initialise(self, residual_parts: int) -> None:
-        """Set N(0, 0.02), with residual outputs scaled down by their number (GPT-2: Radford et al. 2019)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                residual = name.rpartition(".")[2] == "out"
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(residual_parts) if residual else 0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        untied = not tie_embeddings and topology != "encoder"
+        with draws.named("output"):
+            self.output = nn.Linear(dim, vocab_size, bias=False) if untied else None
+        draw_weights(self, num_layers * (3 if two_sided else 2), draws)
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -190,7 +184,7 @@ class Backbone(nn.Module, Network):
         embedded_BTD = self.embedding(ids_BT)
         added_BTD = self.position.add(embedded_BTD, seq.positions_BT)
         x_BTD: Tensor = self.dropout(_like(embedded_BTD, self.position, added_BTD, "add"))
-        layers, norm = (self.encoder, self.encoder_norm) if stack == "encoder" else (self.decoder, self.decoder_norm)
+        layers, norm = self._stack(stack)
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
             x_BTD = layer(x_BTD, seq, memory, own, cross)
@@ -223,6 +217,7 @@ class Backbone(nn.Module, Network):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile training passes by ``torch.compile``, which gets the arguments."""
+        torch.compiler.reset()  # torch keeps eight graphs of a class: a ninth network would silently run uncompiled
         # Without the hooks around ``forward``: FSDP has the same ones around ``encode`` and ``decode``.
         self._compiled_call_impl = torch.compile(self.forward, *args, **kwargs)
 
@@ -238,7 +233,23 @@ class Backbone(nn.Module, Network):
                 states.append(state)
         return states
 
-    def flops_per_position(self, length: int, scored_share: float = 0.0) -> float:
+    def scored(self, share: float | None) -> float:
+        """Return a head's ``scored_share``, with its default filled in: all of a decoder's positions."""
+        return float(self.topology != "encoder") if share is None else share
+
+    def quieten(self, scored_share: float | None) -> None:
+        """Let scores over the vocabulary start near uniform where each position would score its own token."""
+        layers, norm = self._stack("encoder" if self.topology == "encoder" else "decoder")
+        last = layers[-1]
+        assert isinstance(last, Layer)
+        if self.output is None and self.scored(scored_share):
+            norm = norm if last.norm_first else last.feedforward_norm
+            quieten(norm, self.position, self.embedding.num_embeddings, last.norm_first)
+
+    def _stack(self, side: Literal["encoder", "decoder"]) -> tuple[nn.ModuleList, nn.Module]:
+        return (self.encoder, self.encoder_norm) if side == "encoder" else (self.decoder, self.decoder_norm)
+
+    def flops_per_position(self, length: int, scored_share: float | None = None) -> float:
         """Return forward FLOPs a position at this length: two a weight of every matrix, and each variant's mixing.
 
         The embedding table is looked up, not multiplied; tied or not, the output matrix counts once. In an
@@ -246,20 +257,24 @@ class Backbone(nn.Module, Network):
 
         Args:
             length: positions of a sequence, in an encoder-decoder of both.
-            scored_share: of an encoder: share of the positions that are multiplied with the output matrix.
+            scored_share: share of the positions that are multiplied with the output matrix (of an encoder-decoder, the
+                target's); None: none of an encoder's, all of a decoder's.
         """
-        flops = 0.0 if self.topology == "decoder" else self.encoder_flops(length, scored_share)
-        return flops if self.topology == "encoder" else flops + self.decoder_flops(length, length)
+        share = self.scored(scored_share)
+        if self.topology == "encoder":
+            return self.encoder_flops(length, share)
+        source = self.encoder_flops(length) if self.topology == "encoder_decoder" else 0.0
+        return source + self.decoder_flops(length, length, share)
 
     def encoder_flops(self, length: int, scored_share: float = 0.0) -> float:
         """Return forward FLOPs for each source position, what cross-attention projects of it included."""
         flops = _stack_flops(self.encoder, length) + 2.0 * self._memory_weights
-        return flops + scored_share * 2.0 * self.output_weight_VD.numel() if self.topology == "encoder" else flops
+        return flops + scored_share * 2.0 * self.output_weight_VD.numel()
 
-    def decoder_flops(self, length: int, memory_length: int = 0) -> float:
+    def decoder_flops(self, length: int, memory_length: int = 0, scored_share: float = 1.0) -> float:
         """Return forward FLOPs for each target position, at this length of the target and of the source."""
         flops = _stack_flops(self.decoder, length, memory_length) - 2.0 * self._memory_weights
-        return flops + 2.0 * self.output_weight_VD.numel()
+        return flops + scored_share * 2.0 * self.output_weight_VD.numel()
 
     @functools.cached_property
     def _memory_weights(self) -> int:

@@ -25,11 +25,12 @@ from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
+from llmkit.model.initial import Draws, restarted, seed_device
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
-from llmkit.model.step import OptimizerStep, seed_device
+from llmkit.model.step import OptimizerStep
 from llmkit.model.use import Rows, Scores, batch_of, evaluating
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.sequence import DecodingOptions, on_device
@@ -93,10 +94,9 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.parts = Parts(locals())
         self.head: Head = self.parts.build("head")
-        if isinstance(decoding, Mapping):  # plain data of a checkpoint
-            decoding = DecodingOptions(**decoding)
         if decoding is not None:
-            self.head.decoding = decoding
+            # A checkpoint has plain data.
+            self.head.decoding = DecodingOptions(**decoding) if isinstance(decoding, Mapping) else decoding
         self.uses_muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
         self.spec: dict[str, Any] = {**self.parts.spec, "decoding": dataclasses.asdict(self.head.decoding)}
         self.net: Backbone | None = None
@@ -105,8 +105,7 @@ class LanguageModel(pl.LightningModule):
         self.head_ready = False
         self.config: dict[str, Any] = {}
         self.source = "the checkpoint"
-        self.val_metrics = nn.ModuleDict()
-        self.test_metrics = nn.ModuleDict()
+        self.val_metrics, self.test_metrics = nn.ModuleDict(), nn.ModuleDict()
         self.results: dict[str, Tensor] = {}
         self.last_loss = torch.tensor(float("nan"))
         self._step = OptimizerStep(max_bad_steps)
@@ -149,8 +148,11 @@ class LanguageModel(pl.LightningModule):
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
-        self.net = self._new_network()
-        self._build_head(self.head)
+        with restarted():
+            self.net = self._new_network()
+            with Draws().named("head"):
+                self._build_head(self.head)
+        self.net.quieten(self.head.scored_share)
         if self._initial is not None:
             taken = take_weights(self.state_dict(), self.spec, self._initial)
             self._initial = None
@@ -161,7 +163,6 @@ class LanguageModel(pl.LightningModule):
         self.test_metrics = self.parts.metrics(self.head, "test")
         self.kinds = parameter_kinds(self, hidden=self.uses_muon)
         if self.spec["compile"]:
-            torch.compiler.reset()  # torch keeps eight graphs of a class: a ninth model would silently run uncompiled
             self.net.compile()
         if self.device_mesh is not None:
             shard(self.net, self.head, self.device_mesh)
@@ -304,8 +305,7 @@ class LanguageModel(pl.LightningModule):
     @torch.no_grad()
     def score(self, rows: Rows) -> list[dict[str, Any]]:
         """Return how probable the model finds each text or row, with targets; for heads that write text."""
-        head = self.head
-        if not isinstance(head, Scores):
+        if not isinstance(head := self.head, Scores):
             raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
         with evaluating(self):
             return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))

@@ -240,13 +240,3 @@ class OptimizerStep:
 def _batches(trainer: pl.Trainer) -> int:
     """Return the number of batches per step, on all processes together."""
     return int(trainer.accumulate_grad_batches) * trainer.world_size
-
-
-def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the random numbers of a device and of the CPU.
-
-    ``torch.manual_seed`` seeds devices that do not exist too, which costs more than a small step.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)

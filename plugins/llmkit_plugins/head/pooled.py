@@ -22,6 +22,7 @@ class Pooled(Head):
     """
 
     topology: Topology = "encoder"  # type: ignore[misc]  # of the instance: it is an argument
+    scored_share = 0.0
     inputs = ("text",)
     texts = ("text",)
 
