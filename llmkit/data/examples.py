@@ -160,11 +160,21 @@ class Examples:
         """Number of examples."""
         return self.training_rows
 
-    def batch_size_note(self) -> str:
-        """Return how many rows ``batch_tokens`` comes to: texts may be far shorter than one expects."""
-        rows, many = self.training_rows / self.num_batches, "es" * (self.num_batches > 1)
-        text = f"a batch holds {rows:,.0f} rows on average, an epoch {self.num_batches:,} batch{many}"
-        return f"data.batch_tokens {self.batch_tokens:,}: {text}"
+    def step_note(self, batches: int, accumulated: int, processes: int) -> str:
+        """Return what ``batch_tokens`` makes of an optimizer step: texts may be far shorter than one expects.
+
+        Args:
+            batches: number of batches of an epoch in each process.
+            accumulated: how many of them a step takes.
+            processes: how many train together.
+        """
+        steps = -(-batches // accumulated)
+        rows, each = self.training_rows / steps, min(accumulated, batches) * processes
+        made = [f"{processes} processes"] * (processes > 1)
+        made += [f"trainer.accumulate_grad_batches {accumulated}"] * (accumulated > 1)
+        size = f"{each} batch{'es' * (each > 1)}{': ' * bool(made)}{', '.join(made)}"
+        text = f"an optimizer step holds {rows:,.0f} rows on average ({size})"
+        return f"data.batch_tokens {self.batch_tokens:,}: {text}, an epoch has {steps:,} step{'s' * (steps > 1)}"
 
     def _sorted(self, rng: np.random.Generator) -> Index:
         """Return the rows by length, then by the difference of their two texts, ties at random."""

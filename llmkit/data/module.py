@@ -342,9 +342,10 @@ class DataModule(pl.LightningDataModule):
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
             plan = Balanced.of(split, self.balance).training_order if self.balance else split.training_order
-            if isinstance(split, Examples) and split.batch_tokens is not None:
-                self._note_once(split.batch_size_note())
             order = TrainingOrder(plan, split.num_batches, split.training_rows, self.seed, overfit)
+            if isinstance(split, Examples) and split.batch_tokens is not None:
+                accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
+                self._note_once(split.step_note(len(order), accumulated, world()[1]))
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position
