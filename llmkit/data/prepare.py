@@ -10,7 +10,7 @@ import numpy as np
 
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data.opening import shortened
-from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
+from llmkit.data.rows import BLANK, REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
 from llmkit.data.tokens import Ending, Piece
 from llmkit.errors import Problem, UserError, nearest, place, returned
 
@@ -68,8 +68,10 @@ class Fields:
         skipped.begin()
         for row in rows:
             if isinstance(row, Row):
+                if row.data is BLANK and not self.predict:
+                    continue
                 begins = begins or row.first  # the first rows of a document may be bad
-                found = self._fields(row)
+                found = {} if row.data is BLANK else self._fields(row)
                 if not isinstance(found, Bad):
                     if self.predict and not any(str(value).strip() for value in found.values()):
                         found = {}
