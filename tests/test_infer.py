@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import done, llmkit
@@ -104,13 +105,13 @@ def test_a_blank_line_is_a_row_to_predict_and_no_other(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode())
-    head, found = Generation(), {}
+    head, found = Generation(), dict[bool, list[Any]]()
     for predict in (False, True):
         options = Options("lines" if name == "a.log" else "auto", r"\d (?P<text>.*)" if name == "a.log" else None)
         source = local("data.predict", str(path), replace(options, blanks=predict))
         items = Fields.of(head, {}, predict, source).items(source.read(), Skipped(source.key, "error"))
         found[predict] = [item.fields.get("text") for item in items]
-    expected = ["the", "cat"]
+    expected: list[Any] = ["the", "cat"]
     for number in blank:
         expected.insert(number, None)
     assert found[True] == expected
