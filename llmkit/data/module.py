@@ -321,7 +321,7 @@ class DataModule(pl.LightningDataModule):
     def _key(self, stage: Stage, reader: Reader) -> str | None:
         """Return the name of a split in the cache; None for one that is not kept."""
         head = self.head
-        used = [identity.of_head(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
+        used = [identity.of(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
         settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack, head.inputs]
         return None if None in used else cache.digest([reader.identity, settings, used])
 
