@@ -1,6 +1,7 @@
-"""Write the network of a checkpoint as one file that runs without llmkit, by torch.export.
+"""Write the network of a checkpoint as one file that runs without llmkit, by torch.export or as ONNX.
 
 python examples/export.py runs/NAME/version_0/checkpoints/best.ckpt model.pt2
+python examples/export.py runs/NAME/version_0/checkpoints/best.ckpt model.onnx    (pip install onnx onnxscript)
 
 A classifier becomes (ids, segments) -> scores of the labels, any other encoder or decoder (ids, segments) -> scores of
 the vocabulary at each position, for any number of rows and any length from 3 to the context: pad shorter rows. Segments
@@ -10,8 +11,8 @@ are 1 for tokens and 0 for padding. Tokenizer and labels stay with the checkpoin
 The variants that compute softmax attention can be exported. The recurrent ones and those that work in chunks cannot:
 how they go through a batch depends on its padding and length.
 
-The file is read by ``torch.export.load(FILE).module()``. ``torch.onnx.export(program, (), FILE)`` turns the program
-into ONNX where the packages onnx and onnxscript are installed.
+A .pt2 file is read by ``torch.export.load(FILE).module()``. A .onnx file holds at most 2 GB and is run by
+``onnxruntime.InferenceSession(FILE).run(["scores"], {"ids": ids, "segments": segments})``, with int64 arrays.
 """
 
 from __future__ import annotations
@@ -54,6 +55,24 @@ def export(model: llmkit.LanguageModel) -> ExportedProgram:
         return torch.export.export(Scores(model), (ids_BT, segments_BT), dynamic_shapes=({0: rows, 1: length},) * 2)
 
 
+def write_onnx(program: ExportedProgram, file: str) -> None:
+    """Write an exported program as ONNX, which has no running maximum: it becomes a maximum over what came before."""
+
+    def cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        length = x.shape[-1]
+        before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        values = torch.where(before, x[..., None, :], torch.iinfo(x.dtype).min).amax(-1)
+        return values, values  # in place of the indices, which are not used
+
+    decompositions = torch.export.default_decompositions()
+    decompositions[torch.ops.aten.cummax.default] = cummax
+    program = program.run_decompositions(decompositions)
+    names = ["ids", "segments"]
+    torch.onnx.export(program, (), file, input_names=names, output_names=["scores"], dynamo=True, external_data=False)
+
+
 if __name__ == "__main__":
-    torch.export.save(export(llmkit.load(sys.argv[1])), sys.argv[2])
-    print(f"written: {sys.argv[2]}")
+    checkpoint, file = sys.argv[1:]
+    program = export(llmkit.load(checkpoint))
+    write_onnx(program, file) if file.endswith(".onnx") else torch.export.save(program, file)
+    print(f"written: {file}")

@@ -193,3 +193,12 @@ def bound(head: Head, context: int, folder: Path, **settings: Any) -> DataModule
     data.bind(head, context)
     data.setup("fit")
     return data
+
+
+def labelled(folder: Path, path: Any, **settings: Any) -> list[tuple[str, Any]]:
+    """Return (text, label) as the head got them, in the order of the rows."""
+    head = Labelling()
+    data = bound(head, 64, folder, train=path, validation_share=0, **settings)
+    split: Any = data.split("train")
+    rows = [split.features[i] for i in range(len(split))]
+    return [(data.tokenizer.decode(row["ids"]), head.labels[row["label"]]) for row in rows]

@@ -464,10 +464,24 @@ def test_the_first_batches_of_an_evaluation_represent_all(tmp_path: Path) -> Non
 def test_a_row_longer_than_batch_tokens_comes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bound(Labelling(), 64, tmp_path, train=table(tmp_path, 50), batch_tokens=10)
     count = len(data.train_dataloader())
-    said = f"a batch holds {45 / count:.0f} rows on average, an epoch {count} batches"
+    said = f"an optimizer step holds {45 / count:.0f} rows on average (1 batch), an epoch has {count} steps"
     assert capsys.readouterr().err.count(said) == 1
     assert sum(len(batch["ids"]) for batch in data.train_dataloader()) == 45
     assert all(len(b["ids"]) == 1 for b in data.train_dataloader() if b["ids"].shape[1] > 10)
+
+
+def test_what_a_step_of_batch_tokens_holds() -> None:
+    split = examples_of([5] * 90, batch_tokens=50)
+    count = split.num_batches
+    assert count in (9, 10)
+    steps = -(-count // 4)  # the last one takes what is left of the epoch
+    said = f"data.batch_tokens 50: an optimizer step holds {90 / steps:.0f} rows on average (4 batches: "
+    assert split.step_note(count, 4, 1) == f"{said}trainer.accumulate_grad_batches 4), an epoch has {steps} steps"
+    said = "an optimizer step holds 30 rows on average (4 batches: 2 processes, trainer.accumulate_grad_batches 2), "
+    assert f"{said}an epoch has 3 steps" in split.step_note(5, 2, 2)
+    assert split.step_note(1, 8, 1).endswith(
+        "90 rows on average (1 batch: trainer.accumulate_grad_batches 8), an epoch has 1 step"
+    )
 
 
 def test_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:

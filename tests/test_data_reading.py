@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fakes import Labelling, Translating, bound
+from data_fakes import Translating, bound, labelled
 
 from llmkit.data.opening import Options
 from llmkit.data.rows import Row
@@ -21,15 +21,6 @@ from llmkit.data.sources import local
 from llmkit.errors import UserError
 
 ROWS = "text,label\na b,x\né,y\n"
-
-
-def labelled(folder: Path, path: Any, **settings: Any) -> list[tuple[str, Any]]:
-    """Return (text, label) as the head got them, in the order of the rows."""
-    head = Labelling()
-    data = bound(head, 64, folder, train=path, validation_share=0, **settings)
-    split: Any = data.split("train")
-    rows = [split.features[i] for i in range(len(split))]
-    return [(data.tokenizer.decode(row["ids"]), head.labels[row["label"]]) for row in rows]
 
 
 def rows_of(path: Any, **options: Any) -> list[Any]:

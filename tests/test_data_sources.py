@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound
+from data_fakes import CharTokenizer, Joining, Labelling, Translating, bound, labelled
 
 from llmkit.data import DataModule, hub
 from llmkit.data.opening import Options
@@ -17,15 +17,6 @@ from llmkit.data.sources import local
 from llmkit.errors import UserError
 
 ROWS = [("a b", "x"), ('c "quoted", d', "y"), ("NA", "x"), ("é", "y")]
-
-
-def labelled(folder: Path, path: str, **settings: Any) -> list[tuple[str, Any]]:
-    """Return (text, label) as the head got them, in the order of the rows."""
-    head = Labelling()
-    data = bound(head, 64, folder, train=path, validation_share=0, **settings)
-    split: Any = data.split("train")
-    rows = [split.features[i] for i in range(len(split))]
-    return [(data.tokenizer.decode(row["ids"]), head.labels[row["label"]]) for row in rows]
 
 
 def test_csv(tmp_path: Path) -> None:

@@ -64,8 +64,12 @@ def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("head", ["classification", "generation"])
-def test_export(head: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_export(head: str, kind: str, tmp_path: Path) -> None:
     """The exported file answers as the checkpoint does, at other sizes than it was exported with, padded or not."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     example = runpy.run_path(str(EXAMPLES / "export.py"))
     pl.seed_everything(0, verbose=False)
     model = LanguageModel(head=plugin("head", head), dim=16, num_layers=1, context=16)
@@ -75,13 +79,19 @@ def test_export(head: str, tmp_path: Path) -> None:
     model.configure_model()
     with torch.no_grad():
         model.network.embedding.weight.mul_(20)  # an untrained network would be undecided everywhere
-    file = tmp_path / "model.pt2"
-    torch.export.save(example["export"](model.eval()), file)
-    exported = torch.export.load(file).module()
+    file, program = tmp_path / f"model.{kind}", example["export"](model.eval())
     texts = ["a text", "another text", "one"]
     rows = model.tokenizer.encode_batch(texts)
     ids, segments = padded(rows, 0), segments_of([len(row) for row in rows])
-    scores = exported(ids, segments).softmax(-1)
+    assert segments is not None
+    if kind == "onnx":
+        example["write_onnx"](program, str(file))
+        session = runtime.InferenceSession(file)
+        (found,) = session.run(["scores"], {"ids": ids.numpy(), "segments": segments.numpy()})
+        scores = torch.from_numpy(found).softmax(-1)
+    else:
+        torch.export.save(program, file)
+        scores = torch.export.load(file).module()(ids, segments).softmax(-1)
     if head == "classification":
         answers = [list(answer["probabilities"].values()) for answer in model.predict(texts)]
         torch.testing.assert_close(scores, torch.tensor(answers))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import done, llmkit
 
 from llmkit import main
 from llmkit.data.opening import Options
-from llmkit.data.rows import Row
+from llmkit.data.prepare import Fields
+from llmkit.data.rows import Skipped
 from llmkit.data.sources import local
+from llmkit_plugins.head.generation import Generation
 
 OLD = Path(__file__).parent / "old_checkpoints"
 GENERATION, TRANSLATION = OLD / "generation.ckpt", OLD / "translation.ckpt"
@@ -83,13 +87,35 @@ def test_predict_writes_what_infer_prints(checkpoint: Path, size: int, tmp_path:
     ]
 
 
-def test_a_blank_line_of_a_pattern_is_a_row_to_predict(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("1 the\n\n2 cat\n")
-    for blanks in (False, True):
-        options = Options("lines", r"\d (?P<text>.*)", blanks=blanks)
-        rows = [row.data["text"] for row in local("data.predict", str(path), options).read() if isinstance(row, Row)]
-        assert rows == (["the", "", "cat"] if blanks else ["the", "cat"])
+@pytest.mark.parametrize(
+    ("name", "content", "blank"),
+    [
+        ("a.txt", "the\n\ncat\n \n", [1, 3]),
+        ("a.log", "1 the\n\n2 cat\n\n", [1, 3]),
+        ("a.jsonl", '{"text": "the"}\n\n{"text": "cat"}\n \n', [1, 3]),
+        ("a.csv", "text\nthe\n\ncat\n\n", [1, 3]),
+        ("a.tsv", "text\r\nthe\r\n\r\ncat\r\n \r\n", [1, 3]),
+        ("a.csv", '\ntext\nthe\n""\ncat\n', [1]),
+        ("b.csv", "text,more\nthe,1\n\ncat,2\n\n,\n", [2]),  # an empty line is no record of two cells
+        ("a.json", '[{"text": "the"},\n\n{"text": "cat"}]\n\n', []),
+    ],
+)
+def test_a_blank_line_is_a_row_to_predict_and_no_other(
+    name: str, content: str, blank: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    head, found = Generation(), dict[bool, list[Any]]()
+    for predict in (False, True):
+        options = Options("lines" if name == "a.log" else "auto", r"\d (?P<text>.*)" if name == "a.log" else None)
+        source = local("data.predict", str(path), replace(options, blanks=predict))
+        items = Fields.of(head, {}, predict, source).items(source.read(), Skipped(source.key, "error"))
+        found[predict] = [item.fields.get("text") for item in items]
+    expected: list[Any] = ["the", "cat"]
+    for number in blank:
+        expected.insert(number, None)
+    assert found[True] == expected
+    assert [text for text in found[False] if text.strip()] == ["the", "cat"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -189,10 +189,10 @@ def test_other_letters_are_noticed(bpe: BPE, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_made_ready_stays_here(bpe: BPE, tmp_path: Path) -> None:
     tokenizer = BPE(400)
     tokenizer.from_state(bpe.to_state())
-    before = identity.of_tokenizer(tokenizer, tmp_path)
+    before = identity.of(tokenizer, tmp_path)
     tokenizer.encode("the the the the")
     assert tokenizer._encoder is not None and tokenizer._encoder._fast is not None
-    assert identity.of_tokenizer(tokenizer, tmp_path) == before
+    assert identity.of(tokenizer, tmp_path) == before
     assert pickle.loads(pickle.dumps(tokenizer))._encoder is None
     tokenizer.train(iter(["other words, other merges"] * 9))
     assert tokenizer.encode_batch(["the the the the"]) == alone(tokenizer, ["the the the the"])

@@ -110,7 +110,9 @@ def _flat(name: str, column: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]
 WINDOW = 3.0
 """How far a row moves from its place among rows of similar length in each epoch, in batches. With 3, of the pairs of
 rows that share a batch (of 32), 11 % of SST-2's and 20 % of DialogSum's share one in the next epoch too, for 1 and 2 %
-more padding. A wider window mixes more and pads more."""
+more padding. A wider window mixes more and pads more: 6 batches bring 8 and 11 % together again for another 1.5 and
+2.6 %. Pools of 25 to 100 batches that are sorted by length, and moves in proportion to the length, lie close to that
+curve or pad more."""
 
 
 class Examples:
@@ -160,11 +162,21 @@ class Examples:
         """Number of examples."""
         return self.training_rows
 
-    def batch_size_note(self) -> str:
-        """Return how many rows ``batch_tokens`` comes to: texts may be far shorter than one expects."""
-        rows, many = self.training_rows / self.num_batches, "es" * (self.num_batches > 1)
-        text = f"a batch holds {rows:,.0f} rows on average, an epoch {self.num_batches:,} batch{many}"
-        return f"data.batch_tokens {self.batch_tokens:,}: {text}"
+    def step_note(self, batches: int, accumulated: int, processes: int) -> str:
+        """Return what ``batch_tokens`` makes of an optimizer step: texts may be far shorter than one expects.
+
+        Args:
+            batches: number of batches of an epoch in each process.
+            accumulated: how many of them a step takes.
+            processes: how many train together.
+        """
+        steps = -(-batches // accumulated)
+        rows, each = self.training_rows / steps, min(accumulated, batches) * processes
+        made = [f"{processes} processes"] * (processes > 1)
+        made += [f"trainer.accumulate_grad_batches {accumulated}"] * (accumulated > 1)
+        size = f"{each} batch{'es' * (each > 1)}{': ' * bool(made)}{', '.join(made)}"
+        text = f"an optimizer step holds {rows:,.0f} rows on average ({size})"
+        return f"data.batch_tokens {self.batch_tokens:,}: {text}, an epoch has {steps:,} step{'s' * (steps > 1)}"
 
     def _sorted(self, rng: np.random.Generator) -> Index:
         """Return the rows by length, then by the difference of their two texts, ties at random."""

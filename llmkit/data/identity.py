@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import registry
-from llmkit.contracts import Head, Tokenizer
+from llmkit.contracts import Tokenizer
 from llmkit.data import cache
 from llmkit.errors import note
 
@@ -43,38 +43,25 @@ class _Undescribed(Exception):  # noqa: N818
     """Something that cannot be described; the text says what."""
 
 
-def of_head(head: Head, folder: Path) -> list[Any] | None:
-    """Return what a head's results depend on: its code and its settings. None if it cannot be described."""
-    return _described(head, folder, lambda naming: [naming.value(head)])
+def of(owner: object, folder: Path, *values: Any) -> list[Any] | None:
+    """Return a description of a plugin, or of ``values`` that belong to it: settings, and the code with all it imports.
 
-
-def of_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[Any] | None:
-    """Return what training a tokenizer depends on: its code and its settings. None if it cannot be described."""
-    return _described(tokenizer, folder, lambda naming: [naming.value(tokenizer)])
+    None if something cannot be described; a note says what.
+    """
+    cls = owner if isinstance(owner, type) else type(owner)
+    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    naming = _Naming(folder, packages - {"torch", "llmkit", *sys.stdlib_module_names})
+    try:
+        return [platform.python_version(), _own_code(folder), *map(naming.value, values or [owner])]
+    except _Undescribed as error:
+        _note(f"what {cls.__name__} makes of the data is not kept in the cache: {error}")
+        return None
 
 
 def of_trained(tokenizer: Tokenizer, folder: Path) -> list[Any] | None:
     """Return what the ids of a trained tokenizer depend on: its code, and all that a checkpoint has of it."""
     settings = registry.spec_of_instance(tokenizer)["init_args"]
-    state = tokenizer.to_state()
-    return _described(tokenizer, folder, lambda naming: [naming.value(type(tokenizer)), naming.value(settings), state])
-
-
-def of_value(owner: object, value: Any, folder: Path) -> list[Any] | None:
-    """Return a description of any value that belongs to a plugin or its class. None if it cannot be described."""
-    return _described(owner, folder, lambda naming: [naming.value(value)])
-
-
-def _described(thing: object, folder: Path, describe: Any) -> list[Any] | None:
-    cls = thing if isinstance(thing, type) else type(thing)
-    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    packages -= {"torch", "llmkit", *sys.stdlib_module_names}
-    try:
-        found: list[Any] = [platform.python_version(), _own_code(folder), *describe(_Naming(folder, packages))]
-    except _Undescribed as error:
-        _note(f"what {cls.__name__} makes of the data is not kept in the cache: {error}")
-        return None
-    return found
+    return of(tokenizer, folder, type(tokenizer), settings, tokenizer.to_state())
 
 
 @functools.cache
@@ -132,15 +119,10 @@ class _Naming:
             return [value.__name__, self.code([value.__name__])]
         if isinstance(value, FunctionType):
             code, cells = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
-            place = [
-                value.__module__,
-                value.__qualname__,
-                code.co_firstlineno,
-                hashlib.sha256(code.co_code).hexdigest(),
-            ]
+            place = [value.__module__, value.__qualname__, code.co_firstlineno, code.co_code]
             constants = [item for item in code.co_consts if not isinstance(item, CodeType)]
             kept = [value.__defaults__, value.__kwdefaults__, cells, code.co_names, constants]
-            return [*place, self.value(kept), self.code([value.__module__])]
+            return [self.value([*place, *kept]), self.code([value.__module__])]
         if isinstance(value, nn.Module):
             settings = {name: item for name, item in vars(value).items() if name not in HIDDEN}
             return [self.value(type(value)), self._attributes(settings)]

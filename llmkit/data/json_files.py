@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from llmkit.data.opening import Options, numbered, open_text
-from llmkit.data.rows import REPEATED, Bad, RawRows, Row, flaw
+from llmkit.data.rows import BLANK, REPEATED, Bad, RawRows, Row, flaw
 from llmkit.errors import UserError
 
 
@@ -34,6 +34,8 @@ def json_rows(path: str, options: Options) -> RawRows:
         return
     for number, line, wrong in numbered(path, options):
         if not line.strip():
+            if options.blanks:
+                yield Row(BLANK, path, number)
             continue
         try:
             item = _DECODER.decode(line)

@@ -30,8 +30,7 @@ def train_tokenizer(
         spec = registry.spec_of(factory)["init_args"] if factory else {}
     except UserError:  # not a class of the registry: the settings of the tokenizer have to identify it
         spec = {}
-    used = [identity.of_tokenizer(tokenizer, folder), identity.of_value(tokenizer, spec, folder)]
-    used.append(identity.of_value(head, dict(head.words), folder))
+    used = [identity.of(tokenizer, folder, tokenizer, spec), identity.of(head, folder, dict(head.words))]
     key = None if None in used else cache.digest(["tokenizer", reader.identity, used])
     path = cache.entry(folder, key, write)
     if not tokenizer.trained:
@@ -58,7 +57,7 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
         cache.write_text(path / "info.json", text)
         learned = True
 
-    used = identity.of_head(head, folder)
+    used = identity.of(head, folder)
     path = cache.entry(folder, None if used is None else cache.digest(["head", reader.identity, used]), write)
     if not learned:
         head.set_info(json.loads((path / "info.json").read_text(encoding="utf-8")))

@@ -321,7 +321,7 @@ class DataModule(pl.LightningDataModule):
     def _key(self, stage: Stage, reader: Reader) -> str | None:
         """Return the name of a split in the cache; None for one that is not kept."""
         head = self.head
-        used = [identity.of_head(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
+        used = [identity.of(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
         settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack, head.inputs]
         return None if None in used else cache.digest([reader.identity, settings, used])
 
@@ -342,9 +342,10 @@ class DataModule(pl.LightningDataModule):
             split = self.split("train")
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
             plan = Balanced.of(split, self.balance).training_order if self.balance else split.training_order
-            if isinstance(split, Examples) and split.batch_tokens is not None:
-                self._note_once(split.batch_size_note())
             order = TrainingOrder(plan, split.num_batches, split.training_rows, self.seed, overfit)
+            if isinstance(split, Examples) and split.batch_tokens is not None:
+                accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
+                self._note_once(split.step_note(len(order), accumulated, world()[1]))
             loader = Loader(split, self.num_workers, sampler=order)
             position.length = len(order)
         loader.position = position

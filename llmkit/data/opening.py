@@ -48,7 +48,7 @@ class Options:
     encoding: str = "utf-8"
     delimiter: str | None = None
     chunks: bool = False  # a text file is one document, read in chunks; otherwise each non-empty line is a row
-    blanks: bool = False  # a blank line of text or lines is a row of empty columns
+    blanks: bool = False  # a blank line is a row without text, in formats where a row is a line
 
     def __post_init__(self) -> None:
         """Raise UserError for an invalid pattern, delimiter, encoding, or column name that comes twice."""

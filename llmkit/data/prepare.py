@@ -10,9 +10,10 @@ import numpy as np
 
 from llmkit.contracts import Head, Tokenizer
 from llmkit.data.opening import shortened
-from llmkit.data.rows import REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
+from llmkit.data.rows import BLANK, REPEATED, Bad, RawRows, Row, Skipped, Source, flaw
 from llmkit.data.tokens import Ending, Piece
 from llmkit.errors import Problem, UserError, nearest, place, returned
+from llmkit.ops.writing import special_ids
 
 GROUP, CHARACTERS = 1000, 2_000_000  # the most rows and characters that are encoded at once
 MISSING = object()  # the value of a column that a row does not have
@@ -68,8 +69,10 @@ class Fields:
         skipped.begin()
         for row in rows:
             if isinstance(row, Row):
+                if row.data is BLANK and not self.predict:
+                    continue
                 begins = begins or row.first  # the first rows of a document may be bad
-                found = self._fields(row)
+                found = {} if row.data is BLANK else self._fields(row)
                 if not isinstance(found, Bad):
                     if self.predict and not any(str(value).strip() for value in found.values()):
                         found = {}
@@ -267,7 +270,7 @@ def hidden_bytes(texts: list[str], ids: list[list[int]], tokenizer: Tokenizer) -
 
     found = [0] * len(texts)
     rows = [number for number, row in enumerate(ids) if tokenizer.unk_id in row]
-    special = {getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id", "unk_id", "mask_id", "sep_id")}
+    special = special_ids(tokenizer)
     known = next((token for token in range(tokenizer.vocab_size) if token not in special), None)
     if not rows or known is None:
         return found

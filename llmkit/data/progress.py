@@ -26,11 +26,10 @@ class Step:
 
     Args:
         what: what is done, ``training the tokenizer``.
-        unit: what is counted.
     """
 
-    def __init__(self, what: str, unit: str = "rows") -> None:
-        self.what, self.unit, self.count = what, unit, 0
+    def __init__(self, what: str) -> None:
+        self.what, self.count = what, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -48,11 +47,11 @@ class Step:
             self._thread.join()
 
     def advance(self, count: int = 1) -> None:
-        """Count what has been done."""
+        """Count rows that are done."""
         self.count += count
 
     def counted(self, items: Iterable[Thing]) -> Iterator[Thing]:
-        """Yield items and count them."""
+        """Yield rows and count them."""
         for item in items:
             self.count += 1
             yield item
@@ -61,11 +60,11 @@ class Step:
         if not sys.stderr.isatty():
             pause = LOGGED
             while not self._over.wait(pause):
-                done = f", {self.count:,} {self.unit}" if self.count else ""
+                done = f", {self.count:,} rows" if self.count else ""
                 note(f"{self.what}{done}, {time.monotonic() - self._begun:.0f} s")
                 pause *= 2
         elif not self._over.wait(FIRST):
-            with tqdm(desc=self.what, unit=f" {self.unit}", leave=False) as bar:
+            with tqdm(desc=self.what, unit=" rows", leave=False) as bar:
                 bar.start_t -= FIRST
                 while not self._over.wait(NEXT):
                     bar.update(self.count - bar.n)

@@ -19,6 +19,10 @@ REPEATED = object()
 """The value of a column that a row has more than once."""
 
 
+BLANK: Mapping[str, Any] = {}
+"""The columns of a blank line where each line names its own. It is a row of a split to predict, and none of others."""
+
+
 class Row(NamedTuple):
     """One row as it was read, and its place."""
 

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -86,17 +87,7 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
             text = f"is for files of format csv, and {shortened(files)} are read as {', '.join(sorted(set(formats)))}"
             raise UserError(Problem("data.delimiter", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}
-        identity = [
-            *(
-                formats,
-                options.pattern,
-                options.delimiter,
-                options.column_names,
-                options.encoding,
-                options.chunks,
-                options.blanks,
-            )
-        ]
+        identity = [formats, astuple(options)]
     names = [Path(path).name for path in files]
     advice = ""
     if {"csv", "tsv"} & set(formats) and options.column_names is None:

@@ -17,7 +17,11 @@ def _repeated(names: list[str]) -> dict[str, Any]:
 
 
 def table_rows(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRows:
-    """Yield the rows of a table, whose first record is the header unless column names are given."""
+    """Yield the rows of a table, whose first record is the header unless column names are given.
+
+    An empty line is an empty cell of a table with a single column, and a row with ``options.blanks``. A table of more
+    columns has no record there, as for other readers of CSV.
+    """
     if options.delimiter is not None and "delimiter" not in dialect:
         dialect = {**dialect, "delimiter": options.delimiter}
     csv.field_size_limit(2**31 - 1)
@@ -25,6 +29,10 @@ def table_rows(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRo
     repeated: dict[str, Any] = {}
     with open_text(path, options, newline="") as file:
         for number, cells, wrong in _records(file, dialect):
+            if not (cells or wrong):
+                if options.blanks and header and len(header) == 1:
+                    yield Row({header[0]: ""}, path, number)
+                continue
             wrong = flaw("".join(cells), options.encoding) or wrong
             if header is None:
                 if wrong:
@@ -42,7 +50,7 @@ def table_rows(path: str, options: Options, dialect: Mapping[str, Any]) -> RawRo
 
 
 def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple[int, list[str], str | None]]:
-    """Yield, for each record that is not empty, the number of its first line, its cells, and what is wrong with it.
+    """Yield the number of each record's first line, its cells (none of an empty line), and what is wrong with it.
 
     A quotation mark that is never closed makes one record of the rest of the file. Such a record is bad, but the lines
     after its first are read again, each as a record of its own, so that one stray mark does not lose them all.
@@ -76,7 +84,7 @@ def _records(lines: Iterable[str], dialect: Mapping[str, Any]) -> Iterator[tuple
                     except csv.Error as wrong:
                         yield after, [], f"is not CSV: {wrong}"
         else:
-            if cells:
+            if cells or not ended:
                 yield number, cells, None
 
 

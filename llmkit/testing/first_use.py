@@ -40,7 +40,7 @@ def examine(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
             continue
         seen.append(spec)
         factory = registry.factory_of(spec, family)
-        used = identity.of_value(factory.func, factory, folder)
+        used = identity.of(factory.func, folder, factory)
         passed = folder / "examined" / cache.digest([family, PROPERTIES[family], used])
         if used is not None and passed.exists():
             continue

@@ -18,9 +18,14 @@ class Differential(GroupedQuery):
     """Each head subtracts a second softmax map from the first, which cancels what both give to irrelevant positions.
 
     Ye et al. 2024, arXiv:2410.05258. A head has two queries and two keys of E channels and values of 2 E channels, so
-    it has as many weights as ``multi_head``; the paper takes half as many heads as it would otherwise. Unlike the
-    paper, ``lambda_init`` is the same in every layer (there it grows with depth from 0.2 towards 0.8), and queries and
-    keys are normalised unless ``qk_norm`` is off. Maps 0 to H - 1 are the first of each head, H to 2 H - 1 the second.
+    it has as many weights as ``multi_head``; the paper takes half as many heads as it would otherwise. The share that
+    is subtracted is learned as in the paper, from four vectors that all heads of a layer share.
+
+    Unlike the paper, ``lambda_init`` is the same in every layer, since an attention does not know its depth. There it
+    is 0.8 - 0.6 exp(-0.3 (l - 1)) in layer l: 0.2 in the first, towards 0.8 in later ones. So the first layers subtract
+    more than the paper's at the start, and their outputs are smaller (by 0.2 for 0.8 in the first); the paper reports
+    nearly the same loss with 0.8 or 0.5 everywhere. Also unlike it, queries and keys are normalised unless ``qk_norm``
+    is off. Maps 0 to H - 1 are the first of each head, H to 2 H - 1 the second.
 
     Args:
         dim: model width; must be divisible by twice ``num_heads``.

@@ -88,10 +88,12 @@ class Retention(Attention):
     """Retention: products of queries and keys that decay with distance, at a different rate for each head.
 
     The multi-scale retention of Sun et al. 2023, arXiv:2307.08621: head h forgets the share 2 ** (-5 - h) per position;
-    a group norm with one group per head and a gate follow. Unlike the paper, the norm has a scale and a shift per
-    channel, values are as wide as the model, scores are not divided by their sums, and queries and keys are rotated
-    only if the network's position encoding is rotary. A bidirectional one, which the paper does not have, decays to
-    both sides. ALiBi changes nothing here. The decoding state is one matrix per head.
+    a group norm with one group per head and a gate follow. Unlike the authors' code, the norm subtracts the mean, as
+    group norms do, and has a scale and a shift per channel; the output map could absorb the scale, but not the shift.
+    Unlike the paper, values are as wide as the model (there twice), scores are not divided by their sums, which the
+    norm makes up for, and queries and keys are rotated only if the network's position encoding is rotary. A
+    bidirectional one, which the paper does not have, decays to both sides. ALiBi changes nothing here. The decoding
+    state is one matrix per head.
 
     Args:
         dim: model width; must be divisible by ``num_heads``.

@@ -201,9 +201,10 @@ class LSTM(Recurrent):
     """A long short-term memory network instead of attention; the state does not grow with the length.
 
     Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, in the form of ``torch.nn.LSTM``: with the forget
-    gate of Gers et al. 2000, doi:10.1162/089976600300015015, without peepholes. The forget gate starts out open: one of
-    its two biases is 1 (Jozefowicz et al. 2015, proceedings.mlr.press/v37/jozefowicz15). A bidirectional one has two
-    directions of half the width each, 6 dim^2 weights instead of the 8 dim^2 of a causal one, and needs no projection.
+    gate of Gers et al. 2000, doi:10.1162/089976600300015015, with tanh for both squashing functions, without peepholes.
+    The forget gate starts out open: one of its two biases is 1 (Jozefowicz et al. 2015,
+    proceedings.mlr.press/v37/jozefowicz15). A bidirectional one has two directions of half the width each, 6 dim^2
+    weights instead of the 8 dim^2 of a causal one, and needs no projection.
 
     Args:
         dim: model width; must be even for the role ``bidirectional``.
@@ -226,9 +227,9 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """A gated recurrent unit instead of attention: an LSTM with one gate and one state less.
 
-    Cho et al. 2014, arXiv:1406.1078, in the form of ``torch.nn.GRU``: the reset gate multiplies U h, where the paper
-    has U (r h). A bidirectional one has two directions of half the width each, 4.5 dim^2 weights instead of the
-    6 dim^2 of a causal one, and needs no projection.
+    Cho et al. 2014 in the form of the first version, arXiv:1406.1078v1, and of ``torch.nn.GRU``: the reset gate
+    multiplies U h. The published version has U (r h), which is another function. A bidirectional one has two directions
+    of half the width each, 4.5 dim^2 weights instead of the 6 dim^2 of a causal one, and needs no projection.
 
     Args:
         dim: model width; must be even for the role ``bidirectional``.

@@ -160,7 +160,7 @@ class ScoreMetric(Metric):
     def update(self, predicted: Tensor, expected: Tensor) -> None:
         """Add scores, (B,) each."""
         pairs = torch.stack([predicted.detach().to(EXACT), expected.to(EXACT)], 1)
-        self.pairs.append(pairs.view(torch.int64 if torch.float64 == EXACT else torch.int32))
+        self.pairs.append(pairs.view(BITS))
 
     def compute(self) -> Tensor:
         """Return the value."""
