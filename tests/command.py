@@ -33,7 +33,7 @@ def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str 
     png_file.write_bytes(_drawn[key])
 
 
-def _parser_once(cli: CLI, *settings: Any) -> None:
+def parser_once(cli: CLI, *settings: Any) -> None:
     """Build the parser of a command from the signatures of model, data and trainer: a fourth of a small fit."""
     if cli.command not in _parsers:
         _build_parser(cli, *settings)
@@ -70,7 +70,7 @@ def llmkit(*words: object) -> Result:
     out, err = io.StringIO(), io.StringIO()
     once = mock.patch.object(throughput, "peak_flops", _peak_flops)
     picture = mock.patch.object(figures, "comparison_curves", _draw_once)
-    parser = mock.patch.object(CLI, "setup_parser", _parser_once)
+    parser = mock.patch.object(CLI, "setup_parser", parser_once)
     with once, picture, parser, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main.main([str(word) for word in words])
     return Result(code, out.getvalue(), err.getvalue())

@@ -26,6 +26,7 @@ def test_registered(name: str) -> None:
     assert [result.name for result in report.results if result.status == "pass"]
 
 
+@pytest.mark.usefixtures("no_jacobians")
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_caught(bug: Bug) -> None:
     reference = plain_attention.reference if bug.source is plain_attention else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkp
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory, refusal
-from llmkit.run.folder import RunFolder, RunLogger, unlogged
+from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
 from llmkit.run.report import Predictions, report_evaluation, report_fit
@@ -61,9 +60,9 @@ class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it into the run's folder."""
+        """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
         text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
-        Path(str(trainer.log_dir), self.config_filename).write_text(text, encoding="utf-8")
+        (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
 class CLI(LightningCLI):
