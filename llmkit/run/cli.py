@@ -80,7 +80,7 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
-        self.identity = hashlib.sha256(" ".join(args).encode()).hexdigest()[:8]
+        self.identity = hashlib.sha256(" ".join([command, *args]).encode()).hexdigest()[:8]
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
