@@ -92,6 +92,8 @@ def fits(kind: Any, value: Any) -> bool:
     """Return whether a value is of a type, as jsonargparse sees it."""
     if value is None and kind not in (Any, inspect.Parameter.empty):  # which jsonargparse takes for a value left out
         return type(None) in typing.get_args(kind)
+    if type(value) is kind and kind in (bool, int, float, str):  # jsonargparse takes a millisecond to say so
+        return True
     parser = None if kind in (Any, inspect.Parameter.empty) else _parser(kind)
     try:
         # A copy, for it is changed. Text that jsonargparse would read as a number is still text.
@@ -116,6 +118,12 @@ def expected(kind: Any) -> list[str]:
 def shown(value: Any) -> str:
     """Return a value as a config would have it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+@functools.cache
+def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a class, in order."""
+    return inspect.signature(cls).parameters
 
 
 @functools.cache
@@ -168,7 +176,7 @@ class _Walk:
 
     def group(self, cls: type, given: Tree, key: str) -> None:
         """Check the arguments of a class that is not named in the config: a group, or a dataclass in it."""
-        parameters = inspect.signature(cls).parameters
+        parameters = parameters_of(cls)
         for name in [name for name in given if name not in parameters]:
             self.problems.append(unknown_key(f"{key}.", str(name), parameters, self.owners(str(name))))
         self.arguments(cls, given, key)
@@ -176,7 +184,7 @@ class _Walk:
     def arguments(self, cls: type, given: Tree, key: str) -> None:
         """Check the types of what is given to a class, and fill in the rest."""
         types_of = hints(cls)
-        for name, parameter in inspect.signature(cls).parameters.items():
+        for name, parameter in parameters_of(cls).items():
             inner = f"{key}.{name}"
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 continue
@@ -186,7 +194,7 @@ class _Walk:
                 with contextlib.suppress(TypeError, ValueError):  # a default that a config cannot hold
                     given[name] = json.loads(json.dumps(parameter.default))
         given |= {name: settled(item) for name, item in given.items()}
-        in_order = {name: given[name] for name in [*inspect.signature(cls).parameters, *given] if name in given}
+        in_order = {name: given[name] for name in [*parameters_of(cls), *given] if name in given}
         given.clear()
         given |= in_order
 

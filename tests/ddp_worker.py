@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from command import parser_once
 from torch import distributed
 
 from llmkit import DataModule, LanguageModel, main, plugin
+from llmkit.run.cli import CLI
 from llmkit.testing.invariance import build
 
 
@@ -40,6 +42,7 @@ def epoch_sums(head: str, file: str, cache: Path) -> list[list[float]]:
 
 if __name__ == "__main__":
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs without the wait for C++
+    CLI.setup_parser = parser_once  # type: ignore[method-assign, assignment]
     tasks = json.loads(Path(sys.argv[1]).read_text())
     for words in tasks["commands"]:
         code = main.main(words)

@@ -92,14 +92,23 @@ class Failing(Recorder):
         return super().training_step(batch)
 
 
-@pytest.mark.parametrize(("layout", "settings"), [CASES[0], CASES[3], CASES[4]])
+@pytest.fixture(scope="module", params=[CASES[0], CASES[3], CASES[4]], ids=str)
+def run_in_epochs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], dict[str, Any], list[Any]]:
+    """A layout with its settings, options of a trainer, and what three epochs see that nothing stops."""
+    layout, settings = request.param
+    often = layout == "examples" and not settings.get("streaming")
+    options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 5 if often else 1.0}
+    return layout, settings, options, run(tmp_path_factory.mktemp("epochs"), layout, settings, **options)
+
+
 @pytest.mark.parametrize("every", [3, 15])
-def test_resume_after_a_failure(tmp_path: Path, layout: str, settings: dict[str, Any], every: int) -> None:
+def test_resume_after_a_failure(
+    tmp_path: Path, run_in_epochs: tuple[str, dict[str, Any], dict[str, Any], list[Any]], every: int
+) -> None:
     """From the last checkpoint of a run in epochs, saved by steps, with workers that had fetched ahead."""
-    options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 5 if layout == "examples" else 1.0}
-    if settings.get("streaming"):
-        options["val_check_interval"] = 1.0
-    whole = run(tmp_path, layout, settings, **options)
+    layout, settings, options, whole = run_in_epochs
     save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=every, enable_version_counter=False)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, layout, settings, kind=Failing, callbacks=[save], enable_checkpointing=True, **options)

@@ -131,6 +131,7 @@ def together(
     started = []
     for rank in range(2):
         given = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # A new interpreter, for Lightning reads the rank when it is imported.
         command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(folder / "tasks.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
         piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmkit import registry
 from llmkit.contracts import Attention, Role
 from llmkit.sequence import Memory, Sequence, State
-from llmkit.testing import check, examination
+from llmkit.testing import check, examination, properties
 
 test_plain = examination("attention", PlainAttention, reference=plain_attention.reference, compile_backend="aot_eager")
 
@@ -26,6 +26,7 @@ def test_registered(name: str) -> None:
     assert [result.name for result in report.results if result.status == "pass"]
 
 
+@pytest.mark.usefixtures("no_jacobians")
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_caught(bug: Bug) -> None:
     reference = plain_attention.reference if bug.source is plain_attention else None
@@ -131,7 +132,8 @@ class NoWeights(Attention):
 @pytest.mark.parametrize("variant", [StrictPast, TopOne, Spectral, ZeroStart, NoWeights])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_false_alarm(variant: type[Attention], seed: int) -> None:
-    # Compilation does not depend on the seed, and test_plain compiles what ZeroStart inherits.
-    backend = "aot_eager" if seed == 0 and variant is not ZeroStart else None
-    report = check("attention", variant, seed=seed, compile_backend=backend)
+    # Compilation and growth do not depend on the seed, and test_plain has those of what ZeroStart inherits.
+    whole = seed == 0 and variant is not ZeroStart
+    only = [found.name for found in properties("attention") if whole or found.name != "growth"]
+    report = check("attention", variant, seed=seed, only=only, compile_backend="aot_eager" if whole else None)
     assert not report.failed, str(report)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import lightning.pytorch as pl
 import pytest
 import yaml
@@ -28,6 +29,7 @@ from llmkit.data import DataModule
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
+from llmkit.testing import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -105,7 +107,8 @@ def python_snippet() -> str:
     return snippet
 
 
-def test_every_command_of_the_readme_runs(workspace: Path) -> None:
+def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "subprocess", forked)
     # What `make quickstart` leaves behind comes first: the commands after it use its checkpoint.
     done("fit", "--config", "configs/quickstart.yaml", *TINY)
     commands = [shlex.split(line, comments=True) for line in lines(README)]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from torch import Tensor, nn
 
@@ -313,7 +314,7 @@ def install(folder: Path, name: str, points: str, **modules: str) -> None:
 def llmkit(*argv: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(path)}
     line = [sys.executable, "-m", "llmkit", *argv]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+    return forked.run(line, env=environment, cwd=cwd)
 
 
 def test_broken_plugins_are_listed_and_disturb_nobody(tmp_path: Path) -> None:
@@ -358,13 +359,8 @@ def test_a_broken_plugin_fails_only_who_uses_it(tmp_path: Path) -> None:
         "from llmkit import plugin, UserError\nplugin('position', 'rotary')\n"
         "try: plugin('position', 'broken')\nexcept UserError as error: print(error)"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        check=True,
-    )
+    (tmp_path / "use.py").write_text(code)
+    answer = forked.run([sys.executable, str(tmp_path / "use.py")], env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert answer.stdout.strip().endswith("cannot be imported: ZeroDivisionError: division by zero")
 
 

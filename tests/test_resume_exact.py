@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -133,11 +134,14 @@ def test_a_run_that_dies_after_each_epoch(
     assert differences == []
 
 
-def test_killed_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_processes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``llmkit verify resume`` with real SIGKILLs: accumulation, worker processes, dropout."""
     config = copy.deepcopy(KILL.configs(folder)["classification"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", str(tmp_path / "config.yaml"), "--steps", "12", "--kills", "2"]
+    monkeypatch.setattr(resume, "subprocess", forked)
     assert command.run("verify resume", words) == 0
     told = capsys.readouterr().out
     # The last of an epoch's 12 steps has one of its 34 batches, and is validated whatever the interval.

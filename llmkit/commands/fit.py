@@ -47,7 +47,7 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
         UserError: every mistake in the config, with its place.
     """
     if {"-h", "--help"} & set(argv):
-        cli(command, [command, "--help"])
+        cli(command, ["--help"])
         return 0
     planned = plan(command, argv, asked)
     stored = planned.stored
@@ -98,7 +98,7 @@ def run_instead(work: Callable[[CLI], int], argv: list[str], asked: str) -> int:
     codes = []
 
     class Instead(CLI):
-        def _run_subcommand(self, subcommand: str) -> None:
+        def execute(self) -> None:
             codes.append(work(self))
 
     run("fit", argv, Instead, asked)

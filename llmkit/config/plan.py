@@ -53,7 +53,7 @@ class Plan:
     def args(self) -> list[str]:
         """What LightningCLI parses."""
         tree = {key: value for key, value in self.config.tree.items() if value is not None}
-        return [self.command, f"--config={json.dumps(tree, default=str)}", *self.passed_on]
+        return [f"--config={json.dumps(tree, default=str)}", *self.passed_on]
 
     @contextmanager
     def placed(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from typing import Any
 
@@ -21,7 +22,7 @@ from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkp
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.failures import explain, is_out_of_memory, refusal
-from llmkit.run.folder import RunFolder, RunLogger, unlogged
+from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
 from llmkit.run.report import Predictions, report_evaluation, report_fit
@@ -55,6 +56,15 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 """The other keys of a config: type, default and description."""
 
 
+class SavedConfig(SaveConfigCallback):
+    """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
+        text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
+        (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
+
+
 class CLI(LightningCLI):
     """LightningCLI for one command, with llmkit's logger, callbacks and closing report.
 
@@ -70,30 +80,32 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
-        self.identity = hashlib.sha256(" ".join(args).encode()).hexdigest()[:8]
+        self.identity = hashlib.sha256(" ".join([command, *args]).encode()).hexdigest()[:8]
         bound_kernels()
+        purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
             LanguageModel,
             DataModule,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_callback=SavedConfig if command == "fit" else None,
+            save_config_kwargs={"save_to_log_dir": False},  # SavedConfig does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
+            parser_kwargs={"exit_on_error": False, "prog": f"llmkit {command}", "description": purpose},
             args=args,
+            run=False,  # the one command needs no parser below another, which would take twice as long
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the one command that runs, so that only its parser is built."""
-        return {self.command: super().subcommands()[self.command] | {"return_predictions", "verbose"}}
+        self.execute()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add llmkit's own top-level keys."""
+        """Add llmkit's own top-level keys, and those that Lightning's command has."""
         for name in ("name", "output", "imports", "examine"):
             kind, default, text = TOP[name]
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(Checkpoints, "checkpoint")
+        skip: set[str | int] = {*self.subcommands()[self.command], "return_predictions", "verbose"}
+        self.command_keys = parser.add_method_arguments(pl.Trainer, self.command, skip=skip)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the checked tree. Raises UserError for an option of jsonargparse's own, ``--model.x.help``, say."""
@@ -102,14 +114,11 @@ class CLI(LightningCLI):
         except ArgumentError as error:
             raise UserError(" ".join(str(error).split())[:400]) from error
 
-    def _parse_ckpt_path(self) -> None:
-        """The checkpoint's config is a layer of the tree already."""
-
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         if self.stored is not None:  # its weights replace those that its training began with
-            self.config[self.command].model.init_from = None
-            self.config[self.command].model.word_vectors = None
+            self.config.model.init_from = None
+            self.config.model.word_vectors = None
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
@@ -122,17 +131,17 @@ class CLI(LightningCLI):
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
             self.model.restore(self.stored)
-        self._dump_config()
         drop = ("config", "ckpt_path", "weights_only")
-        self.model.config = {key: value for key, value in self.config_dump.items() if key not in drop}
+        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
+        self.model.config = {key: value for key, value in content.items() if key not in drop}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
-        given = self._get(self.config_init, "trainer")
+        given = self.config_init["trainer"]
         kwargs |= filled_in(given)
-        output = self._get(self.config_init, "output")
+        output = self.config_init["output"]
         writes = given.get("logger") is not False
-        folder_logger = RunLogger(output, self._get(self.config_init, "name"), writes)
+        folder_logger = RunLogger(output, self.config_init["name"], writes)
         kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
         callbacks = _listed(given.get("callbacks"))
         throughput = Throughput()
@@ -144,7 +153,7 @@ class CLI(LightningCLI):
         own.append(GracefulShutdown())  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
-            own.append(self._get(self.config_init, "checkpoint"))
+            own.append(self.config_init["checkpoint"])
         kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
         if given.get("default_root_dir") is None:
             # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
@@ -158,9 +167,13 @@ class CLI(LightningCLI):
         use_whole_files(trainer)
         return trainer
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def execute(self) -> None:
+        """Run the command."""
         try:
-            super()._run_subcommand(subcommand)
+            if self.command == "fit":
+                self.before_fit()
+            given = {key: self.config_init[key] for key in self.command_keys}
+            getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
         except UserError:
             self.release_folder()
             raise
@@ -197,9 +210,10 @@ class CLI(LightningCLI):
         if requeued is not None and self.trainer.is_global_zero:
             note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")
 
-    def after_fit(self) -> None:
-        """Measure the best checkpoint and print the closing report."""
-        trainer, model = self.trainer, self.model
+    def fit(self, model: LanguageModel, **kwargs: Any) -> None:
+        """Train, measure the best checkpoint and print the closing report."""
+        trainer = self.trainer
+        trainer.fit(model, **kwargs)
         if is_debug_run(trainer) or trainer.interrupted:
             return
         saver = trainer.checkpoint_callback
