@@ -6,7 +6,7 @@
 The second one has batches of many shapes. Options that this script does not know go to ``llmkit fit``.
 
 Prints one line a minute and writes ``soak.json`` (``soak_CONFIG.json`` for another config) next to this file: medians
-of the second half of the time against the first, without the first tenth.
+of the second half of the time against the first, without the first tenth and the time before the first checkpoint.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main() -> None:
         print("  ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
     process.send_signal(signal.SIGTERM)
     code = process.wait()
-    rest = rows[len(rows) // 10 :]
+    rest = [row for row in rows[len(rows) // 10 :] if row["checkpoints"]]
+    if len(rest) < 2:
+        raise SystemExit("soak: too short: two samples after the first checkpoint are needed")
     half = len(rest) // 2
     growth = {
         name: statistics.median(row[name] for row in rest[half:]) / statistics.median(row[name] for row in rest[:half])

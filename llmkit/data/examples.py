@@ -227,8 +227,8 @@ def round_number(rows: int) -> int:
 
     Batches then have few different shapes, for each of which a CPU's library compiles kernels and keeps them.
     """
-    step = 2 ** max(0, rows.bit_length() - 4)
-    return rows // step * step
+    zeros = max(0, rows.bit_length() - 4)
+    return rows >> zeros << zeros
 
 
 def note_features(head: Head, features: Features, context: int, stage: Stage) -> None:

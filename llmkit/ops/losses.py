@@ -14,8 +14,8 @@ from llmkit.contracts import IGNORE, Loss
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
 CHUNK_ELSEWHERE = 2**26  # an accelerator needs large products: 1,280 rows at a vocabulary of 50304
 ROWS = 64
-"""Products have a multiple of this many rows. On a CPU in bf16, oneDNN compiles a kernel for each new number of rows and
-keeps it (0.26 MiB) for good, and the number of targets of a batch is nearly always new."""
+"""Products have a multiple of this many rows. On a CPU in bf16, oneDNN compiles a kernel for each new number of rows
+and keeps it (0.26 MiB) for good, and the number of targets of a batch is nearly always new."""
 
 
 def rows_at_once(weight_VD: Tensor) -> int:
