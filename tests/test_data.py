@@ -442,6 +442,16 @@ def test_rows_meet_other_rows_in_each_epoch(rows: int, batch_tokens: int | None)
     assert padding(lengths, epochs[0]) < 0.75 * padding(lengths, shuffled)
 
 
+def test_batches_by_tokens_have_round_numbers_of_rows() -> None:
+    """A CPU's library keeps kernels for each shape: memory would grow from epoch to epoch."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(2.7, 0.3, 6000).astype(int), 4, 40)
+    examples = examples_of(lengths, batch_tokens=3000)
+    epochs = [examples.training_order(np.random.default_rng([0, epoch])) for epoch in range(6)]
+    rows = [len(batch) for found in epochs for batch in found]
+    assert np.mean([number % 2 ** max(0, number.bit_length() - 4) == 0 for number in rows]) > 0.9
+    assert np.mean(rows) > 0.8 * 3000 / lengths.mean()
+
+
 def test_the_first_batches_of_an_evaluation_represent_all(tmp_path: Path) -> None:
     """So that ``limit_val_batches`` measures nearly the same: lengths and labels of rows, places in a text."""
     lengths = np.random.default_rng(0).integers(1, 60, 900).tolist()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.contracts import IGNORE
 from llmkit.ops import losses
@@ -40,6 +43,31 @@ def test_equals_torch_value_and_gradient(
     assert int(loss.count) == 23 - ignored
     torch.testing.assert_close(loss.total, wanted)
     torch.testing.assert_close(got, (hidden.grad, weight.grad))
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of all products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.add(tuple(x.shape for x in args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of targets: oneDNN keeps kernels for each shape, and memory would grow with every batch."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 11 * 150)
+    with Products() as products:
+        for ignored in range(1, 150, 7):
+            hidden, weight, targets = inputs(300, 6, 11)
+            targets[:ignored] = IGNORE
+            losses.linear_cross_entropy(hidden, weight, targets).total.backward()
+    rows = {n for shapes in products.shapes for shape in shapes for n in shape} - {6, 11}
+    assert rows == {64, 128}
 
 
 def test_all_ignored_is_zero() -> None:

@@ -3,10 +3,10 @@
     python docs/reliability/soak.py --hours 2 --output /tmp/soak
     python docs/reliability/soak.py --hours 1 --output /tmp/soak --config configs/translation/multi30k.yaml
 
-The second one has batches of many shapes.
+The second one has batches of many shapes. Options that this script does not know go to ``llmkit fit``.
 
-Prints one line a minute and writes ``soak.json`` next to this file: medians of the second half of the time against the
-first, without the first tenth.
+Prints one line a minute and writes ``soak.json`` (``soak_CONFIG.json`` for another config) next to this file: medians
+of the second half of the time against the first, without the first tenth and the time before the first checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import time
 from pathlib import Path
 
 CONFIG = "configs/generation/tinyshakespeare.yaml"
-OPTIONS = ("--checkpoint.every_n_steps=50", "--checkpoint.keep=3", "--trainer.max_steps=100000000")
+OPTIONS = (
+    *("--checkpoint.every_n_steps=50", "--checkpoint.keep=3"),
+    *("--trainer.max_steps=100000000", "--trainer.max_epochs=-1"),
+)
 
 
 def sample(pid: int, run: Path) -> dict[str, float]:
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two samples")
     parser.add_argument("--config", default=CONFIG)
-    options = parser.parse_args()
+    options, further = parser.parse_known_args()
     command = [
         sys.executable,
         "-m",
@@ -56,7 +59,7 @@ def main() -> None:
         "--name=soak",
         f"--output={options.output}",
     ]
-    process = subprocess.Popen([*command, *OPTIONS])
+    process = subprocess.Popen([*command, *OPTIONS, *further])
     started, rows = time.monotonic(), []
     while time.monotonic() - started < options.hours * 3600 and process.poll() is None:
         time.sleep(options.every)
@@ -68,17 +71,21 @@ def main() -> None:
         print("  ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
     process.send_signal(signal.SIGTERM)
     code = process.wait()
-    rest = rows[len(rows) // 10 :]
+    rest = [row for row in rows[len(rows) // 10 :] if row["checkpoints"]]
+    if len(rest) < 2:
+        raise SystemExit("soak: too short: two samples after the first checkpoint are needed")
     half = len(rest) // 2
     growth = {
         name: statistics.median(row[name] for row in rest[half:]) / statistics.median(row[name] for row in rest[:half])
         for name in ("memory", "open_files", "disk", "checkpoints")
     }
-    metrics = (options.output / "soak" / "version_0" / "metrics.csv").read_text().splitlines()
+    newest = max((options.output / "soak").glob("version_*"), key=lambda folder: folder.stat().st_ctime)
+    metrics = (newest / "metrics.csv").read_text().splitlines()
     steps = int(metrics[-1].split(",")[metrics[0].split(",").index("step")])
     result = {"exit_code": code, "steps": steps, "saved": steps // 50, "second_half_to_first": growth, "last": rows[-1]}
     result["memory_peak_to_start"] = max(row["memory"] for row in rest) / rest[0]["memory"]
-    (Path(__file__).parent / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "soak" if options.config == CONFIG else f"soak_{Path(options.config).stem}"
+    (Path(__file__).parent / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -71,7 +71,10 @@ def configs(found: dict[str, Any]) -> str:
     )
 
 
-WRITERS: dict[str, Callable[[Any], str]] = {"kills": kills, "soak": soak, "fuzz": fuzz, "configs": configs}
+WRITERS: dict[str, Callable[[Any], str]] = {
+    **{"kills": kills, "soak": soak, "soak_multi30k": soak},
+    **{"fuzz": fuzz, "configs": configs},
+}
 
 
 def main() -> None:

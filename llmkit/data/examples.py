@@ -118,7 +118,8 @@ curve or pad more."""
 class Examples:
     """Examples of a split, batched by length.
 
-    A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are padded to the longest.
+    A batch holds ``batch_size`` rows or, with ``batch_tokens``, as many as fit when all are padded to the longest,
+    rounded down (``round_number``).
     Training order: sorted by length, each row moved by a random distance of up to ``WINDOW`` batches, cut into batches,
     batches shuffled. Rows meet other rows in each epoch, and no border between two batches stays. Each example comes
     once an epoch, and every epoch has the same number of batches: where rows would fit into fewer, some are halved.
@@ -196,7 +197,8 @@ class Examples:
             begin = bounds[-1]
             rows = lengths[begin : begin + max(1, self.batch_tokens // lengths[begin])]
             tokens = np.maximum.accumulate(rows) * np.arange(1, len(rows) + 1)  # of the first 1, 2, ... rows, padded
-            bounds.append(begin + max(1, int(np.searchsorted(tokens, self.batch_tokens, side="right"))))
+            fitting = max(1, int(np.searchsorted(tokens, self.batch_tokens, side="right")))
+            bounds.append(begin + (round_number(fitting) if begin + fitting < len(order) else fitting))
         return np.split(order, bounds[1:-1])
 
     def training_order(self, rng: np.random.Generator) -> Sequence[Index]:
@@ -230,6 +232,15 @@ class Examples:
         if not isinstance(batch, dict):
             raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
         return {**batch, "rows": torch.tensor(numbers)}
+
+
+def round_number(rows: int) -> int:
+    """Return the number of four binary digits followed by zeros that is next below: 250 becomes 240, 23 becomes 22.
+
+    Batches then have few different shapes, for each of which a CPU's library compiles kernels and keeps them.
+    """
+    zeros = max(0, rows.bit_length() - 4)
+    return rows >> zeros << zeros
 
 
 def note_features(head: Head, features: Features, context: int, stage: Stage) -> None:

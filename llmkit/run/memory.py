@@ -11,10 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 
 KERNELS = "256"
-"""How many compiled kernels oneDNN keeps (its own limit is 1,024). It makes one for each shape of a product. A limit of
-128 took no more time than 1,024 in 40 steps of 31 shapes; none at all took four times as long."""
+"""How many products oneDNN keeps ready (its own limit is 1,024), one for each shape. A limit of 128 took no more time
+than 1,024 in 40 steps of 31 shapes; none at all took four times as long. The code of a product stays in memory whatever
+the limit: 0.26 MiB for each shape ever seen in bf16. So batches have few shapes (``round_number`` in
+``llmkit/data/examples.py``, ``ROWS`` in ``llmkit/ops/losses.py``)."""
 
-INTERVAL = 1.0  # seconds
+INTERVAL = 10.0
+"""Seconds between two returns of memory. The system clears every page that is used again: after each step of a small
+translator, that took 22 % of its time."""
+
 _trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -24,7 +29,7 @@ def bound_kernels() -> None:
 
 
 class ReturnMemory(pl.Callback):
-    """Returns freed memory to the system once a second, where training is on a CPU and the C library can (glibc).
+    """Returns freed memory to the system every ten seconds, where training is on a CPU and the C library can (glibc).
 
     Tensors of ever other sizes leave gaps between each other that glibc keeps: a translator that needs 0.6 GiB for a
     step held 2.4 GiB after 45.
