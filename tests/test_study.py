@@ -276,9 +276,16 @@ def test_mistakes_of_all_variants_are_reported_together(experiment: Path) -> Non
 def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command to its report; a cell is a fit, bit for bit; a second call has nothing left to run."""
     argv = ["compare", "--config", "experiment.yaml", "--vary", "model.attention=multi_head,lstm", "--seeds", "2"]
+    assert main([*argv, "--cells"]) == 0
+    assert main(["cell", "runs/compare", "9"]) == 2
+    with os.fdopen(os.dup(1)) as stdout, os.fdopen(os.dup(2)) as stderr:  # a cell's output goes to its log
+        assert main(["cell", "runs/compare", "0"]) == 0
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+    capsys.readouterr()
     assert main(argv) == 0
     printed = capsys.readouterr()
-    assert "4 final cells (0 done), matched by params" in printed.out
+    assert "4 final cells (1 done), matched by params" in printed.out
     assert "cells: 3 of 4 done" in printed.err
     results = json.loads(Path("runs/compare/results.json").read_text())
     width = results["variants"]["lstm"]["matched"]["model.feedforward.hidden_multiple"]

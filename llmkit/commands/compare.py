@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmkit.study.cells import Plan
 from llmkit.study.execute import Local, locked
 from llmkit.study.gather import gather
 from llmkit.study.match import Variant, variants
-from llmkit.study.outcomes import OUTCOME
+from llmkit.study.outcomes import CELLS, OUTCOME
 from llmkit.study.spec import Study, read
 from llmkit.study.statistics import smallest_difference
 
@@ -41,6 +42,7 @@ def run(command: str, argv: list[str]) -> int:
     add("--name", help="of the study; its folder is OUTPUT/NAME")
     add("--output", help="the folder for studies; default: runs")
     add("--plan", action="store_true", help="print variants, costs and cells, and stop")
+    add("--cells", action="store_true", help="list the cells that are left in cells.json, for 'llmkit cell', and stop")
     add("--report", metavar="FOLDER", help="write the report of a study's folder again, and stop")
     options, rest = parser.parse_known_args(argv)
     if options.report:
@@ -52,6 +54,8 @@ def run(command: str, argv: list[str]) -> int:
     if not plan.variants[study.baseline].facts["has_validation"]:
         raise UserError("compare needs validation data: see data.validation and data.validation_share")
     print(describe(plan), flush=True)
+    if options.cells:
+        return _list(plan)
     return 0 if options.plan else _run(plan)
 
 
@@ -78,6 +82,13 @@ def _run(plan: Plan) -> int:
         note(f"{stale} finished cell(s) in {plan.root} belong to another config, data or version, and are not used")
     print(f"\n{report.summary(results)}\n\nreport: {folder / 'report.html'}", flush=True)
     return 1 if local.failed else 0
+
+
+def _list(plan: Plan) -> int:
+    left = [dataclasses.asdict(cell) for cell in plan.cells() if plan.outcome(cell) is None]
+    write_text(plan.study.folder / CELLS, json.dumps(left, indent=1) + "\n")
+    print(f"\n{len(left)} cell(s): llmkit cell {plan.study.folder} INDEX, with INDEX from 0 to {len(left) - 1}")
+    return 0
 
 
 def _stale(plan: Plan) -> int:

@@ -53,24 +53,30 @@ def fit_cell(folder: Path, cell: Cell, threads: int) -> int:
     return code
 
 
-def in_process(run: Run, root: Path, cell: Cell, threads: int) -> None:
-    """Run a cell in this process and exit with its code. The cell stops, saved, when the parent is gone."""
-    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which then asks each cell to stop
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+def run_logged(run: Run, root: Path, cell: Cell, threads: int) -> int:
+    """Run a cell in this process, its output going to ``log.txt`` in its folder; returns the exit code."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_"))]:
         del os.environ[name]  # Lightning would take each cell for one process of the job that the study runs in
     folder = root / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder):
+            if (folder / OUTCOME).exists():
+                return 0
             log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             code = run(folder, cell, threads)
+            sys.stdout.flush()
+            return code
     except BlockingIOError:
-        code = BUSY
-    sys.stdout.flush()
-    sys.exit(code)
+        return BUSY
+
+
+def in_process(run: Run, root: Path, cell: Cell, threads: int) -> None:
+    """Run a cell in this process and exit with its code. The cell stops, saved, when the parent is gone."""
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which then asks each cell to stop
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    sys.exit(run_logged(run, root, cell, threads))
 
 
 def _stop_with_parent() -> None:

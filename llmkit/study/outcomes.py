@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llmkit.errors import UserError
 
-OUTCOME = "outcome.json"
+OUTCOME, CELLS = "outcome.json", "cells.json"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ DEFAULTS: dict[str, Any] = {
     "name": "compare",
     "output": "runs",
     "base": None,
+    "overrides": None,
     "variants": None,
     "baseline": None,
     "match": "params",
