@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser, at_least, columns
+from llmkit.commands.cell import fit_cell
 from llmkit.commands.fit import run_instead
 from llmkit.errors import UserError, note
 from llmkit.run.saving import write_text
@@ -61,7 +62,8 @@ def run(command: str, argv: list[str]) -> int:
 
 def _run(plan: Plan) -> int:
     folder = plan.study.folder
-    local = Local(plan.root, plan.study.workers, plan.study.threads)
+    imports = ["llmkit.commands.cell", *plan.modules()]
+    local = Local(plan.root, plan.study.workers, plan.study.threads, fit_cell, imports)
     try:
         with locked(folder):
             while left := [

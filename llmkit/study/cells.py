@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import llmkit
+from llmkit import registry
 from llmkit.data.sources import files_of
 from llmkit.errors import UserError
 from llmkit.study.match import Variant
@@ -62,6 +64,10 @@ class Plan:
         value = self.chosen(name)[0] if setting == "tuned" else None
         return {seed: self._cell("final", name, seed, value) for seed in range(self.study.seeds)}
 
+    def modules(self) -> list[str]:
+        """Return the modules of all variants' plugins."""
+        return sorted(set().union(*(plugin_modules(variant.tree) for variant in self.variants.values())))
+
     # Tuning
 
     def values(self, name: str) -> list[float]:
@@ -83,8 +89,9 @@ class Plan:
     def tuning(self, name: str) -> list[Cell]:
         """Return the tuning runs of a variant so far."""
         tune = self.study.tune
-        seeds = range(TUNING_SEED, TUNING_SEED + int(tune.seeds)) if tune else ()
-        return [self._cell("tune", name, seed, value) for value in self.values(name) for seed in seeds]
+        return [
+            self._cell("tune", name, seed, value) for value in self.values(name) for seed in tuning_seeds(self.study.tune)
+        ]
 
     def tried(self, name: str, value: float) -> list[float | None]:
         """Return the results of a value, one for each tuning seed that has ended."""
@@ -102,8 +109,7 @@ class Plan:
         """Return the place of the best value; None while one has not ended, or all diverged."""
         scores = []
         for value in values:
-            seeds = range(TUNING_SEED, TUNING_SEED + int(tune.seeds))
-            outcomes = [self.outcome(self._cell("tune", name, seed, value)) for seed in seeds]
+            outcomes = [self.outcome(self._cell("tune", name, seed, value)) for seed in tuning_seeds(tune)]
             if None in outcomes:
                 return None
             results = [outcome.value for outcome in outcomes if outcome is not None]
@@ -126,6 +132,11 @@ class Plan:
         return self._made[key]
 
 
+def tuning_seeds(tune: Tune | None) -> range:
+    """Return the seeds of tuning runs."""
+    return range(TUNING_SEED, TUNING_SEED + int(tune.seeds if tune else 0))
+
+
 def base_value(variant: Variant, tune: Tune) -> float:
     """Return the value of the tuned key in a variant's config. Raises UserError unless it is a number above 0."""
     found: Any = variant.tree
@@ -145,8 +156,8 @@ def _digest(tree: Mapping[str, Any], own: Any) -> str:
     """
     kept = {name: value for name, value in tree.items() if name not in ("name", "output", "ckpt_path", "weights_only")}
     data = {name: kept["data"].get(name) for name in ("train", "validation", "test")}
-    parts = [json.dumps([kept, own], sort_keys=True, default=str), *_data(json.dumps(data)), _code()]
-    parts += [Path(name).read_text(encoding="utf-8") for name in kept.get("imports") or [] if Path(name).is_file()]
+    parts = [json.dumps([kept, own], sort_keys=True, default=str), *_data(json.dumps(data))]
+    parts += [_code(name) for name in sorted({"llmkit", *(name.partition(".")[0] for name in plugin_modules(tree))})]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
@@ -164,13 +175,18 @@ def _files(value: Any) -> Iterator[str]:
             yield from _files(item)
 
 
-@cache
-def _code() -> str:
-    """Return the digest of llmkit's own code."""
-    import llmkit_plugins
+def plugin_modules(tree: Mapping[str, Any]) -> set[str]:
+    """Return the modules of a config's plugins."""
+    specs = [tree.get(group, {}).get(name) for group, _, name in (key.partition(".") for key in registry.FAMILY_OF)]
+    return {spec["class_path"].rpartition(".")[0] for spec in specs if isinstance(spec, dict) and "class_path" in spec}
 
-    folders = [Path(str(module.__file__)).parent for module in (llmkit, llmkit_plugins)]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+
+@cache
+def _code(name: str) -> str:
+    """Return the digest of the code of a package, or of a module that is in none."""
+    module = sys.modules.get(name)
+    file = Path(getattr(module, "__file__", None) or os.devnull)
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -7,7 +7,6 @@ command resumes a study that was killed at any moment.
 from __future__ import annotations
 
 import fcntl
-import json
 import multiprocessing
 import os
 import signal
@@ -16,15 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import Stopped
 from llmkit.study.outcomes import OUTCOME, Cell, failure
+from llmkit.study.progress import Progress
 
-PRELOAD = ["llmkit.commands.fit", "llmkit_plugins.attention", "llmkit_plugins.head", "llmkit_plugins.tokenizer"]
 TRIES = 5
 """How often a cell whose process was lost is begun again without having ended."""
 BUSY, LOST = 75, (255, 128 + signal.SIGTERM)
@@ -32,25 +30,6 @@ BUSY, LOST = 75, (255, 128 + signal.SIGTERM)
 
 Run = Callable[[Path, Cell, int], int]
 """Runs a cell in its folder with so many threads, in a process of its own; returns the exit code."""
-
-
-def fit_cell(folder: Path, cell: Cell, threads: int) -> int:
-    """Train a cell: exactly what ``llmkit fit`` does with its words. Returns the exit code."""
-    import torch
-
-    from llmkit.main import main
-    from llmkit.run.saving import write_text
-
-    torch.set_num_threads(threads)
-    own = [f"--output={folder.parent}", f"--name={folder.name}", "--ckpt_path=last"]
-    code = main(["fit", *cell.words, *own])
-    diverged = code == 2 and "NaN or infinite" in failure(folder)
-    if code == 0 or diverged:
-        runs = sorted(folder.glob("version_*/results.json"), key=lambda path: path.stat().st_mtime_ns)
-        metrics = list(json.loads(runs[-1].read_text())) if runs else []
-        outcome = {"diverged": diverged, "run": runs[-1].parent.name if runs else "", "metrics": metrics}
-        write_text(folder / OUTCOME, json.dumps(outcome) + "\n")
-    return code
 
 
 def run_logged(run: Run, root: Path, cell: Cell, threads: int) -> int:
@@ -108,14 +87,13 @@ class Local:
         preload: the modules that the fork server imports.
     """
 
-    def __init__(
-        self, root: Path, workers: int, threads: int, run: Run = fit_cell, preload: Sequence[str] = PRELOAD
-    ) -> None:
+    def __init__(self, root: Path, workers: int, threads: int, run: Run, preload: Sequence[str]) -> None:
         self.root, self.workers, self.threads, self.run = root, workers, threads, run
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
         self.failed: dict[str, str] = {}
         self._asked = 0
+        self._progress = Progress(0, 0)
 
     def __call__(self, cells: Sequence[Cell], total: int) -> None:
         """Run cells until each has ended or failed; ``failed`` then says why.
@@ -130,7 +108,7 @@ class Local:
         left = [cell for cell in cells if cell.name not in self.failed]
         running: dict[Any, tuple[Any, Cell]] = {}
         tries: dict[str, int] = {}
-        progress = _Progress(total, total - len(cells))
+        progress = self._progress = Progress(total, total - len(cells))
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while running or (left and not self._asked):
@@ -159,7 +137,7 @@ class Local:
 
     def _ask(self, number: int, frame: Any) -> None:
         if not self._asked:
-            print(f"\nllmkit: {signal.Signals(number).name}: cells stop after their step, saved", file=sys.stderr)
+            self._progress.say(f"{signal.Signals(number).name}: cells stop after their step, saved")
         self._asked = number
 
     def _start(self, cell: Cell) -> Any:
@@ -192,32 +170,5 @@ class Local:
         if (code < 0 or code in LOST) and tries[cell.name] < TRIES:
             return True
         self.failed[cell.name] = failure(self.root / cell.name)
-        print(f"llmkit: {cell.name} failed: {self.failed[cell.name]}", file=sys.stderr, flush=True)
+        self._progress.say(f"{cell.name} failed: {self.failed[cell.name]}")
         return False
-
-
-class _Progress:
-    """A line with the number of cells ended, running and failed, and the time left."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self._first, self._start, self._shown = done, time.monotonic(), ""
-        self._tty = sys.stderr.isatty()
-
-    def show(self, running: int, failed: int) -> None:
-        """Show the line if it has changed; in a log file, whenever a cell has ended."""
-        ended = self.done - self._first + failed
-        left = ""
-        if ended:
-            seconds = (time.monotonic() - self._start) / ended * (self.total - self.done - failed)
-            left = f", {timedelta(seconds=round(seconds))} left"
-        line = f"cells: {self.done} of {self.total} done, {running} running, {failed} failed"
-        if line != self._shown:
-            self._shown = line
-            print(f"\r{line}{left:<20}" if self._tty else line + left, end="" if self._tty else "\n", file=sys.stderr)
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        """End the line."""
-        if self._tty and self._shown:
-            print(file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import llmkit
-from llmkit.study.cells import Plan, base_value
+from llmkit.study.cells import Plan, base_value, tuning_seeds
 from llmkit.study.outcomes import Cell
 
 
@@ -33,7 +33,7 @@ def gather(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
         "match": study.match,
         "data": {key: facts[key] for key in shown if facts[key] is not None},
         "seeds": list(range(study.seeds)),
-        "tuned": None if tune is None else {"key": tune.key, "factor": tune.factor, "seeds": tune.seeds},
+        "tuned": None if tune is None else {"key": tune.key, "factor": tune.factor, "seeds": list(tuning_seeds(tune))},
         "variants": {name: _variant(plan, name) for name in plan.variants},
         "failed": [{"cell": name, "message": message} for name, message in sorted(failed.items())],
     }
