@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.study import statistics, tables, verdicts
-from llmkit.study.figures import COSTS, SETTINGS, signed
+from llmkit.study.drawing import COSTS, SETTINGS, signed
 from llmkit.study.verdicts import Results, Verdict
 
 
