@@ -109,24 +109,25 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
 
     ``kind``: the metric on "steps" or "flops", or the paired "difference" to the baseline on steps.
     """
-    baseline, curves = results["baseline"], {}
-    everyone = {
+    baseline = results["baseline"]
+    curves: dict[str, list[dict[float, float]]] = {}
+    everyone: dict[str, dict[str, dict[float, float]]] = {
         name: {seed: points for seed, curve in variant["curves"].get(setting, {}).items() if (points := _points(curve))}
         for name, variant in results["variants"].items()
     }
-    for name, lines in everyone.items():
+    for name, by_seed in everyone.items():
         if kind == "flops":
             cost = results["variants"][name]["costs"].get("flops")
             scale = (results["data"].get("tokens_per_step") or 0) * (cost or 0)
-            found = [{step * scale: value for step, value in line.items()} for line in lines.values() if scale]
+            found = [{step * scale: value for step, value in line.items()} for line in by_seed.values() if scale]
         elif kind == "difference":
             found = [
                 {step: value - everyone[baseline][seed][step] for step, value in line.items() if step in at}
-                for seed, line in lines.items()
+                for seed, line in by_seed.items()
                 if name != baseline and (at := everyone[baseline].get(seed))
             ]
         else:
-            found = list(lines.values())
+            found = list(by_seed.values())
         if found := [line for line in found if line]:
             curves[name] = found
     if not curves:
@@ -148,7 +149,7 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
             axes.axhline(0, color=drawing.BLACK, linewidth=0.8)
             if results["margin"] is not None:
                 axes.axhspan(-results["margin"], results["margin"], color=drawing.SHADE, linewidth=0, zorder=0)
-    late = {}  # without the steep beginning
+    late: dict[str, list[float]] = {}  # without the steep beginning
     for name, lines in curves.items():
         last = max(max(line) for line in lines)
         late[name] = [value for line in lines for at, value in line.items() if at >= last / 3]
@@ -201,9 +202,8 @@ def _seeds(results: Results, setting: str) -> Any:
         colour = drawing.COLOURS[number % len(drawing.COLOURS)]
         marker = drawing.MARKERS[number % len(drawing.MARKERS)]
         y = [value if math.isfinite(value) else math.nan for value in values]
-        axes.plot(
-            range(len(names)), y, color=colour, marker=marker, linewidth=0.7, markersize=3.5, label=f"seed {seed}"
-        )
+        look = {"color": colour, "marker": marker, "linewidth": 0.7, "markersize": 3.5}
+        axes.plot(range(len(names)), y, label=f"seed {seed}", **look)
         shift = 0.4 * ((number + 0.5) / len(results["seeds"]) - 0.5)
         for x, value in enumerate(values):
             if math.isinf(value):

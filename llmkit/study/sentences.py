@@ -36,6 +36,7 @@ def other_settings(row: Verdict, results: Results, found: Mapping[str, list[Verd
 
 
 def listed(items: list[str]) -> str:
+    """Return ``a, b and c``."""
     return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
@@ -163,12 +164,10 @@ def _unequal_tuning(results: Results) -> list[str]:
     lost = {n: sum(p["results"].count(None) for p in variant["tuning"] or []) for n, variant in variants.items()}
     if any(lost.values()):
         lines.append("Diverged tuning runs: " + ", ".join(f"{n} {count}" for n, count in lost.items() if count) + ".")
-    widths = []
-    for name in variants:
-        usable = verdicts.window(results, name)
-        if usable:
-            widths.append(f"{name} {usable[1] / usable[0]:.3g}×")
-    lines.append(f"Usable window of the {name_of} (largest by smallest value): {', '.join(widths)}.")
+    windows = {name: window for name in variants if (window := verdicts.window(results, name))}
+    widths = [f"{name} {high / low:.3g}×" for name, (low, high) in windows.items()]
+    if widths:
+        lines.append(f"Usable window of the {name_of} (largest by smallest value): {', '.join(widths)}.")
     return lines
 
 
