@@ -59,7 +59,8 @@ def methods(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
 def _setup(results: Results) -> str:
     names, baseline, metric = list(results["variants"]), results["baseline"], results["metric"]
     facts = [f"{key.replace('_', ' ')}: {_fact(value)}" for key, value in results["data"].items()]
-    text = f"{len(names)} variants of {results['base']} were trained with llmkit {results['llmkit']}"
+    base = " ".join([results["base"] or "the default settings", *results.get("options", [])])
+    text = f"{len(names)} variants of {base} were trained with llmkit {results['llmkit']}"
     text += f" ({'; '.join(facts)}). " if facts else ". "
     changes = [
         f"{name} ({', '.join(f'{key}: {_fact(value)}' for key, value in variant['overrides'].items())})"
