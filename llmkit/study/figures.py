@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from llmkit.study import statistics, verdicts
+from llmkit.study import drawing, statistics, verdicts
 from llmkit.study.verdicts import Results, Verdict
 
-BLACK, GREY, SHADE = "#000000", "#767676", "#E6E6E6"
-BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-MARKERS = "s^DvPX>"
-LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
 WORDS = {
-    statistics.BETTER: ("o", BLUE, BLUE),
-    statistics.WORSE: ("s", VERMILLION, VERMILLION),
-    statistics.EQUIVALENT: ("D", GREEN, GREEN),
-    statistics.UNCLEAR: ("o", "white", GREY),
-    statistics.NONE: ("x", GREY, GREY),
+    statistics.BETTER: ("o", drawing.BLUE, drawing.BLUE),
+    statistics.WORSE: ("s", drawing.VERMILLION, drawing.VERMILLION),
+    statistics.EQUIVALENT: ("D", drawing.GREEN, drawing.GREEN),
+    statistics.UNCLEAR: ("o", "white", drawing.GREY),
+    statistics.NONE: ("x", drawing.GREY, drawing.GREY),
 }
 """Marker, its face and its edge for each verdict."""
-COSTS = {
-    "params": "parameters without embeddings",
-    "total_params": "parameters",
-    "flops": "FLOPs for a training token",
-    "cache": "bytes of cache for a sequence",
-}
-SETTINGS = {"tuned": "tuned", "base": "as in the base config"}
 TOGETHER = 6
 """More variants than this get a panel each."""
-WIDTH = 6.9
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Fonts and lines of all figures; drawing and saving belong inside."""
-    import matplotlib
-
-    settings: Any = {
-        **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False},
-        **{"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2},
-        **{"axes.spines.top": False, "axes.spines.right": False, "grid.color": SHADE, "grid.linewidth": 0.6},
-        **{"svg.hashsalt": "llmkit", "pdf.fonttype": 42, "lines.markersize": 4},
-        "text.parse_math": False,  # a name may hold dollar signs
-    }
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own style changes nothing
-        with matplotlib.rc_context(settings):
-            yield
 
 
 def draw(results: Results, found: Mapping[str, list[Verdict]]) -> dict[str, Any]:
@@ -77,65 +42,20 @@ def draw(results: Results, found: Mapping[str, list[Verdict]]) -> dict[str, Any]
     return figures
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write PNG and PDF; the same figure always gives the same bytes."""
-    figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None, "Producer": None})
-
-
-def svg(figure: Any, name: str, description: str) -> str:
-    """Return the figure as an element of an HTML page; ``name`` keeps its ids apart from those of other figures."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = re.sub(r"^.*?<svg", "<svg", buffer.getvalue(), count=1, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _panels(count: int, height: float, columns: int, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure with ``count`` axes in rows of at most ``columns``."""
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    figure = _figure(WIDTH if columns > 1 else 0.7 * WIDTH, rows * height)
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for spare in axes[count:]:
-        spare.remove()
-        axes[axes.index(spare) - columns].tick_params(labelbottom=True)
-    return figure, axes[:count]
-
-
-def _looks(results: Results) -> dict[str, tuple[str, str, Any]]:
-    """Colour, marker and line of each variant; the baseline is black."""
-    others = [name for name in results["variants"] if name != results["baseline"]]
-    looks: dict[str, tuple[str, str, Any]] = {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
-        for i, name in enumerate(others)
-    }
-    return {results["baseline"]: (BLACK, "o", "-"), **looks}
-
-
 def _differences(results: Results, found: Mapping[str, list[Verdict]]) -> Any:
     """A forest plot of paired differences for each setting."""
     shown = {setting: rows for setting, rows in found.items() if any(row.difference is not None for row in rows)}
     if not shown:
         return None
     decimals = verdicts.decimals(row for rows in shown.values() for row in rows)
-    figure = _figure(WIDTH, sum(0.27 * len(rows) + 0.25 for rows in shown.values()) + 0.55)
+    figure = drawing.canvas(drawing.WIDTH, sum(0.27 * len(rows) + 0.25 for rows in shown.values()) + 0.55)
     heights = [len(rows) + 0.5 for rows in shown.values()]
     stack = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     limit = _reach([row for rows in shown.values() for row in rows], results["margin"])
     for axes, (setting, rows) in zip(stack, shown.items(), strict=True):
         if results["margin"] is not None:
-            axes.axvspan(-results["margin"], results["margin"], color=SHADE, linewidth=0)
-        axes.axvline(0, color=BLACK, linewidth=0.8)
+            axes.axvspan(-results["margin"], results["margin"], color=drawing.SHADE, linewidth=0)
+        axes.axvline(0, color=drawing.BLACK, linewidth=0.8)
         for y, row in enumerate(rows):
             _forest_row(axes, y, row, limit, decimals)
         axes.set_xlim(-limit, limit)
@@ -144,16 +64,22 @@ def _differences(results: Results, found: Mapping[str, list[Verdict]]) -> Any:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if len(shown) > 1:
-            axes.set_title(SETTINGS[setting], loc="left")
+            axes.set_title(drawing.SETTINGS[setting], loc="left")
     side = "below" if results["better"] == "min" else "above"
     stack[-1].set_xlabel(f"difference to {results['baseline']} in {results['metric']} ({side} 0 is better)")
     return figure
 
 
 def _reach(rows: list[Verdict], margin: float | None) -> float:
-    """How far the axis of differences goes: to the widest interval, or to five times the median one."""
-    reaches = [abs(r.difference) + (r.half or 0 if r.word != statistics.NONE else 0) for r in rows if r.difference]
-    return 1.15 * max(min(max(reaches), 5 * float(np.median(reaches))) if reaches else 0, 1.3 * (margin or 0)) or 1.0
+    """How far the axis of differences goes: as far as intervals and pairs do, but those of variants far off."""
+    reaches = []
+    for row in rows:
+        if row.difference is None:
+            continue
+        half = row.half_all or 0 if row.word != statistics.NONE else 0
+        reaches.append(max([abs(row.difference) + half, *map(abs, row.differences.values())]))
+    near = [reach for reach in reaches if reach <= drawing.FAR * float(np.median(reaches))]
+    return 1.1 * max(*near, 1.3 * (margin or 0)) or 1.0
 
 
 def _forest_row(axes: Any, y: int, row: Verdict, limit: float, decimals: int) -> None:
@@ -161,7 +87,7 @@ def _forest_row(axes: Any, y: int, row: Verdict, limit: float, decimals: int) ->
     text = row.word
     if row.difference is not None:
         dots = [gap for gap in row.differences.values() if abs(gap) < limit]
-        axes.plot(dots, [y + 0.3] * len(dots), "|", color=GREY, markersize=3, markeredgewidth=0.6)
+        axes.plot(dots, [y + 0.3] * len(dots), "|", color=drawing.GREY, markersize=3, markeredgewidth=0.6)
         if row.half is not None and row.half_all is not None and row.word != statistics.NONE:
             for half, width in ((row.half_all, 0.8), (row.half, 2.2)):
                 axes.plot([row.difference - half, row.difference + half], [y, y], color=edge, linewidth=width)
@@ -170,13 +96,8 @@ def _forest_row(axes: Any, y: int, row: Verdict, limit: float, decimals: int) ->
         else:
             arrow = ">" if row.difference > 0 else "<"
             axes.plot(math.copysign(limit, row.difference), y, arrow, color=edge, markersize=6, clip_on=False)
-        text = f"{signed(row.difference, decimals)}  {text}"
+        text = f"{drawing.signed(row.difference, decimals)}  {text}"
     axes.text(1.03, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
-
-
-def signed(value: float, decimals: int) -> str:
-    """Return a difference with its sign, a true minus."""
-    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(curve: list[list[float | None]]) -> dict[float, float]:
@@ -188,50 +109,54 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
 
     ``kind``: the metric on "steps" or "flops", or the paired "difference" to the baseline on steps.
     """
-    baseline, curves = results["baseline"], {}
-    everyone = {
+    baseline = results["baseline"]
+    curves: dict[str, list[dict[float, float]]] = {}
+    everyone: dict[str, dict[str, dict[float, float]]] = {
         name: {seed: points for seed, curve in variant["curves"].get(setting, {}).items() if (points := _points(curve))}
         for name, variant in results["variants"].items()
     }
-    for name, lines in everyone.items():
+    for name, by_seed in everyone.items():
         if kind == "flops":
             cost = results["variants"][name]["costs"].get("flops")
             scale = (results["data"].get("tokens_per_step") or 0) * (cost or 0)
-            found = [{step * scale: value for step, value in line.items()} for line in lines.values() if scale]
+            found = [{step * scale: value for step, value in line.items()} for line in by_seed.values() if scale]
         elif kind == "difference":
             found = [
                 {step: value - everyone[baseline][seed][step] for step, value in line.items() if step in at}
-                for seed, line in lines.items()
+                for seed, line in by_seed.items()
                 if name != baseline and (at := everyone[baseline].get(seed))
             ]
         else:
-            found = list(lines.values())
+            found = list(by_seed.values())
         if found := [line for line in found if line]:
             curves[name] = found
     if not curves:
         return None
-    looks = _looks(results)
+    looks = drawing.looks_of(results)
     names = [name for name in looks if name in curves]
     if len(curves) <= TOGETHER:
-        figure = _figure(WIDTH, 2.6)
+        figure = drawing.canvas(drawing.WIDTH, 2.6)
         panels = [(figure.subplots(), names)]
     else:
-        others = [name for name in names if name != baseline]
-        figure, axes_of = _panels(len(others), 1.55, 4, sharex=True, sharey=True)
-        panels = [
-            (axes, [n for n in names if n in (baseline, name)]) for axes, name in zip(axes_of, others, strict=True)
-        ]
+        pairs = [[n for n in names if n in (baseline, name)] for name in names if name != baseline]
+        figure, all_axes = drawing.panel_grid(len(pairs), 1.55, 4, sharex=True, sharey=True)
+        panels = list(zip(all_axes, pairs, strict=True))
     for axes, shown in panels:
         for name in shown:
             _band(axes, curves[name], looks[name], name)
         axes.grid(axis="y")
-        if len(panels) > 1:
-            axes.set_title(shown[-1])
         if kind == "difference":
-            axes.axhline(0, color=BLACK, linewidth=0.8)
+            axes.axhline(0, color=drawing.BLACK, linewidth=0.8)
             if results["margin"] is not None:
-                axes.axhspan(-results["margin"], results["margin"], color=SHADE, linewidth=0, zorder=0)
-    _focus(panels[0][0], curves)
+                axes.axhspan(-results["margin"], results["margin"], color=drawing.SHADE, linewidth=0, zorder=0)
+    late: dict[str, list[float]] = {}  # without the steep beginning
+    for name, lines in curves.items():
+        last = max(max(line) for line in lines)
+        late[name] = [value for line in lines for at, value in line.items() if at >= last / 3]
+    limits = drawing.limits_of(late, baseline)
+    panels[0][0].set_ylim(limits)
+    far = {name for name, values in late.items() if min(values) > limits[1] or max(values) < limits[0]}
+    titles = {name: f"{name} (off the scale)" if name in far else name for name in names}
     if kind == "flops":
         from matplotlib.ticker import EngFormatter
 
@@ -239,8 +164,12 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
     figure.supxlabel("training FLOPs" if kind == "flops" else "optimizer step", fontsize=8)
     metric = results["metric"]
     figure.supylabel(f"{metric} minus that of {baseline}" if kind == "difference" else metric, fontsize=8)
-    if len(panels) == 1:
-        panels[0][0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(panels) > 1:
+        for axes, shown in panels:
+            axes.set_title(titles[shown[-1]])
+    else:
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        panels[0][0].legend(handles, [titles[name] for name in labels], loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -255,39 +184,39 @@ def _band(axes: Any, lines: list[dict[float, float]], look: tuple[str, str, Any]
     axes.plot(x, means, color=colour, linestyle=dashes, marker=marker, markevery=every, label=label, markersize=3)
 
 
-def _focus(axes: Any, curves: Mapping[str, list[dict[float, float]]]) -> None:
-    """Leave what lies in the first third, the steep beginning, out of the range of the values."""
-    lines = [line for found in curves.values() for line in found]
-    values = [value for line in lines for at, value in line.items() if at >= max(line) / 3]
-    gap = 0.05 * (max(values) - min(values)) or 0.05
-    axes.set_ylim(min(values) - gap, max(values) + gap)
-
-
 def _seeds(results: Results, setting: str) -> Any:
     """What each seed reached with each variant, a line for each seed."""
-    names = list(_looks(results))
+    names = list(drawing.looks_of(results))
     samples = [verdicts.sample(results, name, setting) for name in names]
-    if not any(one.finished for one in samples):
+    finished = {name: one.finished for name, one in zip(names, samples, strict=True) if one.finished}
+    if not finished:
         return None
+    limits = drawing.limits_of(finished, results["baseline"])
     longest = max(map(len, names))
     tilted = longest * len(names) > 75
-    figure = _figure(WIDTH, 2.7 + (0.05 * longest if tilted else 0))
+    figure = drawing.canvas(drawing.WIDTH, 2.7 + (0.05 * longest if tilted else 0))
     axes = figure.subplots()
     worst = 1.0 if results["better"] == "min" else 0.0
     for number, seed in enumerate(results["seeds"]):
         values = [one.values.get(seed, math.nan) for one in samples]
-        look = {"color": COLOURS[number % 6], "marker": MARKERS[number % 7], "linewidth": 0.7, "markersize": 3.5}
+        colour = drawing.COLOURS[number % len(drawing.COLOURS)]
+        marker = drawing.MARKERS[number % len(drawing.MARKERS)]
         y = [value if math.isfinite(value) else math.nan for value in values]
+        look = {"color": colour, "marker": marker, "linewidth": 0.7, "markersize": 3.5}
         axes.plot(range(len(names)), y, label=f"seed {seed}", **look)
-        for x in (x for x, value in enumerate(values) if math.isinf(value)):
-            spread = 0.08 * (number - (len(results["seeds"]) - 1) / 2)
-            top = axes.get_xaxis_transform()
-            axes.plot(x + spread, worst, "x", color=COLOURS[number % 6], transform=top, clip_on=False)
+        shift = 0.4 * ((number + 0.5) / len(results["seeds"]) - 0.5)
+        for x, value in enumerate(values):
+            if math.isinf(value):
+                edge = axes.get_xaxis_transform()
+                axes.plot(x + shift, worst, "x", color=colour, transform=edge, clip_on=False)
+            elif value > limits[1] or value < limits[0]:
+                drawing.mark_outside(axes, x + shift, value, limits, color=colour, markersize=3.5)
     for x, one in enumerate(samples):
         if one.mean is not None:
-            axes.plot([x - 0.25, x + 0.25], [one.mean] * 2, color=BLACK, linewidth=1.6, zorder=3)
+            axes.plot([x - 0.25, x + 0.25], [one.mean] * 2, color=drawing.BLACK, linewidth=1.6, zorder=3)
     axes.set_xticks(range(len(names)), names, **({"rotation": 35, "ha": "right"} if tilted else {}))
     axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(limits)
     axes.set_ylabel(results["metric"])
     axes.grid(axis="y")
     if len(results["seeds"]) <= 12:
@@ -297,25 +226,25 @@ def _seeds(results: Results, setting: str) -> Any:
 
 def _tuning(results: Results) -> Any:
     """What each tuned value reached, a panel for each variant, with the usable window shaded."""
-    looks = _looks(results)
+    looks = drawing.looks_of(results)
     names = [name for name in looks if any(mean is not None for _, mean in verdicts.tuning_means(results, name))]
     if not names:
         return None
-    figure, panels = _panels(len(names), 1.55, 4, sharex=True, sharey=True)
+    figure, panels = drawing.panel_grid(len(names), 1.55, 4, sharex=True, sharey=True)
     for axes, name in zip(panels, names, strict=True):
         colour, marker, line = looks[name]
         means = verdicts.tuning_means(results, name)
         chosen, usable = results["variants"][name]["chosen"], verdicts.window(results, name)
         assert usable is not None
         step = means[1][0] / means[0][0] if len(means) > 1 else 1.2
-        axes.axvspan(usable[0] / step**0.3, usable[1] * step**0.3, color=SHADE, linewidth=0)
+        axes.axvspan(usable[0] / step**0.3, usable[1] * step**0.3, color=drawing.SHADE, linewidth=0)
         x, y = zip(*[(value, math.nan if mean is None else mean) for value, mean in means], strict=True)
         axes.plot(x, y, color=colour, linestyle=line, marker=marker)
         lost = [value for value, mean in means if mean is None]
         worst = 1.0 if results["better"] == "min" else 0.0
         axes.plot(lost, [worst] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
         if chosen in x and math.isfinite(y[x.index(chosen)]):
-            ring = {"markerfacecolor": "none", "markeredgecolor": BLACK, "markersize": 9}
+            ring = {"markerfacecolor": "none", "markeredgecolor": drawing.BLACK, "markersize": 9}
             axes.plot(chosen, y[x.index(chosen)], "o", **ring)
         axes.set_title(name)
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -330,45 +259,33 @@ def _tuning(results: Results) -> Any:
     return figure
 
 
-def _log_axis(axis: Any, low: float, high: float) -> None:
-    """Make an axis logarithmic, from ``low`` to ``high``, with at most five ticks at 1, 2 or 5 times a power of ten."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
-
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    ticks = [tick for tick in (factor * power for power in powers for factor in (1, 2, 5)) if low <= tick <= high]
-    if len(ticks) > 4:
-        ticks = [power for power in powers if low <= power <= high]
-    axis.axes.set_xscale("log")
-    axis.axes.set_xlim(low, high)
-    axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5) or 1]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(EngFormatter(sep=""))
-
-
 def _costs(results: Results, setting: str) -> Any:
     """The mean of the metric against each cost."""
-    looks = _looks(results)
+    looks = drawing.looks_of(results)
     samples = {name: verdicts.sample(results, name, setting) for name in looks}
     keys = list(dict.fromkeys(key for variant in results["variants"].values() for key in variant["costs"]))
-    points = {
-        key: [(n, results["variants"][n]["costs"].get(key)) for n in looks if samples[n].finished] for key in keys
-    }
-    points = {key: [(n, x) for n, x in found if x is not None] for key, found in points.items()}
+    costs = {name: results["variants"][name]["costs"] for name in looks if samples[name].finished}
+    points = {key: [(n, cost[key]) for n, cost in costs.items() if cost.get(key) is not None] for key in keys}
     points = {key: found for key, found in points.items() if found}
     if not points:
         return None
-    figure, panels = _panels(len(points), 2.2, 4, sharey=True)
+    finished = {name: one.finished for name, one in samples.items() if one.finished}
+    limits = drawing.limits_of(finished, results["baseline"])
+    figure, panels = drawing.panel_grid(len(points), 2.2, 4, sharey=True)
     for axes, (key, found) in zip(panels, points.items(), strict=True):
         for name, x in found:
             colour, marker, _ = looks[name]
             one = samples[name]
             axes.errorbar(x, one.mean, one.sd or 0, fmt=marker, color=colour, elinewidth=0.8, label=name)
+            if one.mean is not None and not limits[0] <= one.mean <= limits[1]:
+                drawing.mark_outside(axes, x, one.mean, limits, color=colour)
         values = [x for _, x in found]
         if min(values) > 0:
             room = max(1.3, (4 * min(values) / max(values)) ** 0.5)  # a factor of at least 4, so that there are ticks
-            _log_axis(axes.xaxis, min(values) / room, max(values) * room)
-        axes.set_xlabel(COSTS.get(key, key).replace(" for ", "\nfor ").replace(" without ", "\nwithout "))
+            drawing.log_axis(axes.xaxis, min(values) / room, max(values) * room)
+        axes.set_xlabel(drawing.COSTS.get(key, key).replace(" for ", "\nfor ").replace(" without ", "\nwithout "))
         axes.grid(axis="y")
+    panels[0].set_ylim(limits)
     panels[0].set_ylabel(results["metric"])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmkit.study import figures, sentences, tables, verdicts
-from llmkit.study.figures import SETTINGS, signed
+from llmkit.study import drawing, figures, sentences, tables, verdicts
+from llmkit.study.drawing import SETTINGS, signed
 from llmkit.study.verdicts import Results, Verdict
 
 
@@ -24,10 +24,10 @@ def write(results: Results, folder: Path) -> None:
     decimals = verdicts.decimals(row for rows in found.values() for row in rows)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures = {}
-    with figures.style():
+    with drawing.style():
         for name, figure in figures.draw(results, found).items():
-            figures.save(figure, folder / "figures" / name)
-            pictures[name] = figures.svg(figure, name, html.escape(CAPTIONS[name][0]))
+            drawing.save(figure, folder / "figures" / name)
+            pictures[name] = drawing.svg(figure, name, html.escape(CAPTIONS[name][0]))
     for name in CAPTIONS.keys() - pictures.keys():  # of an earlier report
         for kind in ("png", "pdf"):
             (folder / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
@@ -58,13 +58,13 @@ CAPTIONS = {
         "Difference during training",
         "Paired difference to the baseline at each validation, mean and range. Grey: the margin. Only the end counts.",
     ),
-    "seeds": ("Seeds", "A line joins the runs of one seed; bar: mean; cross: diverged."),
+    "seeds": ("Seeds", "A line joins the runs of one seed. Bar: mean. Cross: diverged. Arrow: outside the axis."),
     "tuning": (
         "Tuning",
         "Mean over the tuning seeds. Ring: chosen. Grey: values that lose at most the margin (1 % without one) to the "
         "best. Cross: a run diverged.",
     ),
-    "costs": ("Quality and cost", "Mean over the seeds, with its standard deviation."),
+    "costs": ("Quality and cost", "Mean over the seeds and standard deviation of a run. Arrow: outside the axis."),
 }
 
 
@@ -117,7 +117,7 @@ def _figure(name: str, picture: str) -> str:
 def _table(head: list[str], rows: Iterable[list[str]], text_columns: int) -> str:
     """An HTML table from escaped cells, the first of each row a heading; after ``text_columns`` come numbers."""
     kinds = ["" if index < text_columns else ' class="n"' for index in range(len(head))]
-    lines = ["<table>", "<thead><tr>"]
+    lines = ['<div class="table"><table>', "<thead><tr>"]
     lines += [f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True)]
     lines += ["</tr></thead>", "<tbody>"]
     for first, *rest in rows:
@@ -126,7 +126,7 @@ def _table(head: list[str], rows: Iterable[list[str]], text_columns: int) -> str
             for kind, label, cell in zip(kinds[1:], head[1:], rest, strict=True)
         ]
         lines.append(f'<tr><th scope="row">{first}</th>{"".join(cells)}</tr>')
-    return "\n".join([*lines, "</tbody>", "</table>"])
+    return "\n".join([*lines, "</tbody>", "</table></div>"])
 
 
 def _verdict_table(results: Results, setting: str, rows: list[Verdict], decimals: int) -> str:
@@ -163,4 +163,4 @@ def _cost_table(results: Results) -> str:
         [html.escape(name), *(tables.size(variant["costs"].get(key)) for key in keys)]
         for name, variant in results["variants"].items()
     ]
-    return _table(["variant", *(html.escape(figures.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""
+    return _table(["variant", *(html.escape(drawing.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""

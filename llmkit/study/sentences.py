@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.study import statistics, tables, verdicts
-from llmkit.study.figures import COSTS, SETTINGS, signed
+from llmkit.study.drawing import COSTS, SETTINGS, signed
 from llmkit.study.verdicts import Results, Verdict
 
 
@@ -36,6 +36,7 @@ def other_settings(row: Verdict, results: Results, found: Mapping[str, list[Verd
 
 
 def listed(items: list[str]) -> str:
+    """Return ``a, b and c``."""
     return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
@@ -58,7 +59,8 @@ def methods(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
 def _setup(results: Results) -> str:
     names, baseline, metric = list(results["variants"]), results["baseline"], results["metric"]
     facts = [f"{key.replace('_', ' ')}: {_fact(value)}" for key, value in results["data"].items()]
-    text = f"{len(names)} variants of {results['base']} were trained with llmkit {results['llmkit']}"
+    base = " ".join([results["base"] or "the default settings", *results.get("options", [])])
+    text = f"{len(names)} variants of {base} were trained with llmkit {results['llmkit']}"
     text += f" ({'; '.join(facts)}). " if facts else ". "
     changes = [
         f"{name} ({', '.join(f'{key}: {_fact(value)}' for key, value in variant['overrides'].items())})"
@@ -163,12 +165,10 @@ def _unequal_tuning(results: Results) -> list[str]:
     lost = {n: sum(p["results"].count(None) for p in variant["tuning"] or []) for n, variant in variants.items()}
     if any(lost.values()):
         lines.append("Diverged tuning runs: " + ", ".join(f"{n} {count}" for n, count in lost.items() if count) + ".")
-    widths = []
-    for name in variants:
-        usable = verdicts.window(results, name)
-        if usable:
-            widths.append(f"{name} {usable[1] / usable[0]:.3g}×")
-    lines.append(f"Usable window of the {name_of} (largest by smallest value): {', '.join(widths)}.")
+    windows = {name: window for name in variants if (window := verdicts.window(results, name))}
+    widths = [f"{name} {high / low:.3g}×" for name, (low, high) in windows.items()]
+    if widths:
+        lines.append(f"Usable window of the {name_of} (largest by smallest value): {', '.join(widths)}.")
     return lines
 
 

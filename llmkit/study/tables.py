@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.study import verdicts
-from llmkit.study.figures import SETTINGS, signed
+from llmkit.study.drawing import SETTINGS, signed
 from llmkit.study.verdicts import Results, Verdict
 
 MINUS = "\N{MINUS SIGN}"
