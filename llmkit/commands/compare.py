@@ -19,7 +19,7 @@ from llmkit.study.gather import gather
 from llmkit.study.match import Variant, variants
 from llmkit.study.outcomes import CELLS, OUTCOME
 from llmkit.study.spec import Study, read
-from llmkit.study.statistics import smallest_difference
+from llmkit.study.statistics import smallest_difference, special
 
 DESCRIPTION = (
     "Train variants of a config at equal cost and with the same seeds, and report which differences are real. The same "
@@ -50,6 +50,7 @@ def run(command: str, argv: list[str]) -> int:
         return _report(Path(options.report))
     names = ("seeds", "match", "metric", "margin", "workers", "threads", "name", "output")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
     plan = Plan(study, variants(study, lambda work, words: run_instead(work, words, command)))
     if not plan.variants[study.baseline].facts["has_validation"]:
@@ -128,8 +129,10 @@ def describe(plan: Plan) -> str:
         flops = sum(variant.costs["flops"] for variant in plan.variants.values()) * tokens * study.seeds
         lines.append(f"{tokens:,} tokens a cell; {flops:.2g} FLOPs in all final cells of one setting")
     if study.seeds > 1:
-        least = smallest_difference(study.seeds)
-        lines.append(f"{study.seeds} seeds see differences of {least:.2g} standard deviations of a pair, or more")
+        least = smallest_difference(study.seeds, len(plan.variants) - 1)
+        lines.append(
+            f"{study.seeds} seeds see differences of {least:.2g} standard deviations of the paired difference, or more"
+        )
     return "\n".join(lines)
 
 

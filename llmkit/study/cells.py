@@ -90,7 +90,9 @@ class Plan:
         """Return the tuning runs of a variant so far."""
         tune = self.study.tune
         return [
-            self._cell("tune", name, seed, value) for value in self.values(name) for seed in tuning_seeds(self.study.tune)
+            self._cell("tune", name, seed, value)
+            for value in self.values(name)
+            for seed in tuning_seeds(self.study.tune)
         ]
 
     def tried(self, name: str, value: float) -> list[float | None]:

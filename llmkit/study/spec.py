@@ -116,9 +116,12 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
             raise UserError("compare needs a study (a YAML file with 'variants'), or --config FILE and --vary KEY=A,B")
         tree = {"base": file, "variants": _varied(vary)}
     values = {**DEFAULTS, "name": Path(file).stem if is_study and file else "compare", **tree, **given}
-    values["base"] = tuple(_base(values["base"], Path(file or "").parent if is_study else Path(), problems)) + tuple(
-        rest
-    )
+    shared = values.pop("overrides") or {}
+    if not isinstance(shared, dict):
+        problems.append(Problem("overrides", "expected keys and their values, such as trainer.max_steps: 100"))
+        shared = {}
+    folder = Path(file or "").parent if is_study else Path()
+    values["base"] = (*_base(values["base"], folder, problems), *words(shared), *rest)
     values["variants"] = _variants(values["variants"], problems)
     values["tune"] = _tune(values["tune"], problems)
     _check(values, problems)
