@@ -68,9 +68,14 @@ def test_freed_memory_is_returned() -> None:
 
 
 def test_memory_is_returned_when_it_has_grown_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, returns = [], []
+    sizes, returns = [0], list[int]()
+
+    def trim(kept: int) -> None:
+        returns.append(sizes[-1])
+        sizes.append(1000)
+
     monkeypatch.setattr(memory, "resident", lambda: sizes[-1] * 2**20)
-    monkeypatch.setattr(memory, "_trim", lambda kept: sizes.append(1000) or returns.append(sizes[-2]))
+    monkeypatch.setattr(memory, "_trim", trim)
     callback, model = memory.ReturnMemory(), pl.LightningModule()
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callback.on_train_start(trainer, model)
