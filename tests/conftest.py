@@ -18,6 +18,9 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+# Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 
