@@ -98,14 +98,17 @@ def test_rotary_needs_even_heads() -> None:
 
 
 def test_alibi_slopes_of_the_paper() -> None:
-    assert slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    assert slopes(16) == pytest.approx([2 ** (-(i + 1) / 2) for i in range(16)])
-    assert slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
-    assert slopes(1) == [1 / 256]
+    def found(num_heads: int) -> list[float]:
+        return slopes(num_heads).tolist()
+
+    assert found(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert found(16) == pytest.approx([2 ** (-(i + 1) / 2) for i in range(16)])
+    assert found(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert found(1) == [1 / 256]
     # Twelve heads: those of eight, then the first, third, fifth and seventh of sixteen.
-    assert slopes(12) == pytest.approx([*slopes(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
-    assert slopes(3) == pytest.approx([1 / 16, 1 / 256, 1 / 4])
-    assert all(len(set(slopes(n))) == n for n in range(1, 40))
+    assert found(12) == pytest.approx([*found(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    assert found(3) == pytest.approx([1 / 16, 1 / 256, 1 / 4])
+    assert all(len(set(found(n))) == n for n in range(1, 40))
 
 
 def test_alibi_bias_is_distance_times_slope() -> None:

@@ -101,8 +101,7 @@ class Alibi(Position):
     def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
         """Return minus slope times distance, (B or 1, H, T, S), in float32."""
         distance_B1TS = (query_BT[:, None, :, None] - key_BS[:, None, None, :]).abs()
-        slopes_H11 = torch.tensor(slopes(num_heads), dtype=torch.float32, device=query_BT.device)[:, None, None]
-        return distance_B1TS * -slopes_H11
+        return distance_B1TS * -slopes(num_heads, query_BT.device)[:, None, None]
 
 
 class NoPosition(Position):
@@ -116,14 +115,15 @@ class NoPosition(Position):
     """
 
 
-def slopes(num_heads: int) -> list[float]:
-    """Return ALiBi's slope of each head: a geometric sequence from 2 ** (-8 / n) on when n is a power of two.
+def slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return ALiBi's slopes, (H,), in float32: a geometric sequence from 2 ** (-8 / n) on when n is a power of two.
 
     For other numbers: the slopes of the power of two below, then every other slope of the power of two above.
     """
     power = 1 << (num_heads.bit_length() - 1)
-    steps = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(num_heads - power)]
-    return [2.0**-step for step in steps]
+    steps = torch.arange(1, power + 1, device=device, dtype=torch.float32) * (8 / power)
+    between = torch.arange(num_heads - power, device=device, dtype=torch.float32) * (8 / power) + 4 / power
+    return torch.cat([steps, between]).neg().exp2()
 
 
 def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:
