@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from small_networks import decided
 from torch import Tensor, nn
 
 from llmkit.contracts import Position
@@ -167,3 +170,19 @@ def test_mask_entry_by_entry() -> None:
     assert Sequence.dense(1, start=4).mask(Sequence.dense(5), causal=True) is None
     late = Sequence.dense(2, start=3).mask(Sequence.dense(5), causal=True)
     assert late is not None and late[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+
+
+def test_rotation_tables_are_computed_once_for_all_layers_where_they_are_compiled() -> None:
+    """Inductor would compute them again in each layer; it does not look into an operation of its own."""
+    calls: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    net, ids = decided(), torch.randint(29, (2, 9))
+    expected = net.decode(ids, Sequence.of(ids))
+    net.compile(backend=collect)
+    torch.testing.assert_close(net.decode(ids, Sequence.of(ids)), expected, rtol=1e-4, atol=1e-4)
+    assert sum("rotary_tables" in call for call in calls) == 1
+    assert not any("cos" in call for call in calls)

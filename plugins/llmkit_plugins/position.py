@@ -80,10 +80,8 @@ class Rotary(Position):
         if width % 2:
             raise UserError(f"rotary positions need an even width of each head, got {width}")
         if ("rotary", width) not in seq.memo:
-            # Float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
-            angles_B1TE = _angles(seq.positions_BT, width, self.base)[:, None]
-            cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
-            seq.memo["rotary", width] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            tables = _compiled_tables if torch.compiler.is_compiling() else _tables
+            seq.memo["rotary", width] = tables(seq.positions_BT, width, self.base).unbind()
         cos, sin = seq.memo["rotary", width]
         return rotate(x_BHTE, cos, sin)
 
@@ -124,6 +122,26 @@ def slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
     steps = torch.arange(1, power + 1, device=device, dtype=torch.float32) * (8 / power)
     between = torch.arange(num_heads - power, device=device, dtype=torch.float32) * (8 / power) + 4 / power
     return torch.cat([steps, between]).neg().exp2()
+
+
+def _tables(positions_BT: Tensor, width: int, base: float) -> Tensor:
+    """Return what ``rotate`` multiplies with, cosines and sines, (2, B, 1, T, E).
+
+    They are in float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
+    """
+    angles_B1TE = _angles(positions_BT, width, base)[:, None]
+    cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+# An operation that torch.compile does not look into. Otherwise it would compute powers and cosines again in the kernel
+# of each layer, for each head, forwards and backwards.
+_compiled_tables = torch.library.custom_op("llmkit::rotary_tables", _tables, mutates_args=())
+
+
+@_compiled_tables.register_fake
+def _(positions_BT: Tensor, width: int, base: float) -> Tensor:
+    return positions_BT.new_empty(2, len(positions_BT), 1, positions_BT.shape[1], width, dtype=torch.float32)
 
 
 def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:
