@@ -151,7 +151,8 @@ def plain_cross_entropy_(scores_RV: Tensor, targets_R: Tensor, smoothing: float,
     if smoothing:
         losses_R1 -= smoothing * exact_RV.mean(-1, keepdim=True)
     # The softmax is one pass of a fast kernel, and its largest value gives the logarithm of its sum.
-    torch.softmax(exact_RV, -1, out=exact_RV)
+    in_place = exact_RV.device.type == "cpu"  # where it is known to be right
+    exact_RV = torch.softmax(exact_RV, -1, out=exact_RV if in_place else None)
     losses_R1 -= exact_RV.amax(-1, keepdim=True).log()
     if gradient:  # softmax - smoothed one-hot target
         if smoothing:
