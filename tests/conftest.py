@@ -23,6 +23,9 @@ import llmkit.commands.fit
 import llmkit.testing.resume  # noqa: F401
 
 torch.set_num_threads(1)
+# Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 forked.serve()  # before anything has run: only one thread exists
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -126,7 +126,7 @@ def test_alibi_is_exact_whatever_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     distance = torch.arange(1999, -1, -1, dtype=torch.float64)
-    expected = -torch.tensor(slopes(6), dtype=torch.float64)[:, None] * distance
+    expected = -slopes(6).double()[:, None] * distance
     assert bias is not None
     torch.testing.assert_close(bias[0, :, 0].double(), expected, rtol=1e-6, atol=0)
 

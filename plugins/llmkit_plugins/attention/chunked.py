@@ -141,7 +141,9 @@ def _document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
     k_BHSE = k_BHSE.to(v_BHSF.dtype)
     if seq.segments_BT is None:
         return (k_BHSE.mT @ v_BHSF)[:, None]
-    documents = max(1, int(seq.segments_BT.max()))
+    if "document_count" not in seq.memo:  # which waits for an accelerator: once, not in each layer
+        seq.memo["document_count"] = max(1, int(seq.segments_BT.max()))
+    documents = seq.memo["document_count"]
     own_BM1S1 = _membership(seq.segments_BT, documents).to(k_BHSE.dtype)
     return (k_BHSE[:, None] * own_BM1S1).mT @ v_BHSF[:, None]
 
