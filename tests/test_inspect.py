@@ -137,6 +137,30 @@ def test_activations_grow_with_the_batch(text: Path) -> None:
     assert 2 * one < three <= 3 * one
 
 
+def test_a_large_model_needs_no_memory(text: Path, tmp_path: Path) -> None:
+    """50 GiB of weights, 40 of activations: none of it is allocated. Vectors for the embedding are not read."""
+    size = ("--model.dim", 2**14, "--model.num_layers", 4, "--data.batch_size", 2**14)
+    facts = inspect(text, *size, "--model.word_vectors", tmp_path / "none.txt")
+    assert facts["memory_bytes"]["weights"] > 48 * 2**30 and facts["memory_bytes"]["activations"] > 40 * 2**30
+
+
+def test_a_plugin_that_asks_for_values(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asking.py").write_text(ASKING)
+    monkeypatch.chdir(tmp_path)
+    words = ("--data.train", text, *TINY, "--imports", "asking.py", "--examine", "false", "--model.norm", "asking.Asks")
+    result = done("inspect", *words)
+    assert "note: activations and peak are unknown: aten." in result.err
+    assert result.out.count(" unknown\n") == 2
+
+
+ASKING = """
+from llmkit.contracts import Norm
+
+class Asks(Norm):
+    def forward(self, x_BTD):
+        return x_BTD / (1 + len(x_BTD[x_BTD > 1]))
+"""
+
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 

@@ -112,7 +112,7 @@ class LanguageModel(pl.LightningModule):
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
-        self._word_vectors = word_vectors
+        self.word_vectors = word_vectors
         if init_from is not None:
             with blame("model.init_from"):
                 self._initial, self.tokenizer = initial(init_from)
@@ -156,7 +156,7 @@ class LanguageModel(pl.LightningModule):
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
-        begin_with_vectors(self.net, self._trained_tokenizer, self._word_vectors, self.global_rank)
+        begin_with_vectors(self.net, self._trained_tokenizer, self.word_vectors, self.global_rank)
         self.val_metrics = self.parts.metrics(self.head, "validation")
         self.test_metrics = self.parts.metrics(self.head, "test")
         self.kinds = parameter_kinds(self, hidden=self.uses_muon)
