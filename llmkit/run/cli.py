@@ -20,6 +20,7 @@ from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
+from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
@@ -141,7 +142,7 @@ class CLI(LightningCLI):
             own.append(Predictions())
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
-        own.append(GracefulShutdown())  # after those that log
+        own += [Compilation(), GracefulShutdown()]  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self._get(self.config_init, "checkpoint"))
