@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -164,16 +165,26 @@ def test_signals_to_a_process_group_during_compilation(words: list[str], tmp_pat
     try:
         for number, run in runs.items():
             mark = f"LLMKIT_TEST_RUN={tmp_path / number.name}\0".encode()
-            until(lambda mark=mark, run=run: len(processes(mark)) > 1 or run.poll() is not None, 120)
+            until(functools.partial(has_started, run, mark), 120)
             os.killpg(run.pid, number)
             _, printed = run.communicate(timeout=5)
             assert f"stopped by {number.name} during the compilation" in printed
             assert run.returncode in (-number, 128 + number)  # of a shell's view, 128 + number both
-            until(lambda mark=mark: not processes(mark), 5)
+            until(functools.partial(has_ended, mark), 5)
     finally:
         for run in runs.values():
             run.kill()
             run.communicate()
+
+
+def has_started(run: subprocess.Popen[str], mark: bytes) -> bool:
+    """Return whether a run has started a process of the compiler; one that has ended never will."""
+    return len(processes(mark)) > 1 or run.poll() is not None
+
+
+def has_ended(mark: bytes) -> bool:
+    """Return whether no process of a mark is left."""
+    return not processes(mark)
 
 
 def processes(mark: bytes) -> list[int]:
