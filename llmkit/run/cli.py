@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from typing import Any
 
@@ -130,6 +131,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self._get(self.config_init, "trainer")
+        check_fp8(str(given.get("precision")))
         kwargs |= filled_in(given)
         output = self._get(self.config_init, "output")
         writes = given.get("logger") is not False
@@ -249,6 +251,21 @@ def fast_precision(accelerator: str) -> str:
         return "32-true"
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
+
+
+def check_fp8(precision: str) -> None:
+    """Raise UserError where Lightning's precision ``transformer-engine`` cannot run: package or hardware is missing."""
+    if not precision.startswith("transformer-engine"):
+        return
+    missing = [] if importlib.util.find_spec("transformer_engine") else ["the package is not installed"]
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        missing.append("the GPU is not there or too old")
+    if missing:
+        text = (
+            f"{precision} multiplies in fp8, which needs a GPU of compute capability 8.9 or later and "
+            f"pip install 'transformer_engine[pytorch]'; here {' and '.join(missing)}"
+        )
+        raise UserError(Problem("trainer.precision", text))
 
 
 def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:
