@@ -159,6 +159,7 @@ def test_signals_to_a_process_group_during_compilation(words: list[str], tmp_pat
     runs: dict[signal.Signals, subprocess.Popen[str]] = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / number.name), "LLMKIT_TEST_RUN": str(tmp_path / number.name)}
+        own["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # with processes that compile, as by default
         runs[number] = subprocess.Popen(
             command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
