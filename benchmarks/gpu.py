@@ -134,7 +134,7 @@ def peak_of(run: Callable[[], Any]) -> float:
     return float(torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def step(at: Setting, shape: Shape, least: float, other_vocab: int = 0) -> Iterator[Row]:
+def step(at: Setting, shape: Shape, least: float, other_vocab: int = 0, graphs: bool = False) -> Iterator[Row]:
     """A training step of all peers by turns, its memory, and its share of the rate of products.
 
     Args:
@@ -142,10 +142,13 @@ def step(at: Setting, shape: Shape, least: float, other_vocab: int = 0) -> Itera
         shape: the model.
         least: the least ratio to every peer.
         other_vocab: a second vocabulary for llmkit's model alone; 0: none.
+        graphs: whether llmkit's model is also trained with CUDA graphs.
     """
     shape, block = (TINY, 2) if at.dry else (shape, 10)
     run = functools.partial(functools.partial, ours, block=block, changes=at.options())
     contestants: dict[str, Any] = {OURS: run(shape=shape)}
+    if graphs and not at.dry:
+        contestants[f"{OURS}, CUDA graphs"] = run(shape=shape, changes={**ON_GPU, "model.compile": "reduce-overhead"})
     if other_vocab:
         other = dataclasses.replace(shape, vocab=shape.vocab - 1 if at.dry else other_vocab)
         contestants[f"{OURS}, vocabulary {other.vocab}"] = run(shape=other)
@@ -177,7 +180,7 @@ def gpt2(at: Setting) -> Iterator[Row]:
 
 def small(at: Setting) -> Iterator[Row]:
     """A model of 10M parameters: bound by the launches of its kernels."""
-    return step(at, SMALL, 1.15)
+    return step(at, SMALL, 1.15, graphs=True)
 
 
 def tokens(at: Setting) -> Iterator[Row]:

@@ -99,6 +99,16 @@ def test_a_recompilation_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     assert not callback_handler.start_callbacks and not callback_handler.end_callbacks
     assert "compile" not in done(*words, *more).err
+    for value, code, text in (
+        (
+            "reduce-overhead",
+            2,
+            "model.compile: reduce-overhead makes CUDA graphs, and this run is on cpu: use true or ",
+        ),
+        ("fast", 2, "model.compile: expected true or false or reduce-overhead, got 'fast'"),
+    ):
+        refused = llmkit(*words, *more, "--model.compile", value)
+        assert refused.code == code and text in refused.err
 
 
 def test_files_of_one_name(words: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -54,7 +54,7 @@ class LanguageModel(pl.LightningModule):
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
         tie_embeddings: use the embedding matrix as the output matrix.
-        compile: compile training steps with torch.compile; evaluation and decoding stay as they are.
+        compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
             argument called ``total_steps`` that was left open is set to the run's number of steps.
@@ -82,7 +82,7 @@ class LanguageModel(pl.LightningModule):
         dropout: float = 0.0,
         norm_first: bool = True,
         tie_embeddings: bool = True,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead"] = False,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         decoding: DecodingOptions | None = None,
@@ -162,7 +162,7 @@ class LanguageModel(pl.LightningModule):
         self.kinds = parameter_kinds(self, hidden=self.uses_muon)
         if self.spec["compile"]:
             torch.compiler.reset()  # torch keeps eight graphs of a class: a ninth model would silently run uncompiled
-            self.net.compile()
+            self.net.compile(mode=None if self.spec["compile"] is True else self.spec["compile"])
         if self.device_mesh is not None:
             shard(self.net, self.head, self.device_mesh)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from llmkit.errors import note
+from llmkit.errors import Problem, UserError, note
 
 
 class Compilation(pl.Callback):
@@ -16,6 +16,13 @@ class Compilation(pl.Callback):
 
     What is new about such a step, mostly the shape of its batch, costs as long as the first compilation did.
     """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse CUDA graphs elsewhere: torch would leave them out in silence."""
+        device = trainer.strategy.root_device.type
+        if getattr(pl_module, "spec", {}).get("compile") == "reduce-overhead" and device != "cuda":
+            text = f"reduce-overhead makes CUDA graphs, and this run is on {device}: use true or false"
+            raise UserError(Problem("model.compile", text))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to listen, if this run compiles anything."""
