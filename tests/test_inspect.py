@@ -161,12 +161,15 @@ class Asks(Norm):
         return x_BTD / (1 + len(x_BTD[x_BTD > 1]))
 """
 
+
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("head", FILES)
-def test_peak(head: str, batches: int, text: Path, tmp_path: Path) -> None:
+CASES = [(head, "multi_head", batches) for head in FILES for batches in (1, 2)]
+
+
+@pytest.mark.parametrize(("head", "attention", "batches"), [*CASES, ("generation", "lstm", 1)])
+def test_peak(head: str, attention: str, batches: int, text: Path, tmp_path: Path) -> None:
     """Against what the CPU's allocator reports to torch's profiler; the sum of the parts is an upper limit."""
     lines = text.read_text().splitlines()
     (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{line}\t{line[3:]}\n" for line in lines))
@@ -174,7 +177,9 @@ def test_peak(head: str, batches: int, text: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text.read_text())
     tokenizer: Any = plugin("tokenizer", "char")
     data = DataModule(train=str(tmp_path / FILES[head]), tokenizer=tokenizer, batch_size=8, cache_dir=str(tmp_path))
-    model = LanguageModel(plugin("head", head), dim=64, num_layers=2, context=32)
+    mixing: Any = plugin("attention", attention)
+    context = 96 if attention == "lstm" else 32  # of which its kernel keeps a workspace
+    model = LanguageModel(plugin("head", head), attention=mixing, dim=64, num_layers=2, context=context)
     build(model, data)
     batch = next(iter(data.train_dataloader()))
     memory = describe(model, batch, batches)["memory_bytes"]
