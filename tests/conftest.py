@@ -13,6 +13,9 @@ import pytest
 # Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Numbers, times and memory are compared with those of a CPU. With this variable tests meet a GPU, where there is one.
+if not os.environ.get("LLMKIT_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # inductor's helper processes each import torch, which costs more than they bring.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
