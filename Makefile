@@ -1,6 +1,7 @@
 # make quickstart        install, then train a small model
 # make test ARGS="-k x"  the tests; make lint: ruff and mypy; make clean: the venv and the caches
 # make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
+# make gpu               all that only a machine with a GPU can show, within five minutes; make gpu-dry: without one
 # Nothing is installed twice: a stamp in the venv is newer than pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_LIGHTNING := $(shell sed -n 's/.*"lightning>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: help install quickstart test bench lint clean
+.PHONY: help install quickstart test bench gpu gpu-dry lint clean
 .NOTPARALLEL:
 
 help:
@@ -28,6 +29,12 @@ test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
 
 bench: $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)
+
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+gpu-dry: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu.py --dry 1
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -237,6 +237,11 @@ def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device."""
-    ahead = device.type == "cuda"
-    moved = {name: value.to(device, non_blocking=ahead) for name, value in batch.items() if isinstance(value, Tensor)}
-    return {**batch, **moved}
+    return {**batch, **{name: moved(value, device) for name, value in batch.items() if isinstance(value, Tensor)}}
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host does not wait for the copy to a GPU, which is made from pinned memory."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)

@@ -13,6 +13,9 @@ import pytest
 # Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Numbers, times and memory are compared with those of a CPU. With this variable tests meet a GPU, where there is one.
+if not os.environ.get("LLMKIT_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # inductor's helper processes each import torch, which costs more than they bring.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -23,6 +26,9 @@ import llmkit.commands.fit
 import llmkit.testing.resume  # noqa: F401
 
 torch.set_num_threads(1)
+# Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 forked.serve()  # before anything has run: only one thread exists
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 import kit  # noqa: E402
 import run  # noqa: E402
 
@@ -47,13 +51,28 @@ def test_limits_come_from_the_rates_of_the_same_run() -> None:
     assert bandwidth.seconds(2**19, [0.2, 0.1]) == pytest.approx(0.05)
 
 
+def test_a_check_of_the_gpu_script_that_does_not_end_is_stopped() -> None:
+    def endless(at: gpu.Setting) -> Iterator[gpu.Row]:
+        yield "case", "first", 1.0, "", {}
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGALRM)
+    rows = gpu.limited(endless, gpu.Setting("cpu", True), 0.05)
+    assert next(iter(rows))[1] == "first"
+    with pytest.raises(TimeoutError):
+        next(iter(rows))
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert gpu.goal(1.2, least=1.15) == {"goal": "at least 1.15", "met": True}
+    assert gpu.goal(9.0, most=8.0) == {"goal": "at most 8", "met": False}
+
+
 def test_the_tables_of_the_page_are_those_recorded() -> None:
     text = run.PAGE.read_text()
     assert run.page(text) == text
 
 
 def test_every_script_is_run_and_has_its_place_on_the_page() -> None:
-    helpers = {"kit", "peers", "turns", "run"}
+    helpers = {"kit", "peers", "turns", "run", "gpu"}  # gpu.py runs where there is one, and dry in CI
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - helpers == set(run.SCRIPTS)
     marks = set(re.findall(r"<!-- (\w+) -->", run.PAGE.read_text()))
     assert marks == {*run.SCRIPTS, "ablation"}

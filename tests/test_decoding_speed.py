@@ -8,11 +8,12 @@ import pytest
 import torch
 from small_networks import decided
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.errors import UserError
 from llmkit.model.backbone import Backbone
 from llmkit.ops import decoding
-from llmkit.ops.decoding import by_columns, column_major, generate
+from llmkit.ops.decoding import Decoder, by_columns, column_major, generate
 from llmkit.sequence import DecodingOptions, Sequence
 
 PROMPTS = [[3], [4, 5, 6, 7, 8], [9, 10, 11]]
@@ -48,6 +49,41 @@ def test_long_ragged_greedy_equals_full_passes(attention: str, position: str) ->
     net = decided(attention, position=position, **rest)
     assert greedy(net, PROMPTS) == [plain(net, prompt, STEPS) for prompt in PROMPTS]
     assert greedy(net, PROMPTS[1:2]) == [plain(net, PROMPTS[1], STEPS)]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something, not those that look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "view" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def kernels(attention: str, layers: int, prompts: tuple[Tensor, Tensor | None]) -> int:
+    """Return how many operations a step of decoding takes."""
+    net = decided(attention)
+    net.decoder = net.decoder[:layers]
+    decoder = Decoder(net, 2, 32)
+    decoder.feed(*prompts)
+    with Kernels() as counter:
+        decoder.feed(torch.tensor([[3], [4]]))
+    return int(counter.count)
+
+
+@pytest.mark.parametrize("segments", [None, [[1, 1, 1], [0, 1, 1]]])
+@pytest.mark.parametrize(
+    ("attention", "most"),
+    [("multi_head", 38), ("linear", 46), ("retention", 42), ("low_rank", 34), ("min_gru", 30), ("lstm", 38)],
+)
+def test_a_step_takes_few_operations_a_layer(attention: str, most: int, segments: list[list[int]] | None) -> None:
+    """On an accelerator a token costs what it launches: for linear, retention and low_rank it was about 90 a layer."""
+    prompts = torch.tensor([[3, 4, 5], [6, 7, 8]]), None if segments is None else torch.tensor(segments)
+    assert kernels(attention, 2, prompts) - kernels(attention, 1, prompts) <= most
 
 
 @pytest.mark.parametrize("every", [1, 7])

@@ -137,12 +137,39 @@ def test_activations_grow_with_the_batch(text: Path) -> None:
     assert 2 * one < three <= 3 * one
 
 
+def test_a_large_model_needs_no_memory(text: Path, tmp_path: Path) -> None:
+    """50 GiB of weights, 40 of activations: none of it is allocated. Vectors for the embedding are not read."""
+    size = ("--model.dim", 2**14, "--model.num_layers", 4, "--data.batch_size", 2**14)
+    facts = inspect(text, *size, "--model.word_vectors", tmp_path / "none.txt")
+    assert facts["memory_bytes"]["weights"] > 48 * 2**30 and facts["memory_bytes"]["activations"] > 40 * 2**30
+
+
+def test_a_plugin_that_asks_for_values(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asking.py").write_text(ASKING)
+    monkeypatch.chdir(tmp_path)
+    words = ("--data.train", text, *TINY, "--imports", "asking.py", "--examine", "false", "--model.norm", "asking.Asks")
+    result = done("inspect", *words)
+    assert "note: activations and peak are unknown: aten." in result.err
+    assert result.out.count(" unknown\n") == 2
+
+
+ASKING = """
+from llmkit.contracts import Norm
+
+class Asks(Norm):
+    def forward(self, x_BTD):
+        return x_BTD / (1 + len(x_BTD[x_BTD > 1]))
+"""
+
+
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("head", FILES)
-def test_peak(head: str, batches: int, text: Path, tmp_path: Path) -> None:
+CASES = [(head, "multi_head", batches) for head in FILES for batches in (1, 2)]
+
+
+@pytest.mark.parametrize(("head", "attention", "batches"), [*CASES, ("generation", "lstm", 1)])
+def test_peak(head: str, attention: str, batches: int, text: Path, tmp_path: Path) -> None:
     """Against what the CPU's allocator reports to torch's profiler; the sum of the parts is an upper limit."""
     lines = text.read_text().splitlines()
     (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{line}\t{line[3:]}\n" for line in lines))
@@ -150,7 +177,9 @@ def test_peak(head: str, batches: int, text: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text.read_text())
     tokenizer: Any = plugin("tokenizer", "char")
     data = DataModule(train=str(tmp_path / FILES[head]), tokenizer=tokenizer, batch_size=8, cache_dir=str(tmp_path))
-    model = LanguageModel(plugin("head", head), dim=64, num_layers=2, context=32)
+    mixing: Any = plugin("attention", attention)
+    context = 96 if attention == "lstm" else 32  # of which its kernel keeps a workspace
+    model = LanguageModel(plugin("head", head), attention=mixing, dim=64, num_layers=2, context=context)
     build(model, data)
     batch = next(iter(data.train_dataloader()))
     memory = describe(model, batch, batches)["memory_bytes"]

@@ -20,6 +20,7 @@ from llmkit.data import DataModule
 from llmkit.lightning import BuildFirst
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI, SavedConfig
+from llmkit.run.compilation import Compilation
 from llmkit.run.folder import RunFolder, RunLogger
 from llmkit.run.memory import ReturnMemory
 from llmkit.run.progress import Progress
@@ -73,7 +74,7 @@ def test_one_module_knows_the_private_corners() -> None:
 CLASSES = (
     *(CLI, SavedConfig, LanguageModel, DataModule, WholeFileIO),
     *(BuildFirst, Checkpoints, GracefulShutdown, Predictions, Progress, ReturnMemory, RunFolder, RunLogger, Throughput),
-    *(Trace, Validations),
+    *(Trace, Validations, Compilation),
 )
 
 

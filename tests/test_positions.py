@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from small_networks import decided
 from torch import Tensor, nn
 
 from llmkit.contracts import Position
@@ -98,14 +101,17 @@ def test_rotary_needs_even_heads() -> None:
 
 
 def test_alibi_slopes_of_the_paper() -> None:
-    assert slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    assert slopes(16) == pytest.approx([2 ** (-(i + 1) / 2) for i in range(16)])
-    assert slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
-    assert slopes(1) == [1 / 256]
+    def found(num_heads: int) -> list[float]:
+        return slopes(num_heads).tolist()
+
+    assert found(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert found(16) == pytest.approx([2 ** (-(i + 1) / 2) for i in range(16)])
+    assert found(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert found(1) == [1 / 256]
     # Twelve heads: those of eight, then the first, third, fifth and seventh of sixteen.
-    assert slopes(12) == pytest.approx([*slopes(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
-    assert slopes(3) == pytest.approx([1 / 16, 1 / 256, 1 / 4])
-    assert all(len(set(slopes(n))) == n for n in range(1, 40))
+    assert found(12) == pytest.approx([*found(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    assert found(3) == pytest.approx([1 / 16, 1 / 256, 1 / 4])
+    assert all(len(set(found(n))) == n for n in range(1, 40))
 
 
 def test_alibi_bias_is_distance_times_slope() -> None:
@@ -164,3 +170,19 @@ def test_mask_entry_by_entry() -> None:
     assert Sequence.dense(1, start=4).mask(Sequence.dense(5), causal=True) is None
     late = Sequence.dense(2, start=3).mask(Sequence.dense(5), causal=True)
     assert late is not None and late[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+
+
+def test_rotation_tables_are_computed_once_for_all_layers_where_they_are_compiled() -> None:
+    """Inductor would compute them again in each layer; it does not look into an operation of its own."""
+    calls: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    net, ids = decided(), torch.randint(29, (2, 9))
+    expected = net.decode(ids, Sequence.of(ids))
+    net.compile(backend=collect)
+    torch.testing.assert_close(net.decode(ids, Sequence.of(ids)), expected, rtol=1e-4, atol=1e-4)
+    assert sum("rotary_tables" in call for call in calls) == 1
+    assert not any("cos" in call for call in calls)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from command import TINY, done, llmkit
 from lightning.pytorch.plugins.precision import DoublePrecision, FSDPPrecision, HalfPrecision, MixedPrecision, Precision
 from test_decoding import Markov
 from torchmetrics import MeanMetric, Metric
@@ -29,6 +31,21 @@ PLUGINS: dict[str, Any] = {
     "bf16-mixed": lambda: MixedPrecision("bf16-mixed", "cpu"),
     "fsdp bf16-true": lambda: FSDPPrecision("bf16-true"),
 }
+
+
+def test_each_precision_of_lightning_runs_or_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a line of text\n" * 20)
+    words = ("fit", "--data.train", tmp_path / "text.txt", *TINY, "--output", tmp_path / "runs", "--trainer.precision")
+    for precision in ("16-true", "bf16-true", "64-true", "16-mixed", "bf16-mixed"):
+        folder = done(*words, precision).folder
+        on_cpu = "bf16-mixed" if precision == "16-mixed" else precision  # Lightning's choice
+        assert json.loads((folder / "results.json").read_text())["precision"] == on_cpu
+    if not torch.cuda.is_available():
+        for precision in ("transformer-engine", "transformer-engine-float16"):
+            result = llmkit(*words, precision)
+            assert result.code == 2 and result.err.count("\n") == 1
+            start = f"llmkit: error: command line: trainer.precision: {precision} multiplies in fp8"
+            assert result.err.startswith(start) and "pip install 'transformer_engine[pytorch]'" in result.err
 
 
 def metrics_of_all_heads() -> dict[str, Any]:
@@ -126,7 +143,7 @@ def test_alibi_is_exact_whatever_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     distance = torch.arange(1999, -1, -1, dtype=torch.float64)
-    expected = -torch.tensor(slopes(6), dtype=torch.float64)[:, None] * distance
+    expected = -slopes(6).double()[:, None] * distance
     assert bias is not None
     torch.testing.assert_close(bias[0, :, 0].double(), expected, rtol=1e-6, atol=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch._dynamo
 from command import TINY, done, llmkit
+from torch._dynamo.callback import callback_handler
 
 import llmkit as kit
 from llmkit.testing.invariance import build
@@ -75,6 +77,38 @@ def test_each_model_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             model.head.loss(model.network, next(iter(data.train_dataloader())))
             assert len(calls) > before, dim
     torch.compiler.reset()
+
+
+def test_a_recompilation_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several lengths: the first step compiles, a later one compiles again, which is named with its reason."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager"))
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{'a' * n},{i % 2}\n" for i, n in enumerate((3, 3, 9, 9, 5, 5)))
+    )
+    rows = tmp_path / "rows.csv"
+    words = ("fit", "--data.train", rows, "--data.validation", rows, *TINY, "--output", tmp_path / "runs")
+    more = ("--model.head", "classification", "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1")
+    err = done(*words, *more, "--model.compile", "true").err
+    torch.compiler.reset()
+    notes = [line for line in err.splitlines() if "compile" in line]
+    first = "llmkit: note: the first step compiles the network, which takes a minute or more (model.compile)"
+    assert notes[0] == first and notes[1].startswith("llmkit: note: the network is compiled, which took ")
+    assert len(notes) > 2 and all(
+        re.match(r"llmkit: note: step [234] compiled .* again, .* s \(.+\)", n) for n in notes[2:]
+    )
+    assert not callback_handler.start_callbacks and not callback_handler.end_callbacks
+    assert "compile" not in done(*words, *more).err
+    for value, code, text in (
+        (
+            "reduce-overhead",
+            2,
+            "model.compile: reduce-overhead makes CUDA graphs, and this run is on cpu: use true or ",
+        ),
+        ("fast", 2, "model.compile: expected true or false or reduce-overhead, got 'fast'"),
+    ):
+        refused = llmkit(*words, *more, "--model.compile", value)
+        assert refused.code == code and text in refused.err
 
 
 def test_files_of_one_name(words: list[str], tmp_path: Path) -> None:

@@ -56,19 +56,33 @@ def test_the_disk_is_full(words: list[str], tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory and can return it")
-def test_freed_memory_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    monkeypatch.setattr(memory, "INTERVAL", 0.0)
+def test_freed_memory_is_returned() -> None:
     callback, model = memory.ReturnMemory(), pl.LightningModule()
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callback.on_train_start(trainer, model)
     held = [torch.ones(16_000) for _ in range(2000)]  # 122 MiB in pieces that come from the heap
     del held[::2]
-    before = resident()
+    before = memory.resident()
     callback.on_train_batch_end(trainer, model)
-    assert resident() < before - 40
+    assert memory.resident() < before - 40 * 2**20
+
+
+def test_memory_is_returned_when_it_has_grown_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, returns = [0], list[int]()
+
+    def trim(kept: int) -> None:
+        returns.append(sizes[-1])
+        sizes.append(1000)
+
+    monkeypatch.setattr(memory, "resident", lambda: sizes[-1] * 2**20)
+    monkeypatch.setattr(memory, "_trim", trim)
+    callback, model = memory.ReturnMemory(), pl.LightningModule()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    callback.on_train_start(trainer, model)
+    for size in (200, 1100, 1400, 1501, 1200, 1499, 1600):
+        sizes.append(size)
+        callback.on_train_batch_end(trainer, model)
+    assert returns == [1100, 1501, 1600]
 
 
 def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

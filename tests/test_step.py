@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,29 @@ import torch
 from command import TINY, Result, done, llmkit
 from torch import Tensor, nn
 
-from llmkit.model.optim import AdamW
+from llmkit.model.optim import AdamW, Muon
 from llmkit.model.step import BadSteps
 
+OPTIMIZERS: dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]] = {
+    "fused": lambda weight: AdamW([weight], lr=0.1),
+    "plain": lambda weight: torch.optim.SGD([weight], lr=0.1, momentum=0.9),
+    "muon": lambda weight: Muon([{"params": [weight], "kind": "matrix"}], lr=0.1, weight_decay=0.1),
+    "muon's adam": lambda weight: Muon([weight], adam_lr=0.1, weight_decay=0.1),
+}
 
-def optimizer_of(kind: str, weight: nn.Parameter) -> torch.optim.Optimizer:
-    return AdamW([weight], lr=0.1) if kind == "fused" else torch.optim.SGD([weight], lr=0.1, momentum=0.9)
 
-
-@pytest.mark.parametrize("kind", ["fused", "plain"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("wait", [1, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_step_changes_nothing(kind: str, wait: int, value: float) -> None:
     """The weights go on as if the step had not been; read at once, or some steps later as on an accelerator."""
 
     def train(gradients: list[float]) -> tuple[Tensor, BadSteps, list[int]]:
-        weight = nn.Parameter(torch.ones(3))
-        optimizer, guard = optimizer_of(kind, weight), BadSteps(10)
+        weight = nn.Parameter(torch.ones(1, 3))
+        optimizer, guard = OPTIMIZERS[kind](weight), BadSteps(10)
         found = []
         for step, gradient in enumerate(gradients, 1):
-            weight.grad = torch.tensor([gradient, 1.0, 2.0])
+            weight.grad = torch.tensor([[gradient, 1.0, 2.0]])
             guard.add(step, {}, weight.grad.norm(), optimizer, wait)
             optimizer.step()
             found += [number for number, _ in guard.settle(wait)]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +150,60 @@ def test_a_signal_during_compilation_stops_at_once(words: list[str], monkeypatch
     err = ended(words, monkeypatch, "--model.compile", "true")
     assert "the first step compiles the network" in err
     assert "stopped by SIGTERM during the compilation, before the first step; nothing more is saved" in err
+
+
+def test_signals_to_a_process_group_during_compilation(words: list[str], tmp_path: Path) -> None:
+    """The real compiler, with processes of its own, of which none may be left; what Ctrl-C and ``timeout`` send."""
+    plain = [word for word in words if word not in ("--imports", "faults")]
+    command = [sys.executable, "-m", "llmkit", *plain, "--model.compile", "true"]
+    runs: dict[signal.Signals, subprocess.Popen[str]] = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / number.name), "LLMKIT_TEST_RUN": str(tmp_path / number.name)}
+        own["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # with processes that compile, as by default
+        runs[number] = subprocess.Popen(
+            command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    try:
+        for number, run in runs.items():
+            mark = f"LLMKIT_TEST_RUN={tmp_path / number.name}\0".encode()
+            until(functools.partial(has_started, run, mark), 120)
+            os.killpg(run.pid, number)
+            _, printed = run.communicate(timeout=5)
+            assert f"stopped by {number.name} during the compilation" in printed
+            assert run.returncode in (-number, 128 + number)  # of a shell's view, 128 + number both
+            until(functools.partial(has_ended, mark), 5)
+    finally:
+        for run in runs.values():
+            run.kill()
+            run.communicate()
+
+
+def has_started(run: subprocess.Popen[str], mark: bytes) -> bool:
+    """Return whether a run has started a process of the compiler; one that has ended never will."""
+    return len(processes(mark)) > 1 or run.poll() is not None
+
+
+def has_ended(mark: bytes) -> bool:
+    """Return whether no process of a mark is left."""
+    return not processes(mark)
+
+
+def processes(mark: bytes) -> list[int]:
+    """Return the processes whose environment holds a mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def until(holds: Callable[[], object], seconds: float) -> None:
+    """Wait until something holds; fail if it does not within this time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

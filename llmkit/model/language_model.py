@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -55,7 +55,7 @@ class LanguageModel(pl.LightningModule):
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
         tie_embeddings: use the embedding matrix as the output matrix.
-        compile: compile training steps with torch.compile; evaluation and decoding stay as they are.
+        compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
             argument called ``total_steps`` that was left open is set to the run's number of steps.
@@ -83,7 +83,7 @@ class LanguageModel(pl.LightningModule):
         dropout: float = 0.0,
         norm_first: bool = True,
         tie_embeddings: bool = True,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead"] = False,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         decoding: DecodingOptions | None = None,
@@ -111,7 +111,7 @@ class LanguageModel(pl.LightningModule):
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
-        self._word_vectors = word_vectors
+        self.word_vectors = word_vectors
         if init_from is not None:
             with blame("model.init_from"):
                 self._initial, self.tokenizer = initial(init_from)
@@ -158,12 +158,12 @@ class LanguageModel(pl.LightningModule):
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
-        begin_with_vectors(self.net, self._trained_tokenizer, self._word_vectors, self.global_rank)
+        begin_with_vectors(self.net, self._trained_tokenizer, self.word_vectors, self.global_rank)
         self.val_metrics = self.parts.metrics(self.head, "validation")
         self.test_metrics = self.parts.metrics(self.head, "test")
         self.kinds = parameter_kinds(self, hidden=self.uses_muon)
         if self.spec["compile"]:
-            self.net.compile()
+            self.net.compile(mode=None if self.spec["compile"] is True else self.spec["compile"])
         if self.device_mesh is not None:
             shard(self.net, self.head, self.device_mesh)
 

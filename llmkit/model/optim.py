@@ -83,6 +83,8 @@ class Muon(Optimizer):
             groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": 1e-8}
         )
         self.num_iterations = num_iterations
+        # A step whose gradient is not finite is skipped on the device, as in torch's fused optimizers.
+        self.reads_found_inf = all(p.device.type in FUSED for group in self.param_groups for p in group["params"])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step; returns the closure's loss if there is one."""
@@ -98,6 +100,7 @@ class Muon(Optimizer):
 
     def _orthogonal(self, group: dict[str, Any]) -> None:
         shapes: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        bad: Tensor | None = getattr(self, "found_inf", None)
         every = group["params"]
         for parameter, rows in zip(every, group.get("maps") or [[len(p)] for p in every], strict=True):
             if parameter.grad is not None:
@@ -106,13 +109,18 @@ class Muon(Optimizer):
                     shapes.setdefault(piece[0].shape, []).append(piece)
         for shape, pieces in shapes.items():
             members, grads, buffers = map(list, zip(*pieces, strict=True))
+            if bad is not None:  # then the momentum is its own average with this
+                grads = [torch.where(bad > 0, buffer, grad) for grad, buffer in zip(grads, buffers, strict=True)]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])
             matrices = torch.stack(updates).flatten(2)
             scale = math.sqrt(max(1.0, shape[0] / matrices[0].shape[1]))
             directions = orthogonalise(matrices, self.num_iterations).reshape(len(members), *shape)
+            decay: Any = 1 - group["lr"] * group["weight_decay"]
+            if bad is not None:
+                directions, decay = directions * (bad == 0), torch.where(bad > 0, 1.0, decay)
             if group["weight_decay"]:
-                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(members, decay)
             torch._foreach_add_(members, list(directions.to(members[0].dtype)), alpha=-group["lr"] * scale)
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -130,6 +138,7 @@ class Muon(Optimizer):
             [],
             [s["step"] for s in states],
             fused=parameters[0].device.type in FUSED,
+            found_inf=getattr(self, "found_inf", None),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

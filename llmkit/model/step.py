@@ -91,8 +91,8 @@ def multiply(gradients: Sequence[Tensor], factor: Tensor | float) -> None:
 class BadSteps:
     """Skips steps whose gradient is NaN or infinite, and counts them.
 
-    Reading the outcome of each step would make the host wait for an accelerator. There, a fused optimizer skips the
-    step on the device (``found_inf``), and the outcomes of several steps are read at once.
+    Reading the outcome of each step would make the host wait for an accelerator. There, a fused optimizer of torch or
+    Muon skips the step on the device (``found_inf``), and the outcomes of several steps are read at once.
 
     Args:
         limit: this many in a row end the run.
@@ -114,7 +114,7 @@ class BadSteps:
             wait: number of steps after which outcomes are read; 1: at once.
         """
         bad = ~torch.isfinite(norm)
-        if wait > 1 and optimizer.defaults.get("fused"):
+        if wait > 1 and (optimizer.defaults.get("fused") or getattr(optimizer, "reads_found_inf", False)):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bool(bad):
             optimizer.zero_grad()

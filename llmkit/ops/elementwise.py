@@ -25,7 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Define ``rms_norm``: x / sqrt(mean(x^2) + eps) * weight."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    # Under autocast torch returns float32 on a GPU, and queries and keys would be rotated in it.
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,7 +62,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     if torch.compiler.is_compiling():  # halves become one fast loop, rolled channels do not; eagerly it is reversed
         (a, b), cos, sin = x.chunk(2, -1), cos[..., :half], sin[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        turned = a * cos - b * sin, b * cos + a * sin
+        return torch.cat([part.to(x.dtype) for part in turned], -1)  # cat writes what it gets: float32 would cost twice
     return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)
 
 

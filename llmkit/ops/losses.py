@@ -1,7 +1,14 @@
-"""Cross-entropy straight from hidden states: the scores over a large vocabulary never exist whole."""
+"""Cross-entropy straight from hidden states: the scores over a large vocabulary never exist whole.
+
+The scores of a chunk of rows are multiplied out into one buffer. There they become their own gradient, which is
+multiplied at once with the output matrix and with the hidden states. Only the step between the products exists twice:
+``plain_cross_entropy_`` defines it, ``llmkit.ops.kernels`` does it on a GPU in two reads and one write of the scores.
+(torch.compile would be no third way: on a GPU it needs Triton as well.)
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,12 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmkit.contracts import IGNORE, Loss
+from llmkit.ops.backend import autocast_dtype, backend, without_autocast
 
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
 CHUNK_ELSEWHERE = 2**26  # an accelerator needs large products: 1,280 rows at a vocabulary of 50304
 ROWS = 64
 """Products have a multiple of this many rows. On a CPU in bf16, oneDNN compiles a kernel for each new number of rows
 and keeps it (0.26 MiB) for good, and the number of targets of a batch is nearly always new."""
+CHUNK_BYTES = 3 * 2**27  # a kernel needs no memory besides the scores: 4,002 rows at a vocabulary of 50304 in bfloat16
+MULTIPLE = {"cpu": 1}
+"""What the columns of the scores are padded to a multiple of, by device; else 64."""
 
 
 def rows_at_once(weight_VD: Tensor) -> int:
@@ -65,43 +76,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, training: bool) -> Tensor:
         need_hidden, need_weight = (training and need for need in ctx.needs_input_grad[:2])
-        device = hidden.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        hidden_low, weight_low = hidden.to(low), weight.to(low)
+        low = autocast_dtype(hidden) or hidden.dtype
         exact = torch.promote_types(low, torch.float32)  # softmax and sums are never done in half precision
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-        vocab = weight.shape[0]
-        with torch.autocast(device, enabled=False):
-            rows = rows_at_once(weight)
+        hidden_low, weight_low = hidden.to(low), padded_to_multiple(weight, low)
+        triton = backend(hidden_low, triton=True) == "triton"
+        limit = max(1, CHUNK_BYTES // (len(weight_low) * low.itemsize)) if triton else rows_at_once(weight)
+        chunks = max(1, math.ceil(len(targets) / limit))
+        rows = max(1, math.ceil(len(targets) / chunks))  # chunks of one size: a small one is slow
+        rows = math.ceil(rows / ROWS) * ROWS if rows > ROWS else rows
+        scores = hidden_low.new_empty(rows, len(weight_low))
+        total = hidden.new_zeros((), dtype=exact)
+        grad_hidden = torch.empty_like(hidden_low) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_low, dtype=exact) if need_weight else None
+        with without_autocast(hidden):
             for start in range(0, len(targets), rows):
-                span = slice(start, start + rows)
-                scores = (hidden_low[span] @ weight_low.T).to(exact)
-                kept = targets[span] != IGNORE
-                target = targets[span].clamp(min=0)[:, None]
-                # The softmax is one pass of a fast kernel, and its largest value gives the logarithm of its sum.
-                grad = scores.softmax(-1)
-                norm = scores.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
-                losses = norm - (1 - smoothing) * scores.gather(-1, target)
-                if smoothing:
-                    losses -= smoothing * scores.mean(-1, keepdim=True)
-                total += (losses * kept[:, None]).sum()
-                if not (need_hidden or need_weight):
-                    continue
-                # d loss / d scores = softmax - smoothed one-hot target
-                if smoothing:
-                    grad -= smoothing / vocab
-                grad.scatter_add_(-1, target, torch.full_like(norm, smoothing - 1))
-                grad_low = grad.mul_(kept[:, None]).to(low)
+                states, ids = hidden_low[start : start + rows], targets[start : start + rows]
+                grad = torch.mm(states, weight_low.T, out=scores[: len(ids)])
+                total += cross_entropy_(grad, ids, len(weight), smoothing, need_hidden or need_weight, triton).sum()
                 if grad_hidden is not None:
-                    grad_hidden[span] = (grad_low @ weight_low).to(hidden.dtype)
+                    torch.mm(grad, weight_low, out=grad_hidden[start : start + rows])
                 if grad_weight is not None:
                     if low == exact:
-                        grad_weight.addmm_(grad_low.T, hidden_low[span])
-                    else:
-                        grad_weight += grad_low.T @ hidden_low[span]
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                        grad_weight.addmm_(grad.T, states)
+                    else:  # adding up in half precision would round once more for each chunk
+                        grad_weight += grad.T @ states
+        ctx.save_for_backward(
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight[: len(weight)].to(weight.dtype),
+        )
         return total
 
     @staticmethod
@@ -109,3 +111,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
         return hidden, weight, None, None, None
+
+
+def padded_to_multiple(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the output matrix in a dtype, on an accelerator with rows of zeros up to a multiple of 64.
+
+    The fast kernels of a GPU ask for rows of scores that begin at multiples of 16 bytes: at a vocabulary of 50,260 the
+    three products take an H200 three times as long as at 50,304. This copy, which the cast to half precision makes
+    anyway, is all that is padded; parameters, optimizer state, checkpoints and counts have V rows. The scores of the
+    rows of zeros are left out of the loss, and the last rows of the gradient are dropped.
+    """
+    vocab, dim = weight_VD.shape
+    missing = -vocab % MULTIPLE.get(weight_VD.device.type, 64)
+    if not missing:
+        return weight_VD.to(dtype)
+    padded = weight_VD.new_zeros(vocab + missing, dim, dtype=dtype)
+    padded[:vocab].copy_(weight_VD)
+    return padded
+
+
+def cross_entropy_(
+    scores_RV: Tensor, targets_R: Tensor, vocab: int, smoothing: float, gradient: bool, triton: bool
+) -> Tensor:
+    """Return the losses, (R,), at least in float32; the scores become the gradient of their sum.
+
+    Args:
+        scores_RV: the scores; the columns from ``vocab`` on are padding, and zero.
+        targets_R: target ids, ``IGNORE`` where nothing is to be predicted.
+        vocab: number of columns that count.
+        smoothing: label smoothing.
+        gradient: whether the gradient is needed; otherwise the scores are left undefined.
+        triton: whether to use the kernel.
+    """
+    if triton:
+        from llmkit.ops import kernels
+
+        return kernels.cross_entropy_(scores_RV, targets_R, vocab, smoothing, gradient)
+    return plain_cross_entropy_(scores_RV[:, :vocab], targets_R, smoothing, gradient)
+
+
+def plain_cross_entropy_(scores_RV: Tensor, targets_R: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """Define ``cross_entropy_`` for scores without padding."""
+    exact_RV = scores_RV.to(torch.promote_types(scores_RV.dtype, torch.float32)).contiguous()
+    kept_R1, target_R1 = (targets_R != IGNORE)[:, None], targets_R.clamp(min=0)[:, None]
+    losses_R1 = exact_RV.amax(-1, keepdim=True) - (1 - smoothing) * exact_RV.gather(-1, target_R1)
+    if smoothing:
+        losses_R1 -= smoothing * exact_RV.mean(-1, keepdim=True)
+    # The softmax is one pass of a fast kernel, and its largest value gives the logarithm of its sum.
+    in_place = exact_RV.device.type == "cpu"  # where it is known to be right
+    exact_RV = torch.softmax(exact_RV, -1, out=exact_RV if in_place else None)
+    losses_R1 -= exact_RV.amax(-1, keepdim=True).log()
+    if gradient:  # softmax - smoothed one-hot target
+        if smoothing:
+            exact_RV -= smoothing / exact_RV.shape[-1]
+        exact_RV.scatter_add_(-1, target_R1, torch.full_like(losses_R1, smoothing - 1))
+        if exact_RV.device.type != "cpu" or not bool(kept_R1.all()):  # a look that costs less than a pass, on a CPU
+            exact_RV.mul_(kept_R1)
+        if exact_RV is not scores_RV:
+            scores_RV.copy_(exact_RV)
+    return (losses_R1 * kept_R1).squeeze(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from typing import Any
@@ -21,6 +22,7 @@ from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
+from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
@@ -138,6 +140,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
         given = self.config_init["trainer"]
+        check_fp8(str(given.get("precision")))
         kwargs |= filled_in(given)
         output = self.config_init["output"]
         writes = given.get("logger") is not False
@@ -150,7 +153,7 @@ class CLI(LightningCLI):
             own.append(Predictions())
         if given.get("enable_progress_bar") is not False:
             own.append(Progress(throughput))
-        own.append(GracefulShutdown())  # after those that log
+        own += [Compilation(), GracefulShutdown()]  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self.config_init["checkpoint"])
@@ -262,6 +265,21 @@ def fast_precision(accelerator: str) -> str:
         return "32-true"
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "bf16-mixed" if fast_bf16(torch.device("cuda" if gpu else "cpu")) else "32-true"
+
+
+def check_fp8(precision: str) -> None:
+    """Raise UserError where Lightning's precision ``transformer-engine`` cannot run: package or hardware is missing."""
+    if not precision.startswith("transformer-engine"):
+        return
+    missing = [] if importlib.util.find_spec("transformer_engine") else ["the package is not installed"]
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        missing.append("the GPU is not there or too old")
+    if missing:
+        text = (
+            f"{precision} multiplies in fp8, which needs a GPU of compute capability 8.9 or later and "
+            f"pip install 'transformer_engine[pytorch]'; here {' and '.join(missing)}"
+        )
+        raise UserError(Problem("trainer.precision", text))
 
 
 def is_damaged_state(stored: Stored, error: Exception, step: int) -> bool:

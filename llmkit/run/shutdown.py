@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmkit.errors import Stopped, note
+from llmkit.errors import Stopped
 from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation, write_step_metrics
 from llmkit.run.folder import run_folder
 from llmkit.run.saving import Checkpoints
@@ -41,8 +41,6 @@ class GracefulShutdown(Callback):
         """Install the handlers."""
         self._received = 0
         self._compiling = bool(getattr(pl_module, "spec", {}).get("compile"))
-        if self._compiling and trainer.is_global_zero:
-            note("the first step compiles the network, which takes a minute or more (model.compile)")
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, requeue_signal(trainer))):
             with contextlib.suppress(ValueError):  # not in the main thread: whoever runs the trainer handles signals
                 self._previous[number] = signal.signal(number, self._receive)
@@ -58,7 +56,7 @@ class GracefulShutdown(Callback):
         if self._compiling or asked:
             why = "during the compilation, before the first step" if self._compiling else "by the second signal"
             print(f"\nllmkit: stopped by {name} {why}; nothing more is saved", file=sys.stderr, flush=True)
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not self._compiling:
                 raise KeyboardInterrupt
             # As if there were no handler: an exception could get lost in the compiler, or wait for its processes.
             signal.signal(number, signal.SIG_DFL)

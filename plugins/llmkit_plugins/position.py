@@ -80,10 +80,8 @@ class Rotary(Position):
         if width % 2:
             raise UserError(f"rotary positions need an even width of each head, got {width}")
         if ("rotary", width) not in seq.memo:
-            # Float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
-            angles_B1TE = _angles(seq.positions_BT, width, self.base)[:, None]
-            cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
-            seq.memo["rotary", width] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            tables = _compiled_tables if torch.compiler.is_compiling() else _tables
+            seq.memo["rotary", width] = tables(seq.positions_BT, width, self.base).unbind()
         cos, sin = seq.memo["rotary", width]
         return rotate(x_BHTE, cos, sin)
 
@@ -101,8 +99,7 @@ class Alibi(Position):
     def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
         """Return minus slope times distance, (B or 1, H, T, S), in float32."""
         distance_B1TS = (query_BT[:, None, :, None] - key_BS[:, None, None, :]).abs()
-        slopes_H11 = torch.tensor(slopes(num_heads), dtype=torch.float32, device=query_BT.device)[:, None, None]
-        return distance_B1TS * -slopes_H11
+        return distance_B1TS * -slopes(num_heads, query_BT.device)[:, None, None]
 
 
 class NoPosition(Position):
@@ -116,14 +113,35 @@ class NoPosition(Position):
     """
 
 
-def slopes(num_heads: int) -> list[float]:
-    """Return ALiBi's slope of each head: a geometric sequence from 2 ** (-8 / n) on when n is a power of two.
+def slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return ALiBi's slopes, (H,), in float32: a geometric sequence from 2 ** (-8 / n) on when n is a power of two.
 
     For other numbers: the slopes of the power of two below, then every other slope of the power of two above.
     """
     power = 1 << (num_heads.bit_length() - 1)
-    steps = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(num_heads - power)]
-    return [2.0**-step for step in steps]
+    steps = torch.arange(1, power + 1, device=device, dtype=torch.float32) * (8 / power)
+    between = torch.arange(num_heads - power, device=device, dtype=torch.float32) * (8 / power) + 4 / power
+    return torch.cat([steps, between]).neg().exp2()
+
+
+def _tables(positions_BT: Tensor, width: int, base: float) -> Tensor:
+    """Return what ``rotate`` multiplies with, cosines and sines, (2, B, 1, T, E).
+
+    They are in float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
+    """
+    angles_B1TE = _angles(positions_BT, width, base)[:, None]
+    cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+# An operation that torch.compile does not look into. Otherwise it would compute powers and cosines again in the kernel
+# of each layer, for each head, forwards and backwards.
+_compiled_tables = torch.library.custom_op("llmkit::rotary_tables", _tables, mutates_args=())
+
+
+@_compiled_tables.register_fake
+def _(positions_BT: Tensor, width: int, base: float) -> Tensor:
+    return positions_BT.new_empty(2, len(positions_BT), 1, positions_BT.shape[1], width, dtype=torch.float32)
 
 
 def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:

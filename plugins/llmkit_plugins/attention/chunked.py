@@ -48,6 +48,14 @@ class Chunks:
     """
 
     def __init__(self, seq: Sequence, *, causal: bool, state: State | None, rate_H: Tensor | None = None) -> None:
+        self.state = state
+        self.is_step = state is not None and causal and seq.segments_BT is None and seq.positions_BT.shape[1] == 1
+        if self.is_step:
+            assert state is not None
+            state["segment"] = state["segment"].clamp(min=1)  # 0: there was only padding before
+            state.length += 1
+            self.keep_H11 = None if rate_H is None else torch.exp(-rate_H)[:, None, None]
+            return
         segments_bT = segments_or_ones(seq)
         before_b = torch.zeros_like(segments_bT[:, 0])
         self.length = segments_bT.shape[1]
@@ -56,7 +64,6 @@ class Chunks:
             segments_bT = segments_bT.expand(len(before_b), -1)
             state["segment"] = torch.maximum(before_b, segments_bT.amax(-1))
             state.length += self.length
-        self.state = state
         self.size = min(CHUNK, self.length)
         self.number = -(-self.length // self.size)
 
@@ -81,7 +88,17 @@ class Chunks:
             v_BHTF: values.
             name: the entry of the state with the sum of keys times values of earlier columns.
         """
-        return _without_float16(self._mix, q_BHTE, k_BHTE, v_BHTF, name)
+        return _without_float16(self._step if self.is_step else self._mix, q_BHTE, k_BHTE, v_BHTF, name)
+
+    def _step(self, q_BH1E: Tensor, k_BH1E: Tensor, v_BH1F: Tensor, name: str) -> Tensor:
+        """Do what ``_mix`` does for one new column of the document so far: a few kernels instead of dozens."""
+        assert self.state is not None
+        sums_BHEF, dtype = self.state[name], v_BH1F.dtype
+        exact = sums_BHEF.dtype
+        if self.keep_H11 is not None:
+            sums_BHEF = sums_BHEF * self.keep_H11.to(exact)
+        self.state[name] = sums_BHEF = torch.addcmul(sums_BHEF, k_BH1E.mT.to(exact), v_BH1F.to(exact))
+        return (q_BH1E.to(dtype) @ sums_BHEF.to(dtype)).to(exact)
 
     def _mix(self, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTF: Tensor, name: str) -> Tensor:
         exact = torch.promote_types(v_BHTF.dtype, torch.float32)
@@ -141,7 +158,9 @@ def _document_sums(k_BHSE: Tensor, v_BHSF: Tensor, seq: Sequence) -> Tensor:
     k_BHSE = k_BHSE.to(v_BHSF.dtype)
     if seq.segments_BT is None:
         return (k_BHSE.mT @ v_BHSF)[:, None]
-    documents = max(1, int(seq.segments_BT.max()))
+    if "document_count" not in seq.memo:  # which waits for an accelerator: once, not in each layer
+        seq.memo["document_count"] = max(1, int(seq.segments_BT.max()))
+    documents = seq.memo["document_count"]
     own_BM1S1 = _membership(seq.segments_BT, documents).to(k_BHSE.dtype)
     return (k_BHSE[:, None] * own_BM1S1).mT @ v_BHSF[:, None]
 

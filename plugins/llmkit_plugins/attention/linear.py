@@ -120,8 +120,11 @@ class Retention(Attention):
         q_BHTE, k_BHTE, v_BHTE = (split(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
         k_BHTE = k_BHTE * k_BHTE.shape[-1] ** -0.5
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
-        rate_H = -torch.log1p(-(2.0 ** -torch.arange(5, 5 + self.num_heads, dtype=exact, device=x_BTD.device)))
-        chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=rate_H)
+        memo_key = ("retention", self.num_heads, exact)
+        if memo_key not in seq.memo:  # for all layers
+            powers_H = torch.arange(5, 5 + self.num_heads, dtype=exact, device=x_BTD.device)
+            seq.memo[memo_key] = -torch.log1p(-(2.0**-powers_H))
+        chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=seq.memo[memo_key])
         y_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "sums")
         y_BTD = self._normalised(join(y_BHTE)).to(v_BHTE.dtype)
         y: Tensor = self.out(F.silu(self.gate(x_BTD)) * y_BTD)

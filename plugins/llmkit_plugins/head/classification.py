@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from llmkit.contracts import Batch, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
 from llmkit.ops.metrics import MeanLoss
-from llmkit.sequence import DecodingOptions
+from llmkit.sequence import DecodingOptions, moved
 from llmkit_plugins.head.labels import ClassNumbers, class_name, count_classes, refuse_scores
 from llmkit_plugins.head.pooled import Pooled
 
@@ -112,9 +112,9 @@ class Classification(Pooled):
 
     def _loss(self, scores: Tensor, label: Tensor, smoothing: float = 0.0, weights: list[float] | None = None) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weight = None if weights is None else exact.new_tensor(weights)
+        weight = None if weights is None else moved(torch.tensor(weights, dtype=exact.dtype), exact.device)
         total = F.cross_entropy(exact, label, weight, reduction="sum", label_smoothing=smoothing)
-        return Loss(total, torch.tensor(len(label), device=label.device))
+        return Loss(total, torch.full((), len(label), device=label.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss (not smoothed), accuracy and macro F1; on the test data the confusion matrix too."""

@@ -92,7 +92,8 @@ class MaskedLM(Head):
             draws_3BT = fixed_draws(ids_BT, seq)
         given_BT, chosen_BT = self.hide(ids_BT, draws_3BT)
         # Only chosen places are multiplied with the vocabulary, which is worth waiting for their number on a GPU.
-        return net.encode(given_BT, seq).x_BSD[chosen_BT], ids_BT[chosen_BT]
+        places_N = chosen_BT.flatten().nonzero()[:, 0]
+        return net.encode(given_BT, seq).x_BSD.flatten(0, 1)[places_N], ids_BT.flatten()[places_N]
 
     def hide(self, ids_BT: Tensor, draws_3BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids with chosen tokens hidden, and which were chosen, both (B, T).

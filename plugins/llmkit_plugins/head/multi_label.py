@@ -106,7 +106,7 @@ class MultiLabel(Pooled):
     def _loss(self, scores: Tensor, labels: Tensor) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
         total = F.binary_cross_entropy_with_logits(exact, labels.to(exact.dtype), reduction="sum")
-        return Loss(total, torch.tensor(labels.numel(), device=labels.device))
+        return Loss(total, torch.full((), labels.numel(), device=labels.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, micro and macro F1, and the share of texts with exactly the right labels."""

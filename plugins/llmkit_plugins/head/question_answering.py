@@ -256,9 +256,10 @@ class QuestionAnswering(Head):
         return self._loss(self.scores(net, batch), batch["gold"])
 
     def _loss(self, scores: Tensor, gold: Tensor) -> Loss:
-        known = gold[..., 0].any(1)
-        chosen = scores[known].masked_fill(~gold[known], -torch.inf)
-        return Loss(-chosen.logsumexp(1).sum(), known.sum())
+        known_Q = gold[..., 0].any(1)
+        # Of a question without an answer all candidates are chosen: it adds nothing, without a look at which those are.
+        chosen = scores.masked_fill(~gold & known_Q[:, None, None], -torch.inf)
+        return Loss(-chosen.logsumexp(1).masked_fill(~known_Q[:, None], 0.0).sum(), known_Q.sum())
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, and exact match and F1 of the answers' text, 0 to 100.

@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 from llmkit.contracts import Batch, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.metrics import EXACT, MeanLoss
-from llmkit.sequence import DecodingOptions
+from llmkit.sequence import DecodingOptions, moved
 from llmkit_plugins.head.labels import accepted
 from llmkit_plugins.head.pooled import Pooled
 
@@ -96,7 +96,7 @@ class Regression(Pooled):
     def _standardised(self, scores: list[str], like: Tensor) -> Tensor:
         """Return the scores of a batch in standard deviations from the mean, (B,)."""
         values = [(float(score) - self.mean) / self.deviation for score in scores]
-        return torch.tensor(values, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        return moved(torch.tensor(values, dtype=torch.promote_types(like.dtype, torch.float32)), like.device)
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed squared error of the standardised scores."""
@@ -105,7 +105,7 @@ class Regression(Pooled):
     def _loss(self, predicted: Tensor, scores: list[str]) -> Loss:
         expected = self._standardised(scores, predicted)
         total = (predicted.to(expected.dtype) - expected).square().sum()
-        return Loss(total, torch.tensor(len(scores), device=predicted.device))
+        return Loss(total, torch.full((), len(scores), device=predicted.device))
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, mean squared error in the unit of the scores, and the correlations."""
