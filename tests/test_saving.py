@@ -158,7 +158,7 @@ def test_a_resumed_run_has_the_best_checkpoint_of_before(words: list[str], tmp_p
     (second,) = (tmp_path / "logs").rglob("metrics.csv")
     assert second.read_text().splitlines() == (whole.folder / "metrics.csv").read_text().splitlines()
     logged_config = yaml.safe_load(second.with_name("hparams.yaml").read_text())
-    for key, value in {"model.dim": 16, "model.optimizer": "SGD", "model.optimizer.lr": 6.0, "name": "whole"}.items():
+    for key, value in {"model.dim": 16, "model.optimizer": "SGD", "model.optimizer.lr": 0.1, "name": "whole"}.items():
         assert logged_config[key] == value
     assert not any(isinstance(value, dict | list) for value in logged_config.values())
     done(*schedule, "--trainer.max_steps", "9", "--name", "parts")
