@@ -30,6 +30,7 @@ from llmkit.study.outcomes import OUTCOME, outcome_of
 from llmkit.study.spec import Study, Tune, read
 from llmkit.testing.invariance import build
 
+ROOT = Path(__file__).parent.parent
 EXPERIMENT = """
 data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 4}
 model: {dim: 32, num_layers: 2, context: 16, attention: {name: multi_head, num_heads: 4}}
@@ -305,6 +306,12 @@ def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert Path("runs/compare/report.html").read_bytes() == before
     assert main([*argv, "--data.batch_size=2", "--plan"]) == 0
     assert "4 final cells (0 done)" in capsys.readouterr().out
+
+
+def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--plan"]) == 0
+    assert "18 final cells (0 done)" in capsys.readouterr().out
 
 
 def curve(folder: Path) -> list[tuple[str, float]]:

@@ -88,7 +88,6 @@ class Plan:
 
     def tuning(self, name: str) -> list[Cell]:
         """Return the tuning runs of a variant so far."""
-        tune = self.study.tune
         return [
             self._cell("tune", name, seed, value)
             for value in self.values(name)
