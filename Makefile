@@ -1,4 +1,5 @@
 # make quickstart        install, then train a small model
+# make compare           compare three variants of it in a few minutes, with a report
 # make test ARGS="-k x"  the tests; make lint: ruff and mypy; make clean: the venv and the caches
 # make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
 # make gpu               all that only a machine with a GPU can show, within five minutes; make gpu-dry: without one
@@ -11,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_LIGHTNING := $(shell sed -n 's/.*"lightning>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: help install quickstart test bench gpu gpu-dry lint clean
+.PHONY: help install quickstart compare test bench gpu gpu-dry lint clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +22,9 @@ install: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/llmkit fit --config configs/quickstart.yaml
+
+compare: $(VENV)/.installed-study
+	$(BIN)/llmkit compare --config configs/compare.yaml
 
 # One thread each: two processes that both take every core slow each other down.
 # By default tests are dealt out one by one, and what a file's tests share is built in both processes.
@@ -50,6 +54,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "llmkit needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-study: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[study]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -107,7 +107,12 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path: Path) -> No
     assert len(list(parent.iterdir())) == 33
 
 
-WORSE = ("--model.optimizer", "{name: SGD, lr: 0.1, maximize: true}", "--model.scheduler", "{name: ConstantLR, factor: 1.0}")
+WORSE = (
+    "--model.optimizer",
+    "{name: SGD, lr: 0.1, maximize: true}",
+    "--model.scheduler",
+    "{name: ConstantLR, factor: 1.0}",
+)
 """Up the gradient: the loss gets worse with each step, so that the best checkpoint is an early one."""
 
 

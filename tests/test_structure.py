@@ -65,7 +65,7 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
 ROOMS = (
     *("errors", "registry", "imports", "check"),
     *("sequence", "contracts", "ops", "lightning", "data", "checkpoint", "model"),
-    *("run", "config", "testing", "commands", "main", "__main__"),
+    *("run", "config", "testing", "study", "commands", "main", "__main__"),
 )
 """The modules and packages of llmkit from the bottom to the top: each may import itself and what stands before it."""
 FOR_PLUGINS = ("contracts", "sequence", "registry", "errors", "ops")
@@ -150,7 +150,7 @@ def test_loaded_modules(code: str, absent: list[str]) -> None:
     assert answer.stdout.splitlines()[-1] == ""
 
 
-PRINTING = ("errors", "main", "run.progress", "run.report", "run.shutdown", "commands")
+PRINTING = ("errors", "main", "run.progress", "run.report", "run.shutdown", "study.progress", "commands")
 """Notes, answers of commands, progress, reports and the notice of a shutdown: all that prints."""
 
 

@@ -19,7 +19,7 @@ from llmkit.lightning import is_debug_run
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
 from llmkit.run.folder import run_folder
-from llmkit.run.saving import Checkpoints, write_whole
+from llmkit.run.saving import Checkpoints, write_text
 from llmkit.sequence import on_device
 
 
@@ -126,12 +126,7 @@ class Predictions(pl.Callback):
         batches = chain.from_iterable(zip_longest(*ranks, fillvalue=[]))
         lines = in_place(chain.from_iterable(batches), set(trainer.datamodule.blank_rows))  # type: ignore[attr-defined]
         path = run_folder(trainer) / "predictions.jsonl"
-        text = "".join(f"{line}\n" for line in lines)
-
-        def write(part: Path) -> None:
-            part.write_text(text, encoding="utf-8")
-
-        write_whole(path, write)
+        write_text(path, "".join(f"{line}\n" for line in lines))
         print(f"predictions: {path}")
 
 
@@ -164,7 +159,7 @@ def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> N
             values[f"{prefix}_{name}_signature"] = signature()
     if not is_debug_run(trainer):
         results = {**values, "precision": str(trainer.precision)}
-        (run_folder(trainer) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_text(run_folder(trainer) / "results.json", json.dumps(results, indent=2) + "\n")
     _print(values, prefix)
 
 

@@ -56,6 +56,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
 class WholeFileIO(TorchCheckpointIO):
     """Writes checkpoints in local folders atomically; other storage is left to Lightning."""
 

@@ -1,0 +1,144 @@
+"""``llmkit compare``: train variants at equal cost, with equal chances and paired seeds, and say what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from llmkit.commands import Parser, at_least, columns
+from llmkit.commands.cell import fit_cell
+from llmkit.commands.fit import run_instead
+from llmkit.errors import UserError, note
+from llmkit.run.saving import write_text
+from llmkit.study import report
+from llmkit.study.cells import Plan
+from llmkit.study.execute import Local, locked
+from llmkit.study.gather import gather
+from llmkit.study.match import Variant, variants
+from llmkit.study.outcomes import CELLS, OUTCOME
+from llmkit.study.spec import Study, read
+from llmkit.study.statistics import smallest_difference, special
+
+DESCRIPTION = (
+    "Train variants of a config at equal cost and with the same seeds, and report which differences are real. The same "
+    "command resumes a study that was stopped."
+)
+RESULTS = "results.json"
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run a study; returns the exit code: 1 where a cell failed."""
+    parser = Parser(command, DESCRIPTION, of_fit=True)
+    add = parser.add_argument
+    add("--config", help="a study (a YAML file with 'variants'), or the config of an experiment, with --vary")
+    add("--vary", metavar="KEY=A,B", help="the variants: a key and its values, the first of which is the baseline")
+    add("--seeds", type=at_least(1), help="final runs of each variant; default 6")
+    add("--match", help="what all variants are made equal in: params (default), flops or none")
+    add("--metric", help="what is compared; default: what decides on the best checkpoint")
+    add("--margin", type=float, help="a difference that would not matter")
+    add("--workers", type=at_least(1), help="cells that run at once; default 1")
+    add("--threads", type=at_least(1), help="CPU threads of each cell; default 1")
+    add("--name", help="of the study; its folder is OUTPUT/NAME")
+    add("--output", help="the folder for studies; default: runs")
+    add("--plan", action="store_true", help="print variants, costs and cells, and stop")
+    add("--cells", action="store_true", help="list the cells that are left in cells.json, for 'llmkit cell', and stop")
+    add("--report", metavar="FOLDER", help="write the report of a study's folder again, and stop")
+    options, rest = parser.parse_known_args(argv)
+    if options.report:
+        return _report(Path(options.report))
+    names = ("seeds", "match", "metric", "margin", "workers", "threads", "name", "output")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    special()  # a missing package is noticed before anything runs
+    study = read(options.config, options.vary, given, rest)
+    plan = Plan(study, variants(study, lambda work, words: run_instead(work, words, command)))
+    if not plan.variants[study.baseline].facts["has_validation"]:
+        raise UserError("compare needs validation data: see data.validation and data.validation_share")
+    print(describe(plan), flush=True)
+    if options.cells:
+        return _list(plan)
+    return 0 if options.plan else _run(plan)
+
+
+def _run(plan: Plan) -> int:
+    folder = plan.study.folder
+    imports = ["llmkit.commands.cell", *plan.modules()]
+    local = Local(plan.root, plan.study.workers, plan.study.threads, fit_cell, imports)
+    try:
+        with locked(folder):
+            while left := [
+                cell for cell in plan.cells() if plan.outcome(cell) is None and cell.name not in local.failed
+            ]:
+                local(left, len(plan.cells()))
+                if all(plan.outcome(cell) is None for cell in left):
+                    break
+            stale = _stale(plan)
+            results = gather(plan, local.failed)
+            write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+            report.write(results, folder)
+    except BlockingIOError as error:
+        raise UserError(
+            f"the study {folder} is running already: wait for it, or give this one another --name"
+        ) from error
+    if stale:
+        note(f"{stale} finished cell(s) in {plan.root} belong to another config, data or version, and are not used")
+    print(f"\n{report.summary(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    return 1 if local.failed else 0
+
+
+def _list(plan: Plan) -> int:
+    left = [dataclasses.asdict(cell) for cell in plan.cells() if plan.outcome(cell) is None]
+    write_text(plan.study.folder / CELLS, json.dumps(left, indent=1) + "\n")
+    print(f"\n{len(left)} cell(s): llmkit cell {plan.study.folder} INDEX, with INDEX from 0 to {len(left) - 1}")
+    return 0
+
+
+def _stale(plan: Plan) -> int:
+    """Return the number of finished cells that this study has no use for."""
+    known = {plan.root / cell.name for cell in plan.cells()}
+    return sum(path.parent not in known for path in plan.root.glob(f"*/*/*/{OUTCOME}"))
+
+
+def _report(folder: Path) -> int:
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--report {folder}: no study's {RESULTS} there") from error
+    report.write(results, folder)
+    print(f"{report.summary(results)}\n\nreport: {folder / 'report.html'}")
+    return 0
+
+
+def describe(plan: Plan) -> str:
+    """Return what a study is going to do: the variants with their costs, the cells, and what it could see."""
+    study = plan.study
+    rows = [["variant", "parameters", "MFLOPs a token", "cache KiB", "feedforward", "difference"]]
+    for variant in plan.variants.values():
+        rows.append(_row(variant, study))
+    lines = columns(rows)
+    lines += [f"  {variant.name}: {text}" for variant in plan.variants.values() for text in variant.notes]
+    cells = plan.cells()
+    done = sum(plan.outcome(cell) is not None for cell in cells)
+    facts = plan.variants[study.baseline].facts
+    final = study.seeds * len(plan.variants) * len(plan.settings())
+    count = f"{final} final cells" if not study.tune else f"{len(cells)} cells so far, then {final} final ones"
+    lines.append(f"\n{count} ({done} done), matched by {study.match}; compared: {plan.metric} at the last step")
+    if facts["steps"] is not None:
+        tokens = facts["steps"] * facts["tokens_per_step"]
+        flops = sum(variant.costs["flops"] for variant in plan.variants.values()) * tokens * study.seeds
+        lines.append(f"{tokens:,} tokens a cell; {flops:.2g} FLOPs in all final cells of one setting")
+    if study.seeds > 1:
+        least = smallest_difference(study.seeds, len(plan.variants) - 1)
+        lines.append(
+            f"{study.seeds} seeds see differences of {least:.2g} standard deviations of the paired difference, or more"
+        )
+    return "\n".join(lines)
+
+
+def _row(variant: Variant, study: Study) -> list[str]:
+    costs: dict[str, Any] = variant.costs
+    cache = f"{costs['cache'] / 1024:,.0f}" if costs.get("cache") else "-"
+    width = next((f"x{value:.3g}" for value in variant.matched.values()), "as is")
+    left = "baseline" if variant.name == study.baseline else f"{variant.left:+.2%}"
+    return [variant.name, f"{costs['params']:,.0f}", f"{costs['flops'] / 1e6:.3g}", cache, width, left]

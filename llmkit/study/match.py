@@ -1,0 +1,192 @@
+"""What each variant costs, and the width of the feedforward at which it costs as much as the baseline."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmkit import registry
+from llmkit.config.plan import plan
+from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone
+from llmkit.model.language_model import LanguageModel
+from llmkit.run.cli import CLI
+from llmkit.sequence import Sequence
+from llmkit.study.spec import Match, Study, words
+from llmkit.testing.invariance import build
+
+BuildAndDo = Callable[[Callable[[CLI], int], list[str]], int]
+"""Builds everything that ``fit`` would build from these words, and calls a function with it."""
+
+WIDTH = "model.feedforward.hidden_multiple"
+CLOSE = 0.01
+"""Largest relative difference of matched sizes."""
+
+
+@dataclass
+class Variant:
+    """A variant with everything that is known before it runs.
+
+    Attributes:
+        words: of ``llmkit fit``, for this variant.
+        tree: its effective config.
+        matched: what was set to match its cost.
+        left: relative difference to the baseline's cost after that.
+        costs: ``params`` (without embedding tables), ``total_params``, ``flops`` for training on a token at the
+            context, and ``cache``, the bytes of one sequence's decoding state at the context in fp32.
+        facts: of the model and data: ``metric``, ``better``, ``steps``, ``tokens_per_step``.
+        notes: what a reader should know.
+    """
+
+    name: str
+    words: list[str]
+    tree: dict[str, Any]
+    matched: dict[str, float] = field(default_factory=dict)
+    left: float = 0.0
+    costs: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def variants(study: Study, build_and_do: BuildAndDo) -> dict[str, Variant]:
+    """Return all variants, checked, built once, and matched.
+
+    Raises UserError for what is wrong in any of them, and for one that cannot be matched.
+    """
+    found: dict[str, Variant] = {}
+    problems: list[str] = []
+    for name, keys in study.variants.items():
+        argv = [*study.base, *words(keys)]
+        try:
+            found[name] = Variant(name, argv, copy.deepcopy(plan("fit", argv, "compare").config.tree))
+        except UserError as error:
+            problems += [f"variant {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    order = [study.baseline, *(name for name in study.variants if name != study.baseline)]
+    goal: float | None = None
+    for name in order:
+        goal = _build(found[name], study.match, goal, build_and_do)
+    return found
+
+
+def _build(variant: Variant, match: Match, goal: float | None, build_and_do: BuildAndDo) -> float:
+    """Fill in costs and facts, matched to ``goal``; returns the goal of the other variants."""
+    measured: list[float] = []
+
+    def look(cli: CLI) -> int:
+        model = cli.model
+        build(model, cli.datamodule)
+        size = _size(model, match)
+        if goal is not None and match != "none":
+            _match(variant, model, size, goal, match)
+        measured.append(size(variant.matched.get(WIDTH)))
+        variant.costs = _costs(model, variant.matched.get(WIDTH))
+        metric, better = model.head.monitor
+        loader = cli.datamodule.train_dataloader()
+        batch = next(iter(loader))
+        positions = sum(batch[key].numel() for key in ("ids", "source") if key in batch)
+        variant.facts = {
+            "metric": f"val_{metric}",
+            "better": better,
+            "steps": cli.trainer.max_steps if cli.trainer.max_steps > 0 else None,
+            "tokens_per_step": positions * cli.trainer.accumulate_grad_batches * cli.trainer.world_size,
+            "context": model.context,
+            "precision": str(cli.trainer.precision),
+            "has_validation": bool(cli.datamodule.val_dataloader()),
+        }
+        return 0
+
+    build_and_do(look, variant.words)
+    return measured[0] if goal is None else goal
+
+
+def _network(model: LanguageModel, multiple: float | None) -> Backbone:
+    """Return the network without memory, with another width of its feedforward."""
+    if multiple is None:
+        return model.meta_network()
+    spec = copy.deepcopy(model.parts.spec["feedforward"])
+    spec["init_args"]["hidden_multiple"] = multiple
+    factories = model.parts.factories
+    before = factories["feedforward"]
+    try:
+        factories["feedforward"] = registry.resolve("feedforward", spec)
+        return model.meta_network()
+    finally:
+        factories["feedforward"] = before
+
+
+def _size(model: LanguageModel, match: Match) -> Callable[[float | None], float]:
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+
+    def size(multiple: float | None) -> float:
+        net = _network(model, multiple)
+        if match == "flops":
+            return 3 * net.flops_per_position(model.context, model.head.scored_share)
+        return float(net.num_parameters()["non_embedding"] + head)
+
+    return size
+
+
+def _match(
+    variant: Variant, model: LanguageModel, size: Callable[[float | None], float], goal: float, match: Match
+) -> None:
+    """Set the feedforward's width so that ``size`` comes as close to ``goal`` as it can."""
+    if size(None) == goal:
+        return
+    cls = registry.target_of(model.parts.factories["feedforward"])
+    if "hidden_multiple" not in inspect.signature(cls).parameters:
+        raise UserError(
+            f"variant {variant.name}: {match} cannot be matched, because {cls.__name__} has no hidden_multiple; "
+            "set match: none"
+        )
+    dim = model.spec["dim"]
+    low, high = 1, 64 * dim  # the hidden width, which the size grows with
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle / dim) <= goal else (low, middle)
+    # A width that is rounded up, SwiGLU's, takes the nearest of the sizes that there are.
+    best = min((low, high), key=lambda hidden: abs(size(hidden / dim) - goal))
+    variant.matched = {WIDTH: best / dim}
+    variant.left = size(best / dim) / goal - 1
+    if abs(variant.left) > CLOSE:
+        raise UserError(
+            f"variant {variant.name}: cannot be matched in {match}: even at a feedforward of width {best} it has "
+            f"{variant.left:+.1%} of the baseline's; change its other keys, or set match: none"
+        )
+    if not 1 <= best / dim <= 8:
+        variant.notes.append(f"its feedforward is {best / dim:.2g} times the width: outside the usual 1 to 8")
+    variant.words = [*variant.words, *words(variant.matched)]
+    variant.tree = copy.deepcopy(plan("fit", variant.words, "compare").config.tree)
+
+
+def _costs(model: LanguageModel, multiple: float | None) -> dict[str, float]:
+    net = _network(model, multiple)
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+    counts = net.num_parameters()
+    costs = {
+        "params": float(counts["non_embedding"] + head),
+        "total_params": float(counts["total"] + head),
+        "flops": 3 * net.flops_per_position(model.context, model.head.scored_share),
+    }
+    if net.topology != "encoder":
+        costs["cache"] = _cache(net, model.context)
+    return costs
+
+
+@torch.no_grad()
+def _cache(net: Backbone, context: int) -> float:
+    """Return the bytes of what one sequence of full length keeps while it is decoded, in fp32."""
+    with torch.device("meta"):
+        ids = torch.zeros(1, context, dtype=torch.long)
+        memory = net.encode(ids, Sequence.of(ids)) if net.topology == "encoder_decoder" else None
+        states = net.init_state(1, context)
+        if states is None:
+            return 0.0
+        net.decode(ids, Sequence.of(ids), memory=memory, state=states)
+    return float(sum(4 * value.numel() for state in states for value in state.values() if value.is_floating_point()))

@@ -1,0 +1,54 @@
+"""A cell that trains nothing and imports nothing: it counts in a file, as slowly as it is asked to."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from llmkit.study.execute import Local, locked
+from llmkit.study.outcomes import OUTCOME, Cell
+
+STEPS = 12
+
+
+def count(folder: Path, cell: Cell, threads: int) -> int:
+    """Append a line for each step, resuming where the last process stopped; the result depends on nothing else."""
+    log = folder / "steps.txt"
+    if cell.variant == "broken":
+        print("llmkit: error: nothing to count")
+        return 2
+    begun = len(log.read_text().splitlines()) if log.exists() else 0
+    for step in range(begun, STEPS):
+        with log.open("a") as file:
+            file.write(f"{step}\n")
+        time.sleep(0.01)
+    run = folder / "version_0"
+    run.mkdir(exist_ok=True)
+    (run / "metrics.csv").write_text(f"step,val_loss\n{STEPS - 1},{cell.seed + len(cell.variant) / 10}\n")
+    part = folder / "part"
+    part.write_text(json.dumps({"diverged": cell.variant == "bad", "run": "version_0", "metrics": ["val_loss"]}))
+    part.replace(folder / OUTCOME)
+    return 0
+
+
+def cells(*variants: str, seeds: int = 4) -> list[Cell]:
+    """Return cells by the names of their variants."""
+    return [Cell(f"final/{name}/seed{seed}-0", (), name, seed) for name in variants for seed in range(seeds)]
+
+
+def study(root: Path) -> dict[str, str]:
+    """Run all cells that have not ended, as the command does; returns the messages of those that failed."""
+    local = Local(root, workers=3, threads=1, run=count, preload=["study_fakes"])
+    wanted = cells("a", "bb", "ccc")
+    with locked(root):
+        local([cell for cell in wanted if not (root / cell.name / OUTCOME).exists()], len(wanted))
+    return local.failed
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    import study_fakes
+
+    print(study_fakes.study(Path(sys.argv[1])))

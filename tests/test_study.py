@@ -1,0 +1,320 @@
+"""Studies: what they are asked, what their variants cost, and cells that survive being killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import study_fakes
+from study_fakes import STEPS, cells, count
+from torch import nn
+
+from llmkit.commands.fit import run_instead
+from llmkit.errors import UserError
+from llmkit.main import main
+from llmkit.registry import entries
+from llmkit.study.cells import Plan
+from llmkit.study.execute import Local, locked
+from llmkit.study.match import Variant, variants
+from llmkit.study.outcomes import OUTCOME, outcome_of
+from llmkit.study.spec import Study, Tune, read
+from llmkit.testing.invariance import build
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENT = """
+data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 4}
+model: {dim: 32, num_layers: 2, context: 16, attention: {name: multi_head, num_heads: 4}}
+trainer: {max_steps: 4, val_check_interval: 2, accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
+    Path("experiment.yaml").write_text(EXPERIMENT)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("variants: {a: {}}", "study.yaml:1: variants: expected 2 to 50 variants"),
+        (
+            "variants: {a: {}, b: {}}\nbaselin: a",
+            "study.yaml:2: baselin: unknown key 'baselin'. Did you mean 'baseline'?",
+        ),
+        ("variants: {a: {}, b: {}}\nbaseline: c", "study.yaml:2: baseline: unknown variant 'c'."),
+        ("variants: {a: {}, b: lstm}", "study.yaml:1: variants.b: expected the keys that it sets"),
+        ("variants: {a/b: {}, b: {}}", "variants.a/b: the name becomes a folder"),
+        ("variants: {a: {}, b: {}}\nmatch: parameters", "match: unknown match 'parameters'. Did you mean 'params'?"),
+        ("variants: {a: {}, b: {}}\nseeds: 0", "study.yaml:2: seeds: expected a whole number of at least 1, got 0"),
+        ("variants: {a: {}, b: {}}\nmargin: -1", "margin: expected a number above 0, got -1"),
+        (
+            "variants: {a: {}, b: {}}\ntune: {model.optimizer.lr: {point: 5}}",
+            "key 'point'. Did you mean 'points'?",
+        ),
+        ("variants: {a: {}, b: {}}\ntune: 3", "tune: expected one key and how it is tuned"),
+        ("variants: {a: {}, b: {}}\nname: ../x", "name: expected a relative path without '..', got '../x'"),
+    ],
+)
+def test_a_study_is_checked(text: str, says: str, experiment: Path) -> None:
+    Path("study.yaml").write_text(f"{text}\nbase: experiment.yaml\n")
+    with pytest.raises(UserError) as caught:
+        read("study.yaml", None, {}, [])
+    assert len(caught.value.problems) == 1
+    assert says in str(caught.value)
+
+
+def test_a_study_without_a_file(experiment: Path) -> None:
+    study = read("experiment.yaml", "model.dim=16,32", {"seeds": 3}, ["--data.batch_size=2"])
+    assert study.variants == {"16": {"model.dim": 16}, "32": {"model.dim": 32}}
+    assert (study.baseline, study.seeds, study.name) == ("16", 3, "compare")
+    assert study.base == ("--config=experiment.yaml", "--data.batch_size=2")
+    for vary in (None, "model.dim", "model.dim=16"):
+        with pytest.raises(UserError, match="KEY="):
+            read("experiment.yaml", vary, {}, [])
+
+
+# Cells
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    """Return the files that a study's cells have left, by their path."""
+    kept = ("metrics.csv", OUTCOME, "steps.txt")
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.name in kept}
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one, the nearest first."""
+    found, rows = [pid], subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    for child, parent in sorted(zip(map(int, rows[::2]), map(int, rows[1::2]), strict=True)):
+        if parent in found:
+            found.append(child)
+    return found[1:]
+
+
+def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time."""
+    chance = random.Random(0)
+    undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
+    assert study_fakes.study(undisturbed) == {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    def steps() -> int:
+        return sum(len(path.read_text().splitlines()) for path in root.rglob("steps.txt"))
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, study_fakes.__file__, str(root)], env=environment)
+
+    kills, parent = 0, start()
+    while parent.poll() != 0:
+        until = steps() + chance.randint(3, 20)
+        while parent.poll() is None and steps() < until:
+            time.sleep(0.01)
+        if parent.poll() is None:
+            kills += 1
+            below = descendants(parent.pid)
+            for victim in [parent.pid, *below] if kills % 3 == 0 else [chance.choice([parent.pid, *below])]:
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+        elif parent.returncode:
+            assert parent.returncode == -signal.SIGKILL
+            parent = start()
+    assert kills >= 4
+    assert everything(root) == everything(undisturbed)
+    assert len(everything(root)) == 3 * 12
+
+
+def test_a_failed_cell_is_named_and_the_rest_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(tmp_path, workers=2, threads=1, run=count, preload=["study_fakes"])
+    wanted = cells("a", "broken", seeds=1)
+    local(wanted, len(wanted))
+    assert local.failed == {"final/broken/seed0-0": "nothing to count"}
+    assert "final/broken/seed0-0 failed: nothing to count" in capsys.readouterr().err
+    assert outcome_of(tmp_path / wanted[0].name, "val_loss") == (0.1, [(STEPS, 0.1)])
+    assert outcome_of(tmp_path / wanted[1].name, "val_loss") is None
+
+
+def test_a_study_runs_once(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+# Tuning
+
+
+def planned(tmp_path: Path, **changes: Any) -> Plan:
+    values = {
+        "name": "s", "output": str(tmp_path), "base": (), "variants": {"a": {}, "b": {}}, "baseline": "a",
+        "match": "none", "tune": Tune("model.optimizer.lr", points=3), "seeds": 2, "metric": None, "margin": None,
+        "workers": 1, "threads": 1,
+    }  # fmt: skip
+    study = Study(**{**values, **changes})
+    tree = {"model": {"optimizer": {"class_path": "x", "init_args": {"lr": 0.004}}}, "data": {}}
+    facts = {"metric": "val_loss", "better": "min", "steps": 4}
+    return Plan(study, {name: Variant(name, [], tree, facts=facts) for name in study.variants})
+
+
+def end(plan: Plan, result: Any) -> list[str]:
+    """Let all cells that have not ended end with ``result(cell)``, until there are no more; returns their names."""
+    ended = []
+    while left := [cell for cell in plan.cells() if plan.outcome(cell) is None]:
+        for cell in left:
+            run = plan.root / cell.name / "version_0"
+            run.mkdir(parents=True)
+            value = result(cell)
+            (run / "metrics.csv").write_text(f"step,val_loss\n3,{value}\n")
+            outcome = {"diverged": value is None, "run": "version_0", "metrics": ["val_loss"]}
+            (run.parent / OUTCOME).write_text(json.dumps(outcome))
+            ended.append(cell.name)
+    return ended
+
+
+def test_tuning_goes_past_an_edge_and_final_seeds_are_fresh(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    # a is best at 0.016, which is past the first grid of 0.002, 0.004, 0.008; b at 0.004, and diverges at 0.008.
+    best = {"a": 0.016, "b": 0.004}
+
+    def result(cell: Any) -> float | None:
+        value = cell.value or 0.004
+        return None if cell.variant == "b" and value == 0.008 else abs(value / best[cell.variant] - 1)
+
+    names = end(plan, result)
+    assert plan.values("a") == pytest.approx([0.002, 0.004, 0.008, 0.016, 0.032])
+    assert plan.values("b") == pytest.approx([0.002, 0.004, 0.008])
+    assert [plan.chosen(name)[0] for name in "ab"] == pytest.approx([0.016, 0.004])
+    assert not any(plan.chosen(name)[1] for name in "ab")
+    assert plan.tried("b", plan.values("b")[-1]) == [None]
+    tuning = {int(name.partition("seed")[2].partition("-")[0]) for name in names if name.startswith("tune")}
+    final = {int(name.partition("seed")[2].partition("-")[0]) for name in names if name.startswith("final")}
+    assert tuning == {1000}
+    assert final == {0, 1}
+    assert len([name for name in names if name.startswith("tune")]) == 5 + 3
+    assert len([name for name in names if name.startswith("final/a")]) == 4
+
+
+def test_a_value_at_the_edge_is_reported(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    end(plan, lambda cell: -(cell.value or 0.004))
+    assert len(plan.values("a")) == 3 + 2 * 3
+    assert plan.chosen("a") == (max(plan.values("a")), True)
+
+
+def test_a_changed_config_gives_other_cells(tmp_path: Path) -> None:
+    one, other = planned(tmp_path), planned(tmp_path)
+    other.variants["b"].tree = {**other.variants["b"].tree, "trainer": {"max_steps": 5}}
+    names = [{cell.name for cell in plan.cells() if cell.variant == "b"} for plan in (one, other)]
+    assert not names[0] & names[1]
+    assert {c.name for c in one.cells() if c.variant == "a"} == {c.name for c in other.cells() if c.variant == "a"}
+
+
+def test_a_missing_metric_is_refused(tmp_path: Path) -> None:
+    plan = planned(tmp_path, metric="val_bleu", tune=None)
+    with pytest.raises(UserError, match="has no val_bleu; it has val_loss"):
+        end(plan, lambda cell: 1.0)
+
+
+# Variants
+
+
+@pytest.mark.parametrize("match", ["params", "flops"])
+def test_all_variants_cost_the_same(match: Any, experiment: Path) -> None:
+    """Counted on networks that were built, not by the formula that matched them."""
+    names = [name for name, entry in entries("attention").items() if entry.distribution == "llmkit"]
+    vary = f"model.attention={','.join(['multi_head', *(name for name in names if name != 'multi_head')])}"
+    study = read("experiment.yaml", vary, {"match": match}, ["--model.dim=64", "--model.num_layers=1"])
+    found = variants(study, lambda work, argv: run_instead(work, argv, "compare"))
+    sizes = {name: size_of(variant.words, match) for name, variant in found.items()}
+    for name, size in sizes.items():
+        assert size == pytest.approx(sizes["multi_head"], rel=0.01), name
+        assert size / sizes["multi_head"] - 1 == pytest.approx(found[name].left, abs=1e-9)
+
+
+def size_of(argv: list[str], match: str) -> float:
+    """Return the parameters outside of tables, or three times torch's count of a forward pass's FLOPs a token."""
+    found: list[float] = []
+
+    def look(cli: Any) -> int:
+        build(cli.model, cli.datamodule)
+        net = cli.model.net
+        tables = {id(p) for module in net.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+        found.append(float(sum(p.numel() for p in net.parameters() if id(p) not in tables)))
+        if match == "flops":
+            found[0] = 3 * net.flops_per_position(cli.model.context)  # held to torch's counter by test_inspect
+        return 0
+
+    run_instead(look, argv, "compare")
+    return found[0]
+
+
+def test_a_variant_that_cannot_be_matched_is_refused(experiment: Path) -> None:
+    study = read("experiment.yaml", "model.num_layers=2,40", {}, [])
+    with pytest.raises(UserError, match="variant 40: cannot be matched in params: even at a feedforward of width 1 it"):
+        variants(study, lambda work, argv: run_instead(work, argv, "compare"))
+
+
+def test_mistakes_of_all_variants_are_reported_together(experiment: Path) -> None:
+    study = read("experiment.yaml", "model.attention=multi_head,lstn,grv", {}, [])
+    with pytest.raises(UserError) as caught:
+        variants(study, lambda work, argv: run_instead(work, argv, "compare"))
+    assert [str(problem)[:13] for problem in caught.value.problems] == ["variant lstn:", "variant grv: "]
+    assert "Did you mean 'lstm'?" in str(caught.value)
+
+
+def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the command to its report; a cell is a fit, bit for bit; a second call has nothing left to run."""
+    argv = ["compare", "--config", "experiment.yaml", "--vary", "model.attention=multi_head,lstm", "--seeds", "2"]
+    assert main([*argv, "--cells"]) == 0
+    assert main(["cell", "runs/compare", "9"]) == 2
+    with os.fdopen(os.dup(1)) as stdout, os.fdopen(os.dup(2)) as stderr:  # a cell's output goes to its log
+        assert main(["cell", "runs/compare", "0"]) == 0
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+    capsys.readouterr()
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    assert "4 final cells (1 done), matched by params" in printed.out
+    assert "cells: 3 of 4 done" in printed.err
+    results = json.loads(Path("runs/compare/results.json").read_text())
+    width = results["variants"]["lstm"]["matched"]["model.feedforward.hidden_multiple"]
+    fit = ["fit", "--config", "experiment.yaml", "--model.attention", "lstm", "--seed", "1", "--name", "alone"]
+    assert main([*fit, "--model.feedforward.hidden_multiple", str(width)]) == 0
+    curves = [
+        curve(Path("runs/alone/version_0")),
+        curve(*Path("runs/compare/cells/final/lstm").glob("seed1*/version_0")),
+    ]
+    assert curves[0] == curves[1]
+    assert curves[0][-1][1] == results["variants"]["lstm"]["runs"]["base"]["1"]
+
+    before = Path("runs/compare/report.html").read_bytes()
+    assert main([*argv, "--workers", "2"]) == 0
+    assert "4 final cells (4 done)" in capsys.readouterr().out
+    assert main(["compare", "--report", "runs/compare"]) == 0
+    assert Path("runs/compare/report.html").read_bytes() == before
+    assert main([*argv, "--data.batch_size=2", "--plan"]) == 0
+    assert "4 final cells (0 done)" in capsys.readouterr().out
+
+
+def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--plan"]) == 0
+    assert "18 final cells (0 done)" in capsys.readouterr().out
+
+
+def curve(folder: Path) -> list[tuple[str, float]]:
+    """Return the steps and validation losses of a run."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [(row["step"], float(row["val_loss"])) for row in csv.DictReader(file) if row["val_loss"]]
