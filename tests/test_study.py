@@ -23,7 +23,7 @@ from llmkit.commands.fit import run_instead
 from llmkit.errors import UserError
 from llmkit.main import main
 from llmkit.registry import entries
-from llmkit.study.cells import Plan
+from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Local, locked
 from llmkit.study.match import Variant, variants
 from llmkit.study.outcomes import OUTCOME, outcome_of
@@ -156,7 +156,7 @@ def test_a_study_runs_once(tmp_path: Path) -> None:
 # Tuning
 
 
-def planned(tmp_path: Path, **changes: Any) -> Plan:
+def planned(tmp_path: Path, **changes: Any) -> StudyPlan:
     values = {
         "name": "s", "output": str(tmp_path), "base": (), "variants": {"a": {}, "b": {}}, "baseline": "a",
         "match": "none", "tune": Tune("model.optimizer.lr", points=3), "seeds": 2, "metric": None, "margin": None,
@@ -165,10 +165,10 @@ def planned(tmp_path: Path, **changes: Any) -> Plan:
     study = Study(**{**values, **changes})
     tree = {"model": {"optimizer": {"class_path": "x", "init_args": {"lr": 0.004}}}, "data": {}}
     facts = {"metric": "val_loss", "better": "min", "steps": 4}
-    return Plan(study, {name: Variant(name, [], tree, facts=facts) for name in study.variants})
+    return StudyPlan(study, {name: Variant(name, [], tree, facts=facts) for name in study.variants})
 
 
-def end(plan: Plan, result: Any) -> list[str]:
+def end(plan: StudyPlan, result: Any) -> list[str]:
     """Let all cells that have not ended end with ``result(cell)``, until there are no more; returns their names."""
     ended = []
     while left := [cell for cell in plan.cells() if plan.outcome(cell) is None]:

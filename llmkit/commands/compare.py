@@ -13,7 +13,7 @@ from llmkit.commands.fit import run_instead
 from llmkit.errors import UserError, note
 from llmkit.run.saving import write_text
 from llmkit.study import report
-from llmkit.study.cells import Plan
+from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Local, locked
 from llmkit.study.gather import gather
 from llmkit.study.match import Variant, variants
@@ -52,7 +52,7 @@ def run(command: str, argv: list[str]) -> int:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
-    plan = Plan(study, variants(study, lambda work, words: run_instead(work, words, command)))
+    plan = StudyPlan(study, variants(study, lambda work, words: run_instead(work, words, command)))
     if not plan.variants[study.baseline].facts["has_validation"]:
         raise UserError("compare needs validation data: see data.validation and data.validation_share")
     print(describe(plan), flush=True)
@@ -61,7 +61,7 @@ def run(command: str, argv: list[str]) -> int:
     return 0 if options.plan else _run(plan)
 
 
-def _run(plan: Plan) -> int:
+def _run(plan: StudyPlan) -> int:
     folder = plan.study.folder
     imports = ["llmkit.commands.cell", *plan.modules()]
     local = Local(plan.root, plan.study.workers, plan.study.threads, fit_cell, imports)
@@ -87,14 +87,14 @@ def _run(plan: Plan) -> int:
     return 1 if local.failed else 0
 
 
-def _list(plan: Plan) -> int:
+def _list(plan: StudyPlan) -> int:
     left = [dataclasses.asdict(cell) for cell in plan.cells() if plan.outcome(cell) is None]
     write_text(plan.study.folder / CELLS, json.dumps(left, indent=1) + "\n")
     print(f"\n{len(left)} cell(s): llmkit cell {plan.study.folder} INDEX, with INDEX from 0 to {len(left) - 1}")
     return 0
 
 
-def _stale(plan: Plan) -> int:
+def _stale(plan: StudyPlan) -> int:
     """Return the number of finished cells that this study has no use for."""
     known = {plan.root / cell.name for cell in plan.cells()}
     return sum(path.parent not in known for path in plan.root.glob(f"*/*/*/{OUTCOME}"))
@@ -110,7 +110,7 @@ def _report(folder: Path) -> int:
     return 0
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: StudyPlan) -> str:
     """Return what a study is going to do: the variants with their costs, the cells, and what it could see."""
     study = plan.study
     rows = [["variant", "parameters", "MFLOPs a token", "cache KiB", "feedforward", "difference"]]

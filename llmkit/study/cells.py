@@ -25,7 +25,7 @@ ROUNDS = 3
 """How often the values of a tuned key are extended at most, where the best one is at an edge."""
 
 
-class Plan:
+class StudyPlan:
     """All cells of a study, as far as the results so far determine them.
 
     Args:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import llmkit
-from llmkit.study.cells import Plan, base_value, tuning_seeds
+from llmkit.study.cells import StudyPlan, base_value, tuning_seeds
 from llmkit.study.outcomes import Cell
 
 
-def gather(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
+def gather(plan: StudyPlan, failed: dict[str, str]) -> dict[str, Any]:
     """Return everything that the cells have found so far. It depends on nothing but the study and its cells' folders.
 
     Args:
@@ -39,7 +39,7 @@ def gather(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _variant(plan: Plan, name: str) -> dict[str, Any]:
+def _variant(plan: StudyPlan, name: str) -> dict[str, Any]:
     variant, tune = plan.variants[name], plan.study.tune
     finals = {setting: plan.final(name, setting) for setting in plan.settings()}
     chosen, at_edge = plan.chosen(name)
@@ -58,11 +58,11 @@ def _variant(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def _values(plan: Plan, cells: dict[int, Cell]) -> dict[str, float | None]:
+def _values(plan: StudyPlan, cells: dict[int, Cell]) -> dict[str, float | None]:
     outcomes = {str(seed): plan.outcome(cell) for seed, cell in cells.items()}
     return {seed: outcome.value for seed, outcome in outcomes.items() if outcome is not None}
 
 
-def _curves(plan: Plan, cells: dict[int, Cell]) -> dict[str, list[tuple[int, float]]]:
+def _curves(plan: StudyPlan, cells: dict[int, Cell]) -> dict[str, list[tuple[int, float]]]:
     outcomes = {str(seed): plan.outcome(cell) for seed, cell in cells.items()}
     return {seed: outcome.curve for seed, outcome in outcomes.items() if outcome is not None}
