@@ -15,7 +15,7 @@ than 1,024 in 40 steps of 31 shapes; none at all took four times as long. The co
 the limit: 0.26 MiB for each shape ever seen in bf16. So batches have few shapes (``round_number`` in
 ``llmkit/data/examples.py``, ``ROWS`` in ``llmkit/ops/losses.py``)."""
 
-GROWTH = 1.5
+GROWTH = 2.0
 """How much more memory than after the last return is held before the next one. Returning it is not free: the system
 clears every page that is used again, which after each step of a small translator took 22 % of its time."""
 LEAST = 256 * 2**20
@@ -30,7 +30,7 @@ def bound_kernels() -> None:
 
 
 class ReturnMemory(pl.Callback):
-    """Returns freed memory to the system when it has grown by half, where training is on a CPU and glibc keeps it.
+    """Returns freed memory to the system when it has doubled, where training is on a CPU and glibc keeps it.
 
     Tensors of ever other sizes leave gaps between each other that glibc keeps: a translator that needs 0.6 GiB for a
     step held 2.4 GiB after 45.
