@@ -122,7 +122,7 @@ class Local:
                     process.join()
                     if self._again(process.exitcode, cell, tries):
                         left.append(cell)
-                    elif cell.name not in self.failed:
+                    elif (self.root / cell.name / OUTCOME).exists():
                         progress.done += 1
                 if self._asked:
                     for process, _ in running.values():
@@ -133,6 +133,7 @@ class Local:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._asked:
+            self._progress.say("stopped; the same command resumes")
             raise Stopped(self._asked)
 
     def _ask(self, number: int, frame: Any) -> None:
