@@ -80,7 +80,8 @@ class Rotary(Position):
         if width % 2:
             raise UserError(f"rotary positions need an even width of each head, got {width}")
         if ("rotary", width) not in seq.memo:
-            tables = _compiled_tables if torch.compiler.is_compiling() else _tables
+            compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            tables = _compiled_tables if compiled else _tables
             seq.memo["rotary", width] = tables(seq.positions_BT, width, self.base).unbind()
         cos, sin = seq.memo["rotary", width]
         return rotate(x_BHTE, cos, sin)
