@@ -15,11 +15,10 @@ than 1,024 in 40 steps of 31 shapes; none at all took four times as long. The co
 the limit: 0.26 MiB for each shape ever seen in bf16. So batches have few shapes (``round_number`` in
 ``llmkit/data/examples.py``, ``ROWS`` in ``llmkit/ops/losses.py``)."""
 
-GROWTH = 2.0
-"""How much more memory than after the last return is held before the next one. Returning it is not free: the system
-clears every page that is used again, which after each step of a small translator took 22 % of its time."""
-LEAST = 256 * 2**20
-"""Bytes that are always allowed to come on top."""
+ROOM, LEAST = 3.0, 1.5
+"""Memory is returned when more is held than ``ROOM`` times what was left after the first step, and never before it is
+``LEAST`` times what the last return left. Returning it is not free: the system clears every page that is used again,
+which after each step of a small translator took 22 % of its time."""
 
 _trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -30,7 +29,7 @@ def bound_kernels() -> None:
 
 
 class ReturnMemory(pl.Callback):
-    """Returns freed memory to the system when it has doubled, where training is on a CPU and glibc keeps it.
+    """Returns freed memory to the system when much is held, where training is on a CPU and glibc keeps it.
 
     Tensors of ever other sizes leave gaps between each other that glibc keeps: a translator that needs 0.6 GiB for a
     step held 2.4 GiB after 45.
@@ -39,13 +38,13 @@ class ReturnMemory(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at whether there is something to do."""
         self._trims = _trim is not None and pl_module.device.type == "cpu"
-        self._limit = LEAST
+        self._limit = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Return what is free."""
         if self._trims and resident() > self._limit:
             _trim(0)
-            self._limit = max(int(GROWTH * resident()), resident() + LEAST)
+            self._limit = max(self._limit, LEAST * resident()) if self._limit else ROOM * resident()
 
 
 def resident() -> int:
