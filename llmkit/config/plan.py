@@ -50,10 +50,10 @@ class Plan:
     passed_on: list[str]
 
     @property
-    def args(self) -> list[str]:
-        """What LightningCLI parses."""
+    def args(self) -> Tree | list[str]:
+        """What LightningCLI parses: the tree, as a word where there are others."""
         tree = {key: value for key, value in self.config.tree.items() if value is not None}
-        return [f"--config={json.dumps(tree, default=str)}", *self.passed_on]
+        return [f"--config={json.dumps(tree, default=str)}", *self.passed_on] if self.passed_on else tree
 
     @contextmanager
     def placed(self) -> Iterator[None]:

@@ -72,17 +72,17 @@ class CLI(LightningCLI):
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        args: the checked tree, as the words of a command line.
+        args: the checked tree, or words of a command line that hold it.
         stored: the checkpoint that the command starts from.
 
     Raises:
         UserError: the config cannot be built, memory does not suffice, or the checkpoint's training state is damaged.
     """
 
-    def __init__(self, command: str, args: list[str], stored: Stored | None = None) -> None:
+    def __init__(self, command: str, args: dict[str, Any] | list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
-        self.identity = hashlib.sha256(" ".join([command, *args]).encode()).hexdigest()[:8]
+        self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
@@ -112,7 +112,12 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the checked tree. Raises UserError for an option of jsonargparse's own, ``--model.x.help``, say."""
         try:
-            self.config = parser.parse_args(args)
+            if isinstance(args, list):
+                self.config = parser.parse_args(args)
+            else:  # it has every default: to look for them would take as long again
+                own = ("name", "output", "imports", "examine", "checkpoint", *self.command_keys)
+                tree = {key: args.get(key) for key in ("seed_everything", "trainer", "model", "data", *own)}
+                self.config = parser.parse_object(tree, defaults=False)
         except ArgumentError as error:
             raise UserError(" ".join(str(error).split())[:400]) from error
 
