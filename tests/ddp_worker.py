@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from command import parser_once
+from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from llmkit import DataModule, LanguageModel, main, plugin
@@ -41,6 +43,7 @@ def epoch_sums(head: str, file: str, cache: Path) -> list[list[float]]:
 
 
 if __name__ == "__main__":
+    rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # Lightning reads it when it is imported, before this is forked
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs without the wait for C++
     CLI.setup_parser = parser_once  # type: ignore[method-assign, assignment]
     tasks = json.loads(Path(sys.argv[1]).read_text())

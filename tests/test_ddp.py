@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from command import TINY, done
@@ -131,11 +132,9 @@ def together(
     started = []
     for rank in range(2):
         given = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # A new interpreter, for Lightning reads the rank when it is imported.
         command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(folder / "tasks.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
-        piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **piped))
+        started.append(forked.Popen(command, stdout=forked.PIPE, stderr=forked.STDOUT, env=environment))
     try:
         printed = [process.communicate(timeout=240)[0] for process in started]
     finally:
@@ -264,8 +263,7 @@ def test_a_sharded_checkpoint_loads_on_one_process(
 def start(*words: object) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own, which starts the second one."""
     command = [sys.executable, "-m", "llmkit", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    return forked.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_one_command_starts_two_processes(data: Path, tmp_path: Path) -> None:
