@@ -6,6 +6,7 @@ A CUDA graph is its stand-in of ``recorded`` on a CPU, and itself where there is
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -154,3 +155,22 @@ def test_short_texts_beams_and_processes_that_work_together_are_run(
     assert captured(net, PROMPTS[1:2], max_new_tokens=40, num_beams=2)[2].captures == 0
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert captured(net, PROMPTS[1:2], max_new_tokens=40, temperature=0)[2].captures == 0
+
+
+def test_a_capture_ends_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all that this process does on the device later would fail. Captures share one stream."""
+    graph = mock.create_autospec(torch.cuda.CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    stream = mock.Mock()
+    fakes = {"Stream": stream, "stream": mock.MagicMock(), "current_stream": mock.Mock(), "current_device": lambda: 0}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._stream.cache_clear()
+    result, replay = graphs.cuda_graph(lambda: torch.ones(1))
+    assert torch.equal(result, torch.ones(1)) and replay is graph.return_value.replay
+    with pytest.raises(ZeroDivisionError):
+        graphs.cuda_graph(lambda: torch.ones(1 // 0))
+    began, ended = graph.return_value.capture_begin, graph.return_value.capture_end
+    assert [call.kwargs for call in began.mock_calls] == [{"capture_error_mode": "thread_local"}] * 2
+    assert ended.call_count == 2 and stream.call_count == 1
+    graphs._stream.cache_clear()

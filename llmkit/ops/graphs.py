@@ -27,7 +27,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 def cuda_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     """Capture a step on the current CUDA device. Raises RuntimeError where it does what a graph cannot."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     # Not `torch.cuda.graph`, which empties the allocator's cache; other threads may pin memory meanwhile.
     with torch.cuda.stream(stream):
@@ -38,6 +38,12 @@ def cuda_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return result, graph.replay
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all captures: with each stream goes a workspace for products, which stays."""
+    return torch.cuda.Stream(device)
 
 
 CAPTURE: dict[str, Capture] = {"cuda": cuda_graph}
@@ -81,7 +87,8 @@ class StaticSteps:
         self.ids_B1.copy_(ids_B1)
         if self.captured is None and self.capture is not None:
             try:
-                self.captured = self.capture(self._static_step)
+                with torch.cuda.device_of(ids_B1):
+                    self.captured = self.capture(self._static_step)
             except Exception as error:  # of a plugin or the device: whatever it is, running is right
                 _leave_out(str(error).splitlines()[0] if str(error) else type(error).__name__)
                 self.capture = None
