@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import generation
 import torch
@@ -40,6 +41,7 @@ from turns import CONTEXT, take_turns
 
 from llmkit import DataModule, LanguageModel, main, plugin, registry
 from llmkit.contracts import Head
+from llmkit.ops import graphs
 from llmkit.ops.losses import linear_cross_entropy, plain_linear_cross_entropy
 from llmkit.sequence import on_device
 from llmkit.testing.head.examples import FIELDS
@@ -183,6 +185,16 @@ def small(at: Setting) -> Iterator[Row]:
     return step(at, SMALL, 1.15, graphs=True)
 
 
+def without_graphs(run: generation.Generate) -> generation.Generate:
+    """Return what generates step by step."""
+
+    def plain(prompts: Tensor, new: int) -> list[list[int]]:
+        with mock.patch.object(graphs, "CAPTURE", {}):
+            return run(prompts, new)
+
+    return plain
+
+
 def tokens(at: Setting) -> Iterator[Row]:
     """Generation for one prompt by several variants, next to other libraries."""
     new = 3 if at.dry else 64
@@ -190,7 +202,12 @@ def tokens(at: Setting) -> Iterator[Row]:
     runs = {}
     for name in ("multi_head", "linear", "retention", "min_gru", "lstm"):
         net = generation.network(name, None, None, None).to(at.device)
-        runs[f"{OURS}, {name}"] = generation.ours(net, at.device)
+        runs[f"{OURS}, {name}"] = run = generation.ours(net, at.device)
+        plain = without_graphs(run)
+        same = run(prompts, new) == plain(prompts, new)
+        yield "generation, one prompt", f"{name}, changed by the graph", int(not same), "texts", goal(not same, most=0)
+        if name == "multi_head":
+            runs[f"{OURS}, {name}, no CUDA graph"] = plain
     found, missing = find(
         {"HF GPT-2": lambda: generation.gpt2(at.device), "litgpt": lambda: generation.litgpt(at.device)}
     )
@@ -202,6 +219,7 @@ def tokens(at: Setting) -> Iterator[Row]:
         median = statistics.median(seconds)
         peer = {"ratio": round(median / softmax, 2), **goal(median / softmax, least=4.0)}
         rest = peer if name in found else goal(median / new * 1e3, most=round(softmax / new * 1e3, 3))
+        rest = {} if "multi_head" in name else rest
         yield "generation, one prompt", name, round(median / new * 1e3, 3), "ms a token", rest
     for absent, why in missing.items():
         yield "generation, one prompt", absent, None, "ms a token", {"note": f"missing: {why}"}
@@ -304,8 +322,8 @@ def tests(at: Setting) -> Iterator[Row]:
     if importlib.util.find_spec("pytest") is None or not (ROOT / "tests").is_dir():
         yield "tests", "failed", None, "", {"note": "missing: pytest and the folder tests"}
         return
-    touching = "losses waiting precision decoding decoding_speed layers optim step swap saving throughput invariance"
-    chosen = ["test_positions"] if at.dry else [f"test_{name}" for name in touching.split()]
+    touching = "losses waiting graphs precision decoding decoding_speed layers optim step swap saving throughput"
+    chosen = ["test_positions"] if at.dry else [f"test_{name}" for name in [*touching.split(), "invariance"]]
     files = [file for name in chosen if (ROOT / (file := f"tests/{name}.py")).is_file()]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *files]
     command += ["--collect-only"] if at.dry else []

@@ -126,6 +126,12 @@ class State(dict[str, Tensor]):
     of_memory: bool = False
     """Whether all of it comes from an encoder's memory: beams of one text then hold the same, and are not reordered."""
 
+    def settle(self) -> None:
+        """Prepare for single columns alone, so that no tensor has to change its shape; does nothing by default.
+
+        A state whose steps then depend on nothing but tensors is replayed as a CUDA graph (``llmkit.ops.graphs``).
+        """
+
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (beam search)."""
         for name, value in self.items():

@@ -22,6 +22,8 @@ from llmkit.model import optim
 from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.optim import AdamW, Muon
 from llmkit.model.step import OptimizerStep
+from llmkit.ops import graphs
+from llmkit.ops.decoding import Decoder
 from llmkit.registry import plugin, target_of
 from llmkit.sequence import on_device
 from llmkit.testing.head.subject import CONTEXT, Subject
@@ -125,6 +127,25 @@ def test_a_step_of_an_attention_variant(device: str, attention: str) -> None:
     with contextlib.suppress(UserError):
         packed = Run(device, "translation", attention)
         assert packed.waits() == (attention in ("lstm", "gru", "linear", "low_rank"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_steps_of_decoding(device: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is run, that is captured, and later ones; none of them reads how many columns there were."""
+    captured = mock.Mock(side_effect=lambda step: (step(), lambda: None))
+    if device == "meta":
+        monkeypatch.setattr(graphs, "CAPTURE", {"meta": captured})
+    run = Run(device, "generation", attention, position="alibi")
+    decoder = Decoder(run.net.eval(), 2, 64, steps=40)
+    ids_BT = torch.zeros(2, 5, dtype=torch.long, device=device)
+    with torch.no_grad():
+        decoder.feed(ids_BT)
+        decoder.feed(ids_BT[:, :1])
+        with watched(device):
+            for _ in range(3):
+                decoder.feed(ids_BT[:, :1])
+    assert decoder.static is not None and decoder.static.captured is not None
 
 
 @pytest.mark.parametrize(

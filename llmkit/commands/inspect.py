@@ -26,6 +26,7 @@ from llmkit.contracts import Batch
 from llmkit.errors import note
 from llmkit.model.backbone import parameter_groups
 from llmkit.model.language_model import LanguageModel
+from llmkit.ops.losses import shapes_only
 from llmkit.run.cli import CLI
 from llmkit.testing.invariance import build
 
@@ -241,7 +242,7 @@ def step_bytes(model: LanguageModel, batch: Batch, accumulated: bool) -> tuple[i
     are there already. Nothing of the size of the model is allocated.
     """
     step = _Step(model).train()
-    with Virtual() as counter:
+    with Virtual() as counter, shapes_only():
         parameters = {name: counter.virtual(parameter) for name, parameter in step.named_parameters()}
         for _ in range(1 + accumulated):
             functional_call(step, parameters, (batch,))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Network
+from llmkit.ops.graphs import ENOUGH, Capture, StaticSteps, capture_on
 from llmkit.ops.sampling import Chooser, Rules
 from llmkit.sequence import DecodingOptions, Memory, Sequence, padded, segments_of
 
@@ -38,11 +39,16 @@ class Decoder:
         batch_size: number of rows.
         max_columns: most columns (tokens and padding) that will be fed.
         memory: the encoder's output, for an encoder-decoder.
+        steps: how many single columns may be fed after the first ones; where they are enough, they are captured as a
+            CUDA graph, and the scores of a step overwrite those of the step before.
     """
 
-    def __init__(self, net: Network, batch_size: int, max_columns: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self, net: Network, batch_size: int, max_columns: int, memory: Memory | None = None, steps: int = 0
+    ) -> None:
         self.net = net
         self.memory = memory
+        self.max_columns, self.steps = max_columns, steps
         self.state = net.init_state(batch_size, max_columns)
         output_VD = net.output_weight_VD
         self.output_VD = by_columns(output_VD)
@@ -50,6 +56,8 @@ class Decoder:
         self.columns = 0
         self.seen: int | Tensor = 0  # real tokens so far; one number for each row, (B, 1), once there was padding
         self.history: list[tuple[Tensor, Tensor]] = []  # (ids, segments) of every call, without a state only
+        self.capture = None if self.state is None else capture_on(output_VD.device)
+        self.static: StaticSteps | None = None
 
     def feed(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """Feed columns and return the scores after each row's last real token, (B, V).
@@ -62,6 +70,10 @@ class Decoder:
         # columns 1 and 0, and 2 and 1 tokens were seen: a column "d", "e" fed next stands at positions 2 and 1.
         device, (start, length) = ids_BT.device, (self.columns, ids_BT.shape[1])
         self.columns += length
+        if start and length == 1:
+            if segments_BT is None and self.capture is not None and (self.static or self.steps >= ENOUGH):
+                return self._static_step(ids_BT, self.capture)
+            self.steps -= 1
         last_B: Tensor | None = None  # where each row's last real token is; None: in the last column
         if segments_BT is None:
             positions_BT = torch.arange(length, device=device)[None] + self.seen
@@ -76,14 +88,37 @@ class Decoder:
             ids_BT, segments_BT = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
             seq = Sequence.of(ids_BT, segments_BT if isinstance(self.seen, Tensor) else None)
             last_B = None if last_B is None else last_B + start
-        with _without_onednn() if self.exact and length == 1 else contextlib.nullcontext():
+        return self._scores(ids_BT, seq, last_B)
+
+    def _scores(self, ids_BT: Tensor, seq: Sequence, last_B: Tensor | None = None) -> Tensor:
+        with _without_onednn() if self.exact and ids_BT.shape[1] == 1 else contextlib.nullcontext():
             hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
-        last_BD = hidden_BTD[:, -1] if last_B is None else hidden_BTD[torch.arange(len(last_B), device=device), last_B]
+        rows = None if last_B is None else torch.arange(len(last_B), device=ids_BT.device)
+        last_BD = hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B]
         output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
         return F.linear(last_BD, output_VD.to(last_BD.dtype))
 
+    def _static_step(self, ids_B1: Tensor, capture: Capture) -> Tensor:
+        """Feed one column to all rows by steps that are captured and replayed."""
+        if self.columns > self.max_columns:
+            raise ValueError(f"the decoder has room for {self.max_columns} columns, got {self.columns}")
+        if self.static is None:
+            assert self.state is not None
+            seen = self.seen
+            positions_b1 = seen if isinstance(seen, Tensor) else torch.full((1, 1), seen, device=ids_B1.device)
+
+            def run(ids_B1: Tensor, positions_b1: Tensor) -> Tensor:
+                return self._scores(ids_B1, Sequence(positions_b1))
+
+            self.static = StaticSteps(run, self.state, positions_b1, capture)
+        if not isinstance(self.seen, Tensor):  # else it is counted along
+            self.seen += 1
+        self.steps -= 1
+        return self.static(ids_B1)
+
     def reorder(self, rows: Tensor, same_memory: bool = False) -> None:
         """Keep the given rows, in that order; ``same_memory``: the row at each place still reads the same memory."""
+        self.static = None  # captured for other rows
         if isinstance(self.seen, Tensor):
             self.seen = self.seen[rows]
         self.history = [(ids[rows], segments[rows]) for ids, segments in self.history]
@@ -221,8 +256,9 @@ def _sample(
                 for row in active:
                     starts[row] = _start(starts[row], len(texts[row]), net)  # a row is not cut by its neighbours
                 memory = decoder.memory
-            decoder = Decoder(net, len(active), net.max_length, memory)
             kept = [texts[row][starts[row] :] for row in active]
+            columns = min(net.max_length, max(map(len, kept)) + steps - step)  # the last token is not fed
+            decoder = Decoder(net, len(active), columns, memory, steps - step)
             segments_BT = segments_of([len(text) for text in kept])
             segments_BT = None if segments_BT is None else segments_BT.to(device)
             scores_BV = decoder.feed(padded(kept, eos_id).to(device), segments_BT)

@@ -8,7 +8,10 @@ multiplied at once with the output matrix and with the hidden states. Only the s
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +30,21 @@ and keeps it (0.26 MiB) for good, and the number of targets of a batch is nearly
 CHUNK_BYTES = 3 * 2**27  # a kernel needs no memory besides the scores: 4,002 rows at a vocabulary of 50304 in bfloat16
 MULTIPLE = {"cpu": 1}
 """What the columns of the scores are padded to a multiple of, by device; else 64."""
+
+SHAPES_ONLY = ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Compute no more than two chunks of a loss within this block, where only shapes and memory count.
+
+    Later chunks hold what the second one does. There are 256 of them in a batch of GPT-2's size on a CPU.
+    """
+    before = SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        SHAPES_ONLY.reset(before)
 
 
 def rows_at_once(weight_VD: Tensor) -> int:
@@ -89,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_low) if need_hidden else None
         grad_weight = torch.zeros_like(weight_low, dtype=exact) if need_weight else None
         with without_autocast(hidden):
-            for start in range(0, len(targets), rows):
+            for start in range(0, len(targets), rows)[: 2 if SHAPES_ONLY.get() else None]:
                 states, ids = hidden_low[start : start + rows], targets[start : start + rows]
                 grad = torch.mm(states, weight_low.T, out=scores[: len(ids)])
                 total += cross_entropy_(grad, ids, len(weight), smoothing, need_hidden or need_weight, triton).sum()

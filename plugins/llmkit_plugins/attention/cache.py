@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.contracts import Role
@@ -25,9 +26,10 @@ Seen = tuple[tuple[Tensor, ...], Tensor | None, bool]
 
 
 class Cache(State):
-    """A decoding state of up to ``capacity`` columns that allocates memory as they come.
+    """A decoding state of up to ``capacity`` columns that allocates memory as they come, until it is settled.
 
-    ``Cache(2, 512, x, k=(4, 32), v=(4, 32))`` stores keys and values of 4 heads, (2, 4, S, 32) each.
+    ``Cache(2, 512, x, k=(4, 32), v=(4, 32))`` stores keys and values of 4 heads, (2, 4, S, 32) each. Settled, it holds
+    all its columns, and those to come count as padding; how many there are is an entry, ``columns``, (B,).
 
     Args:
         batch_size: number of rows.
@@ -43,6 +45,7 @@ class Cache(State):
         for name, (*outer, width) in widths.items():
             self[name] = like.new_zeros(batch_size, *outer, columns, width)
         self.capacity = capacity
+        self.settled = False
 
     def extend(self, seq: Sequence, new: dict[str, Tensor], biased: bool) -> tuple[tuple[Tensor, ...], Sequence | None]:
         """Append the columns of ``seq``; return all columns so far, and their positions and segments.
@@ -53,6 +56,8 @@ class Cache(State):
         Raises:
             ValueError: when the columns exceed the capacity.
         """
+        if self.settled:
+            return self._put(seq, new)
         start, end = self.length, self.length + seq.positions_BT.shape[1]
         if end > self.capacity:
             raise ValueError(f"the decoding state has room for {self.capacity} columns, got {end}")
@@ -72,6 +77,34 @@ class Cache(State):
         # Without a bias nothing reads the positions, only how many there are.
         positions_BS = self["positions"] if "positions" in self else seq.positions_BT.new_zeros(1, end)
         return columns, Sequence(positions_BS, self.get("segments"))
+
+    def settle(self) -> None:
+        """Take all the room now: from here on there are single columns, and no more than that."""
+        if self.settled:
+            return
+        self.settled, room = True, self.capacity - self.length
+        rows = len(next(iter(self.values())))
+        marks = {name: self.pop(name) for name in ("positions", "segments") if name in self}
+        for name in self:
+            self._grow(name, self.capacity)
+            self[name].narrow(-2, self.length, room).zero_()
+        some = next(iter(self.values()))
+        past_BS = marks.setdefault("segments", some.new_ones(rows, self.length, dtype=torch.long))
+        self.update({name: F.pad(numbers_BS, (0, room)) for name, numbers_BS in marks.items()})
+        self["columns"] = past_BS.new_full((rows,), self.length)
+
+    def _put(self, seq: Sequence, new: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Sequence]:
+        """Do what ``extend`` does for one column, at a place that only the device knows."""
+        place_1, segments_bT = self["columns"][:1], segments_or_ones(seq)
+        for name, value in new.items():
+            self[name].index_copy_(-2, place_1, value.to(self[name].dtype))
+        for name, numbers_bT in {"positions": seq.positions_BT, "segments": segments_bT}.items():
+            if name in self:
+                self[name].index_copy_(1, place_1, numbers_bT.expand(len(self[name]), -1))
+        self["columns"] += 1
+        self.length += 1
+        positions_BS = self["positions"] if "positions" in self else self["segments"]  # which nothing reads
+        return tuple(self[name] for name in new), Sequence(positions_BS, self["segments"])
 
     def _append(self, name: str, numbers_bT: Tensor) -> None:
         """Append one number a column to those of a name; columns from before the first ones get 1."""

@@ -156,6 +156,10 @@ class WindowCache(Cache):
         for name in ("segments", "positions"):
             self[name] = torch.zeros(batch_size, self.capacity, dtype=torch.long, device=like.device)
 
+    def settle(self) -> None:
+        """Leave the count of columns to the caller: all the room is taken already."""
+        self.limited = False
+
     def extend(self, seq: Sequence, new: dict[str, Tensor], biased: bool) -> tuple[tuple[Tensor, ...], Sequence | None]:
         """Append the columns of ``seq``; return those that may be near, and their positions and segments."""
         end = self.length + seq.positions_BT.shape[1]
