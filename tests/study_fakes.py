@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from llmkit.study.execute import Local, locked
@@ -78,7 +79,7 @@ def descendants(pid: int) -> list[int]:
 
 def study(root: Path) -> dict[str, str]:
     """Run all cells that have not ended, as the command does; returns the messages of those that failed."""
-    local = Local(root, workers=3, threads=1, run=count, preload=["study_fakes"])
+    local = Local(root, workers=3, threads=1, run=partial(count, pause=0.02), preload=["study_fakes"])
     wanted = cells("a", "bb", "ccc")
     with locked(root):
         local([cell for cell in wanted if not (root / cell.name / OUTCOME).exists()], len(wanted))

@@ -100,34 +100,38 @@ def test_a_study_without_a_file(experiment: Path) -> None:
 
 
 def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time."""
+    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time.
+
+    Another study runs in the same folder, undisturbed.
+    """
     chance = random.Random(0)
-    undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed, root, other = tmp_path / "undisturbed", tmp_path / "runs" / "killed", tmp_path / "runs" / "other"
     assert study_fakes.study(undisturbed) == {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
     def steps() -> int:
         return sum(len(path.read_text().splitlines()) for path in root.rglob("steps.txt"))
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, study_fakes.__file__, str(root)], env=environment)
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, study_fakes.__file__, str(folder)], env=environment)
 
-    kills, parent = 0, start()
+    kills, parent, neighbour = 0, start(root), start(other)
     while parent.poll() != 0:
-        until = steps() + chance.randint(3, 20)
+        until = steps() + 1 if kills < 20 else 1000
         while parent.poll() is None and steps() < until:
             time.sleep(0.01)
         if parent.poll() is None:
             kills += 1
             below = descendants(parent.pid)
-            for victim in [parent.pid, *below] if kills % 3 == 0 else [chance.choice([parent.pid, *below])]:
+            for victim in [parent.pid, *below] if kills % 5 == 0 else [chance.choice([parent.pid, *below])]:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
         elif parent.returncode:
             assert parent.returncode == -signal.SIGKILL
-            parent = start()
-    assert kills >= 4
-    assert everything(root) == everything(undisturbed)
+            parent = start(root)
+    assert kills == 20
+    assert neighbour.wait() == 0
+    assert everything(root) == everything(other) == everything(undisturbed)
     assert len(everything(root)) == 3 * 12
 
 
