@@ -1,4 +1,4 @@
-"""Start-up: CPU time of ``llmkit --help``, ``llmkit plugins``, and ``llmkit fit`` until its first step is done.
+"""Start-up: CPU time of ``llmkit --help``, ``llmkit plugins``, ``llmkit fit`` and a cell until its first step is done.
 
     python benchmarks/startup.py
 
@@ -7,7 +7,8 @@ fit is configs/quickstart.yaml with a model of 2 layers, 64 wide, on one file of
 a tokenizer is trained and the text encoded too; a callback ends it after its first step. It stands beside ``import
 torch, lightning.pytorch`` alone, which it needs in any case, ended in the same way. What else is installed counts:
 Lightning looks for transformers, scipy and others and imports them. litgpt is asked for its
-help once.
+help once. A cell, one run of a study, is the same fit as a fork of a process that has imported everything; its own CPU
+time counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import functools
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import resource
 import statistics
@@ -27,17 +29,28 @@ from pathlib import Path
 
 from kit import OURS, ROOT, Report, arguments
 
-HELP, PLUGINS, FIT = 0.3, 0.6, 2.5
-"""The goals: CPU seconds of the two commands, and of a fit as a multiple of the bare imports, at most."""
+from llmkit.commands.cell import fit_cell
+from llmkit.study.outcomes import Cell
+
+HELP, PLUGINS, FIT, CELL = 0.3, 0.6, 2.5, 1.0
+"""The goals: CPU seconds of two commands and of a cell, and of a fit as a multiple of the bare imports, at most."""
 ENDING = """\
 import os
+import resource
+from pathlib import Path
 import lightning.pytorch as pl
 
 class Ending(pl.Callback):
     def on_train_batch_end(self, *args):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        Path(__file__).with_name("seconds.txt").write_text(str(used.ru_utime + used.ru_stime))
         os._exit(0)
 """
 PEER = "litgpt"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["llmkit.commands.cell", *(f"llmkit_plugins.{name}" for name in ("attention.softmax", "head.generation"))]
+)
 
 
 def seconds(words: list[str], folder: Path, **environment: str) -> float:
@@ -51,8 +64,8 @@ def seconds(words: list[str], folder: Path, **environment: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def fit(folder: Path) -> float:
-    """Run ``llmkit fit`` until its first step is done."""
+def words(folder: Path) -> list[str]:
+    """Return the options of a small fit that ends after its first step."""
     (folder / "ending.py").write_text(ENDING)
     settings = {
         "config": ROOT / "configs" / "quickstart.yaml",
@@ -65,9 +78,24 @@ def fit(folder: Path) -> float:
         "model.dim": 64,
         "output": folder,
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def fit(folder: Path) -> float:
+    """Run ``llmkit fit`` until its first step is done."""
     with tempfile.TemporaryDirectory() as cache:
-        return seconds(["-m", "llmkit", "fit", *words], folder, LLMKIT_CACHE=cache)
+        return seconds(["-m", "llmkit", "fit", *words(folder)], folder, LLMKIT_CACHE=cache)
+
+
+def cell(folder: Path) -> float:
+    """Run a cell until its first step is done."""
+    with tempfile.TemporaryDirectory() as cache:
+        argv = (*words(folder), f"--data.cache_dir={cache}")
+        work = (folder / "cell", Cell("cell", argv, "", 0), 1)
+        process = FORKS.Process(target=fit_cell, args=work)
+        process.start()
+        process.join()
+    return float((folder / "seconds.txt").read_text())
 
 
 def take_turns(runs: Mapping[str, Callable[[], float]], cycles: int) -> dict[str, list[float]]:
@@ -91,6 +119,7 @@ def main() -> None:
                 "--help": run(["-m", "llmkit", "--help"]),
                 "plugins": run(["-m", "llmkit", "plugins"]),
                 "fit": functools.partial(fit, folder),
+                "cell": functools.partial(cell, folder),
                 "imports": run(["-c", "import os, torch, lightning.pytorch; os._exit(0)"]),
                 "python": run(["-c", ""]),
             },
@@ -103,8 +132,9 @@ def main() -> None:
             value = seconds(["-m", PEER, "--help"], folder)
             ratio = round(value / statistics.median(times["--help"]), 1)
             report.add("--help", f"{PEER} --help", round(value, 3), "s", ratio=ratio)
-    for command, most in {"--help": HELP, "plugins": PLUGINS}.items():
+    for command, most in {"--help": HELP, "plugins": PLUGINS, "cell": CELL}.items():
         value = statistics.median(times[command])
+        command = "cell, first step" if command == "cell" else command
         report.add(command, OURS, round(value, 3), "s", goal=f"under {most:g} s", met=value < most)
     bare = "import torch, lightning"
     report.compare("fit, first step", {OURS: times["fit"], bare: times["imports"]}, "s", goals={bare: 1 / FIT})

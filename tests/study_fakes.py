@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from llmkit.study.execute import Local, locked
@@ -13,8 +16,13 @@ from llmkit.study.outcomes import OUTCOME, Cell
 STEPS = 12
 
 
-def count(folder: Path, cell: Cell, threads: int) -> int:
-    """Append a line for each step, resuming where the last process stopped; the result depends on nothing else."""
+def count(folder: Path, cell: Cell, threads: int, pause: float = 0.01) -> int:
+    """Append a line for each step, resuming where the last process stopped; the result depends on nothing else.
+
+    ``begun.txt`` gets a line from each process: its number, that of its parent, and its Slurm node.
+    """
+    with (folder / "begun.txt").open("a") as file:
+        file.write(f"{os.getpid()} {os.getppid()} {os.environ.get('SLURMD_NODENAME', '-')}\n")
     log = folder / "steps.txt"
     if cell.variant == "broken":
         print("llmkit: error: nothing to count")
@@ -23,7 +31,7 @@ def count(folder: Path, cell: Cell, threads: int) -> int:
     for step in range(begun, STEPS):
         with log.open("a") as file:
             file.write(f"{step}\n")
-        time.sleep(0.01)
+        time.sleep(pause)
     run = folder / "version_0"
     run.mkdir(exist_ok=True)
     (run / "metrics.csv").write_text(f"step,val_loss\n{STEPS - 1},{cell.seed + len(cell.variant) / 10}\n")
@@ -33,14 +41,45 @@ def count(folder: Path, cell: Cell, threads: int) -> int:
     return 0
 
 
+def where(folder: Path, cell: Cell, threads: int) -> int:
+    """Write which device the cell has, its threads, and when it ran."""
+    begin = time.monotonic()
+    time.sleep(0.3)
+    row = {"device": os.environ["CUDA_VISIBLE_DEVICES"], "threads": threads, "begin": begin, "end": time.monotonic()}
+    (folder / "where.json").write_text(json.dumps(row))
+    return 0
+
+
 def cells(*variants: str, seeds: int = 4) -> list[Cell]:
     """Return cells by the names of their variants."""
     return [Cell(f"final/{name}/seed{seed}-0", (), name, seed) for name in variants for seed in range(seeds)]
 
 
+def everything(root: Path) -> dict[str, bytes]:
+    """Return the files that a study's cells have left, by their path."""
+    kept = ("metrics.csv", OUTCOME, "steps.txt")
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.name in kept}
+
+
+def begun(folder: Path) -> list[tuple[int, int, str]]:
+    """Return the process, its parent and the node of each time a cell was begun."""
+    file = folder / "begun.txt"
+    rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(int(pid), int(parent), node) for pid, parent, node in rows]
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one, the nearest first."""
+    found, rows = [pid], subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    for child, parent in sorted(zip(map(int, rows[::2]), map(int, rows[1::2]), strict=True)):
+        if parent in found:
+            found.append(child)
+    return found[1:]
+
+
 def study(root: Path) -> dict[str, str]:
     """Run all cells that have not ended, as the command does; returns the messages of those that failed."""
-    local = Local(root, workers=3, threads=1, run=count, preload=["study_fakes"])
+    local = Local(root, workers=3, threads=1, run=partial(count, pause=0.02), preload=["study_fakes"])
     wanted = cells("a", "bb", "ccc")
     with locked(root):
         local([cell for cell in wanted if not (root / cell.name / OUTCOME).exists()], len(wanted))

@@ -27,7 +27,7 @@ from torch import nn
 
 from llmkit import plugin
 from llmkit.contracts import IGNORE
-from llmkit.data import DataModule, batches, cache
+from llmkit.data import DataModule, batches, cache, identity
 from llmkit.data.batches import EvaluationOrder, Loader, TrainingOrder, evenly
 from llmkit.data.examples import Examples, Features
 from llmkit.data.prepare import hidden_bytes
@@ -752,6 +752,16 @@ def test_an_edited_file_of_a_plugin_is_in_the_key(tmp_path: Path, monkeypatch: p
     finally:
         for name in [name for name in sys.modules if name.startswith("edited_")]:
             del sys.modules[name]
+
+
+def test_a_library_of_another_environment_counts_by_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that this environment builds on, or the user's own; reading all files of torch would take minutes."""
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "stacked_library.py").write_text("import stacked_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    assert identity._Naming(tmp_path, set()).code(["stacked_library"]) == [("stacked_library", "None")]
 
 
 def test_a_given_tokenizer_and_head_are_used(tmp_path: Path) -> None:

@@ -37,11 +37,19 @@ def state() -> dict[str, Any]:
     }
 
 
-def test_a_run_leaves_the_process_as_it_was(words: list[str]) -> None:
+def test_a_run_leaves_the_process_as_it_was(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """On a machine with Slurm too, whose ``srun`` is not mentioned: this is no job."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.touch(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
     words += ["--trainer.deterministic", "true", "--trainer.benchmark", "true", "--seed_everything", "3"]
     before = state()
     done(*words)
     assert state() == before
+    assert not any("srun" in str(warning.message) for warning in recwarn)
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
     assert llmkit(*words, "--trainer.overfit_batches", "0.001").code == 2

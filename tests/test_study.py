@@ -12,13 +12,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import study_fakes
-from study_fakes import STEPS, cells, count
+from study_fakes import STEPS, cells, count, descendants, everything
 from torch import nn
 
+from llmkit.commands import compare
+from llmkit.commands.cell import devices, one_device
 from llmkit.commands.fit import run_instead
 from llmkit.errors import UserError
 from llmkit.main import main
@@ -65,6 +68,13 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "key 'point'. Did you mean 'points'?",
         ),
         ("variants: {a: {}, b: {}}\ntune: 3", "tune: expected one key and how it is tuned"),
+        ("variants: {a: {}, b: {}}\nexecutor: slurn", "executor: unknown executor 'slurn'. Did you mean 'slurm'?"),
+        ("variants: {a: {}, b: {}}\nexecutor: {partition: gpu}", "executor: expected local, slurm, ray, or a name and"),
+        (
+            "variants: {a: {}, b: {}}\nexecutor: {name: ray, adress: x}",
+            "study.yaml:2: executor.adress: unknown key 'adress'. Did you mean 'address'?",
+        ),
+        ("variants: {a: {}, b: {}}\ncells_per_gpu: 0", "cells_per_gpu: expected a whole number of at least 1, got 0"),
         ("variants: {a: {}, b: {}}\nname: ../x", "name: expected a relative path without '..', got '../x'"),
     ],
 )
@@ -89,50 +99,39 @@ def test_a_study_without_a_file(experiment: Path) -> None:
 # Cells
 
 
-def everything(root: Path) -> dict[str, bytes]:
-    """Return the files that a study's cells have left, by their path."""
-    kept = ("metrics.csv", OUTCOME, "steps.txt")
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.name in kept}
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes below one, the nearest first."""
-    found, rows = [pid], subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
-    for child, parent in sorted(zip(map(int, rows[::2]), map(int, rows[1::2]), strict=True)):
-        if parent in found:
-            found.append(child)
-    return found[1:]
-
-
 def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time."""
+    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time.
+
+    Another study runs in the same folder, undisturbed.
+    """
     chance = random.Random(0)
-    undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed, root, other = tmp_path / "undisturbed", tmp_path / "runs" / "killed", tmp_path / "runs" / "other"
     assert study_fakes.study(undisturbed) == {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
     def steps() -> int:
         return sum(len(path.read_text().splitlines()) for path in root.rglob("steps.txt"))
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, study_fakes.__file__, str(root)], env=environment)
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, study_fakes.__file__, str(folder)], env=environment)
 
-    kills, parent = 0, start()
+    kills, parent, neighbour = 0, start(root), start(other)
     while parent.poll() != 0:
-        until = steps() + chance.randint(3, 20)
+        until = steps() + 1 if kills < 20 else 1000
         while parent.poll() is None and steps() < until:
             time.sleep(0.01)
         if parent.poll() is None:
             kills += 1
             below = descendants(parent.pid)
-            for victim in [parent.pid, *below] if kills % 3 == 0 else [chance.choice([parent.pid, *below])]:
+            for victim in [parent.pid, *below] if kills % 5 == 0 else [chance.choice([parent.pid, *below])]:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
         elif parent.returncode:
             assert parent.returncode == -signal.SIGKILL
-            parent = start()
-    assert kills >= 4
-    assert everything(root) == everything(undisturbed)
+            parent = start(root)
+    assert kills == 20
+    assert neighbour.wait() == 0
+    assert everything(root) == everything(other) == everything(undisturbed)
     assert len(everything(root)) == 3 * 12
 
 
@@ -153,6 +152,49 @@ def test_a_study_runs_once(tmp_path: Path) -> None:
         pass
 
 
+def test_each_cell_gets_a_device(tmp_path: Path) -> None:
+    """None has more cells at once than it may have, and each has some."""
+    for share in (1, 2):
+        root = tmp_path / str(share)
+        local = Local(root, None, 3, study_fakes.where, ["study_fakes"], devices=["4", "7"], share=share)
+        local(cells("a", "bb", seeds=3), 6)
+        rows = [json.loads(file.read_text()) for file in root.rglob("where.json")]
+        assert {row["threads"] for row in rows} == {3}
+        for device in ("4", "7"):
+            spans = [(row["begin"], row["end"]) for row in rows if row["device"] == device]
+            at_once = [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans]
+            assert max(at_once) == share
+        assert len(rows) == 6
+    with pytest.raises(UserError, match=r"workers: 5 cells at once, but 2 GPU\(s\) hold 4: see cells_per_gpu"):
+        Local(tmp_path, 5, 1, count, [], devices=["4", "7"], share=2)
+
+
+def test_a_run_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, one in (("4,7", "4"), ("GPU-1", "GPU-1"), ("", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        with one_device():
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == one
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == given
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert devices() == ["0", "1"]
+    with one_device():
+        assert devices() == ["0"]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+    with pytest.raises(UserError, match=r"trainer.devices: 2 processes; in a study each run is one process"):
+        compare._single(lambda cli: 0)(SimpleNamespace(trainer=SimpleNamespace(world_size=2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_an_executor_that_is_not_installed(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"executor: {name} needs {package}: pip install 'llmkit\[{name}\]'"):
+        compare._executor(planned(tmp_path, executor={"name": name}))
+
+
 # Tuning
 
 
@@ -160,7 +202,7 @@ def planned(tmp_path: Path, **changes: Any) -> StudyPlan:
     values = {
         "name": "s", "output": str(tmp_path), "base": (), "variants": {"a": {}, "b": {}}, "baseline": "a",
         "match": "none", "tune": Tune("model.optimizer.lr", points=3), "seeds": 2, "metric": None, "margin": None,
-        "workers": 1, "threads": 1,
+        "workers": 1, "threads": 1, "cells_per_gpu": 1, "executor": {"name": "local"},
     }  # fmt: skip
     study = Study(**{**values, **changes})
     tree = {"model": {"optimizer": {"class_path": "x", "init_args": {"lr": 0.004}}}, "data": {}}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ DESCRIPTION = (
     "Run one cell of a study that 'llmkit compare --cells' has listed, unless it has ended. It resumes where an "
     "earlier process stopped, so a cluster may start it again at any time. Its output is in log.txt of its folder."
 )
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -37,8 +41,34 @@ def run(command: str, argv: list[str]) -> int:
     return run_logged(fit_cell, root / "cells", listed[options.index], options.threads)
 
 
+def devices() -> list[str]:
+    """Return the GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    given = os.environ.get(VISIBLE)
+    return [str(n) for n in range(torch.cuda.device_count())] if given is None else list(filter(None, given.split(",")))
+
+
+@contextmanager
+def one_device() -> Iterator[None]:
+    """Hide all GPUs but the first within the block, for Lightning would take them all."""
+    found, given = devices(), os.environ.get(VISIBLE)
+    if len(found) > 1:
+        os.environ[VISIBLE] = found[0]
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ[VISIBLE] = given
+        else:
+            os.environ.pop(VISIBLE, None)
+
+
 def fit_cell(folder: Path, cell: Cell, threads: int) -> int:
-    """Train a cell: exactly what ``llmkit fit`` does with its words. Returns the exit code."""
+    """Train a cell on one device: exactly what ``llmkit fit`` does with its words. Returns the exit code."""
+    with one_device():
+        return _fit(folder, cell, threads)
+
+
+def _fit(folder: Path, cell: Cell, threads: int) -> int:
     torch.set_num_threads(threads)
     own = [f"--output={folder.parent}", f"--name={folder.name}", "--ckpt_path=last"]
     code, diverged = 0, False

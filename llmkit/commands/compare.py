@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser, at_least, columns
-from llmkit.commands.cell import fit_cell
+from llmkit.commands.cell import devices, fit_cell, one_device
 from llmkit.commands.fit import run_instead
-from llmkit.errors import UserError, note
+from llmkit.errors import Problem, UserError, note
+from llmkit.run.cli import CLI
 from llmkit.run.saving import write_text
 from llmkit.study import report
 from llmkit.study.cells import StudyPlan
-from llmkit.study.execute import Local, locked
+from llmkit.study.execute import Executor, Local, locked
 from llmkit.study.gather import gather
 from llmkit.study.match import Variant, variants
 from llmkit.study.outcomes import CELLS, OUTCOME
+from llmkit.study.ray import Ray
+from llmkit.study.slurm import Slurm
 from llmkit.study.spec import Study, read
 from llmkit.study.statistics import smallest_difference, special
 
@@ -38,8 +42,10 @@ def run(command: str, argv: list[str]) -> int:
     add("--match", help="what all variants are made equal in: params (default), flops or none")
     add("--metric", help="what is compared; default: what decides on the best checkpoint")
     add("--margin", type=float, help="a difference that would not matter")
-    add("--workers", type=at_least(1), help="cells that run at once; default 1")
+    add("--workers", type=at_least(1), help="cells that run at once; default: one for each GPU, or 1")
     add("--threads", type=at_least(1), help="CPU threads of each cell; default 1")
+    add("--cells_per_gpu", type=at_least(1), help="how many cells share a GPU; default 1")
+    add("--executor", help="where cells run: local (default), slurm or ray")
     add("--name", help="of the study; its folder is OUTPUT/NAME")
     add("--output", help="the folder for studies; default: runs")
     add("--plan", action="store_true", help="print variants, costs and cells, and stop")
@@ -48,33 +54,57 @@ def run(command: str, argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.report:
         return _report(Path(options.report))
-    names = ("seeds", "match", "metric", "margin", "workers", "threads", "name", "output")
+    names = ("seeds", "match", "metric", "margin", "workers", "threads", "cells_per_gpu", "executor", "name", "output")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
-    plan = StudyPlan(study, variants(study, lambda work, words: run_instead(work, words, command)))
+    with one_device():
+        plan = StudyPlan(study, variants(study, lambda work, words: run_instead(_single(work), words, command)))
     if not plan.variants[study.baseline].facts["has_validation"]:
         raise UserError("compare needs validation data: see data.validation and data.validation_share")
     print(describe(plan), flush=True)
     if options.cells:
         return _list(plan)
-    return 0 if options.plan else _run(plan)
+    return 0 if options.plan else _run(plan, _executor(plan))
 
 
-def _run(plan: StudyPlan) -> int:
-    folder = plan.study.folder
+def _single(work: Callable[[CLI], int]) -> Callable[[CLI], int]:
+    """Return ``work`` with a check before it: a cell is one process."""
+
+    def checked(cli: CLI) -> int:
+        if cli.trainer.world_size > 1:
+            text = f"{cli.trainer.world_size} processes; in a study each run is one process on one device"
+            raise UserError(Problem("trainer.devices", text))
+        return work(cli)
+
+    return checked
+
+
+def _executor(plan: StudyPlan) -> Executor:
+    study, settings = plan.study, dict(plan.study.executor)
+    how = (plan.root, study.workers, study.threads, fit_cell)
+    match settings.pop("name"):
+        case "slurm":
+            return Slurm(*how, settings)
+        case "ray":
+            return Ray(*how, settings.get("address", "auto"), study.cells_per_gpu)
+    on_cpu = plan.variants[study.baseline].tree.get("trainer", {}).get("accelerator") == "cpu"
     imports = ["llmkit.commands.cell", *plan.modules()]
-    local = Local(plan.root, plan.study.workers, plan.study.threads, fit_cell, imports)
+    return Local(*how, imports, [] if on_cpu else devices(), study.cells_per_gpu)
+
+
+def _run(plan: StudyPlan, execute: Executor) -> int:
+    folder = plan.study.folder
     try:
         with locked(folder):
             while left := [
-                cell for cell in plan.cells() if plan.outcome(cell) is None and cell.name not in local.failed
+                cell for cell in plan.cells() if plan.outcome(cell) is None and cell.name not in execute.failed
             ]:
-                local(left, len(plan.cells()))
+                execute(left, len(plan.cells()))
                 if all(plan.outcome(cell) is None for cell in left):
                     break
             stale = _stale(plan)
-            results = gather(plan, local.failed)
+            results = gather(plan, execute.failed)
             write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
             report.write(results, folder)
     except BlockingIOError as error:
@@ -84,7 +114,7 @@ def _run(plan: StudyPlan) -> int:
     if stale:
         note(f"{stale} finished cell(s) in {plan.root} belong to another config, data or version, and are not used")
     print(f"\n{report.summary(results)}\n\nreport: {folder / 'report.html'}", flush=True)
-    return 1 if local.failed else 0
+    return 1 if execute.failed else 0
 
 
 def _list(plan: StudyPlan) -> int:

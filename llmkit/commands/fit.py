@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ HUSHED = (
     ".*lr_scheduler.step.. before `optimizer.step.*",
 )
 """Lightning's hints that a user cannot act on."""
+NO_SRUN = ".*srun. command is available on your system but is not used.*"
+"""Another one, outside a job of Slurm."""
 
 
 def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") -> int:
@@ -57,7 +60,7 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with as_found(), planned.placed():
-        for text in HUSHED:
+        for text in [*HUSHED, *([] if "SLURM_JOB_ID" in os.environ else [NO_SRUN])]:
             warnings.filterwarnings("ignore", text)
         if command == "fit" and not asked:
             examine_plugins(planned.config.tree)

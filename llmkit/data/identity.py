@@ -179,7 +179,7 @@ class _Naming:
                 if name in begin and top not in sys.stdlib_module_names:
                     raise _Undescribed(f"there is no file with the code of module '{name}'")
                 continue
-            if top not in self.packages and (top == "llmkit" or any(map(file.is_relative_to, LIBRARIES))):
+            if top not in self.packages and (top == "llmkit" or _is_library(file)):
                 found[top] = str(getattr(sys.modules.get(top), "__version__", None))
                 continue
             found[name], imports = self._read(name, file)
@@ -195,6 +195,11 @@ class _Naming:
             imports = list(_imports(file, package)) if file.suffix == ".py" else []
             known = _read[name] = (spec, cache.file_digest(file, self.folder), imports)
         return known[1], known[2]
+
+
+def _is_library(file: Path) -> bool:
+    """Return whether a file is installed, here or in an environment that this one builds on."""
+    return not {"site-packages", "dist-packages"}.isdisjoint(file.parts) or any(map(file.is_relative_to, LIBRARIES))
 
 
 def _file_of(name: str) -> Path | None:

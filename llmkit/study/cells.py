@@ -18,6 +18,7 @@ from llmkit.errors import UserError
 from llmkit.study.match import Variant
 from llmkit.study.outcomes import Cell, Outcome, outcome_of
 from llmkit.study.spec import Study, Tune, words
+from llmkit.study.trackers import logger_words
 
 TUNING_SEED = 1000
 """The first seed of tuning runs: the final ones begin at 0, and a seed that chose a value does not judge it."""
@@ -128,8 +129,11 @@ class StudyPlan:
             own = {tune.key: value} if tune is not None and value is not None else {}
             digest = _digest(variant.tree, [sorted(own.items()), seed])
             label = f"{value:.4g}-" if phase == "tune" else ""
-            argv = (*variant.words, *words(own), f"--seed={seed}")
-            self._made[key] = Cell(f"{phase}/{name}/{label}seed{seed}-{digest}", argv, name, seed, value)
+            full = f"{phase}/{name}/{label}seed{seed}-{digest}"
+            tags = {"phase": phase, "variant": name, "seed": seed, **own}
+            trackers = logger_words(variant.tree, self.study.name, full, tags)
+            argv = (*variant.words, *words(own), f"--seed={seed}", *trackers)
+            self._made[key] = Cell(full, argv, name, seed, value)
         return self._made[key]
 
 

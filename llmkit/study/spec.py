@@ -18,6 +18,8 @@ from llmkit.errors import Problem, UserError, unknown
 
 Match = Literal["params", "flops", "none"]
 MOST_VARIANTS = 50
+EXECUTORS: dict[str, tuple[str, ...] | None] = {"local": (), "slurm": None, "ray": ("address",)}
+"""Executors, and the settings of each; None: whatever it accepts."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Study:
         seeds: number of final runs for each variant.
         metric: what ``results.json`` calls it; None: that which decides on the best checkpoint.
         margin: a difference that would not matter; None: no verdict can be "equivalent".
-        workers: cells that run at once.
+        workers: cells that run at once; None: one for each device, or as many as a cluster has room for.
         threads: CPU threads of a cell.
+        cells_per_gpu: how many cells share a GPU.
+        executor: where cells run: ``name``, and its settings.
     """
 
     name: str
@@ -59,8 +63,10 @@ class Study:
     seeds: int
     metric: str | None
     margin: float | None
-    workers: int
+    workers: int | None
     threads: int
+    cells_per_gpu: int
+    executor: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -80,8 +86,10 @@ DEFAULTS: dict[str, Any] = {
     "seeds": 6,
     "metric": None,
     "margin": None,
-    "workers": 1,
+    "workers": None,
     "threads": 1,
+    "cells_per_gpu": 1,
+    "executor": "local",
 }
 
 
@@ -124,6 +132,7 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     values["base"] = (*_base(values["base"], folder, problems), *words(shared), *rest)
     values["variants"] = _variants(values["variants"], problems)
     values["tune"] = _tune(values["tune"], problems)
+    values["executor"] = _executor(values["executor"], problems)
     _check(values, problems)
     if problems:
         places = {problem: layer.places.get(problem.place_of or problem.key, layer.source) for problem in problems}
@@ -196,6 +205,21 @@ def _tune(value: Any, problems: list[Problem]) -> Tune | None:
     return tune
 
 
+def _executor(value: Any, problems: list[Problem]) -> dict[str, Any]:
+    spec = {"name": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or "name" not in spec:
+        text = f"expected {', '.join(EXECUTORS)}, or a name and settings, such as {{name: slurm, partition: gpu}}"
+        problems.append(Problem("executor", text))
+        return {}
+    if spec["name"] not in EXECUTORS:
+        problems.append(Problem("executor", unknown("executor", str(spec["name"]), EXECUTORS)))
+        return {}
+    allowed = EXECUTORS[spec["name"]]
+    for name in [name for name in spec if name != "name" and allowed is not None and name not in allowed]:
+        problems.append(Problem(f"executor.{name}", unknown("key", name, ("name", *(allowed or ()))), "executor"))
+    return spec
+
+
 def _check(values: dict[str, Any], problems: list[Problem]) -> None:
     """Check single values, and fill in the baseline."""
     names = list(values["variants"])
@@ -205,7 +229,9 @@ def _check(values: dict[str, Any], problems: list[Problem]) -> None:
         problems.append(Problem("baseline", unknown("variant", str(values["baseline"]), names)))
     if values["match"] not in get_args(Match):
         problems.append(Problem("match", unknown("match", str(values["match"]), get_args(Match))))
-    for key in ("seeds", "workers", "threads"):
+    for key in ("seeds", "workers", "threads", "cells_per_gpu"):
+        if key == "workers" and values[key] is None:
+            continue
         if not isinstance(values[key], int) or values[key] < 1:
             problems.append(Problem(key, f"expected a whole number of at least 1, got {values[key]}"))
     margin = values["margin"]

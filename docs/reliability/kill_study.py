@@ -1,0 +1,132 @@
+"""Kill a real study with SIGKILL at random moments, start it again, and compare its report with one left alone.
+
+    python docs/reliability/kill_study.py                 # 12 kills, about five minutes
+
+The victims are the command, the fork server and the cells. Another study runs in the same output folder at the same
+time. Writes ``kill_study.json`` next to this file, from which ``table.py`` makes a sentence of ``docs/reliability.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WORDS = ("river", "stone", "house", "green", "walk", "small", "light", "water", "seven", "bright", "corner")
+STUDY = """\
+base: experiment.yaml
+variants: {multi_head: {}, min_gru: {model.attention: min_gru}}
+tune: {model.optimizer.lr: {points: 3, factor: 3}}
+seeds: 3
+margin: 0.05
+workers: 2
+"""
+EXPERIMENT = """\
+data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 8}
+model: {dim: 32, num_layers: 1, context: 32, attention: {name: multi_head, num_heads: 4}, dropout: 0.1}
+trainer: {max_steps: 30, val_check_interval: 10, accelerator: cpu, enable_progress_bar: false}
+checkpoint: {every_n_steps: 5}
+"""
+
+
+def compare(folder: Path, output: str, name: str = "study") -> subprocess.Popen[bytes]:
+    """Start a study."""
+    line = [sys.executable, "-m", "llmkit", "compare", "--config", "study.yaml", "--output", output, "--name", name]
+    log = (folder / f"{output}.{name}.log").open("ab")
+    return subprocess.Popen(line, cwd=folder, stdout=log, stderr=log)
+
+
+def processes(parent: int) -> dict[str, list[int]]:
+    """Return the processes of a study."""
+    children: dict[int, list[int]] = {}
+    for number in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
+        with suppress(OSError):
+            above = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(above, []).append(number)
+    servers = [
+        number
+        for number in children.get(parent, [])
+        if b"forkserver" in Path(f"/proc/{number}/cmdline").read_bytes() and number in children
+    ]
+    return {"command": [parent], "fork server": servers, "cell": [cell for name in servers for cell in children[name]]}
+
+
+def report_of(folder: Path) -> dict[str, bytes]:
+    """Return all files of a study but those of its cells."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "cells" not in path.parts}
+
+
+def curves(folder: Path) -> dict[str, bytes]:
+    """Return the last metrics of each cell."""
+    found = {}
+    for outcome in folder.glob("cells/*/*/*/outcome.json"):
+        run = json.loads(outcome.read_text())["run"]
+        found[outcome.parent.name] = (outcome.parent / run / "metrics.csv").read_bytes()
+    return found
+
+
+def main() -> None:
+    """Run the study left alone, and the one that is killed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=12)
+    options = parser.parse_args()
+    chance = random.Random(0)
+    folder = Path(tempfile.mkdtemp(prefix="llmkit_kill_study_"))
+    (folder / "text.txt").write_text("\n".join(" ".join(chance.choices(WORDS, k=7)) for _ in range(600)) + "\n")
+    (folder / "study.yaml").write_text(STUDY)
+    (folder / "experiment.yaml").write_text(EXPERIMENT)
+    os.environ["LLMKIT_CACHE"] = str(folder / "cache")
+    if compare(folder, "alone").wait() != 0:
+        raise SystemExit(f"the study failed: see {folder}")
+    other = compare(folder, "killed", "other")
+    killed: Counter[str] = Counter()
+    process, began = compare(folder, "killed"), time.monotonic()
+    while process.poll() != 0:
+        if process.poll() is not None:
+            process = compare(folder, "killed")
+        if killed.total() >= options.kills:
+            process.wait()
+            continue
+        kind = chance.choice(("command", "fork server", "cell", "cell"))
+        until = time.monotonic() + chance.uniform(0.2, 4)
+        while process.poll() is None and (time.monotonic() < until or not processes(process.pid)["cell"]):
+            time.sleep(0.05)
+        victims = processes(process.pid)[kind] if process.poll() is None else []
+        if victims:
+            os.kill(chance.choice(victims), signal.SIGKILL)
+            killed[kind] += 1
+            print(f"{time.monotonic() - began:5.1f} s: {kind}", flush=True)
+            if kind == "command":
+                process.wait()
+    if other.wait() != 0:
+        raise SystemExit(f"the other study failed: see {folder}")
+    alone, again = report_of(folder / "alone" / "study"), report_of(folder / "killed" / "study")
+    others = curves(folder / "killed" / "other")
+    found = {
+        "kills": dict(killed),
+        "runs": len(others),
+        "resumed": sum(len(list(path.glob("version_*"))) > 1 for path in folder.glob("killed/study/cells/*/*/*")),
+        "files": len(alone),
+        "differences": sorted(name for name in alone.keys() | again.keys() if alone.get(name) != again.get(name)),
+        "other": sorted(name for name, text in curves(folder / "alone" / "study").items() if others.get(name) != text),
+    }
+    print(json.dumps(found))
+    (HERE / "kill_study.json").write_text(json.dumps(found, indent=1) + "\n")
+    if not found["differences"] and not found["other"]:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
