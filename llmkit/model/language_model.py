@@ -33,6 +33,7 @@ from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
 from llmkit.model.use import Rows, Scores, batch_of, evaluating
 from llmkit.model.vectors import begin_with_vectors
+from llmkit.ops.metrics import computed
 from llmkit.sequence import DecodingOptions, on_device
 
 
@@ -270,11 +271,10 @@ class LanguageModel(pl.LightningModule):
     def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            value: Tensor = metric.compute()
-            self.results[f"{prefix}_{name}"] = value
-            if value.numel() == 1:
-                # Every process computed the same value from all processes' sums.
-                self.log(f"{prefix}_{name}", value.float(), rank_zero_only=False, sync_dist=False)
+            for key, value in computed(f"{prefix}_{name}", metric).items():
+                self.results[key] = value
+                if value.numel() == 1:  # every process computed the same from all processes' sums
+                    self.log(key, value.float(), rank_zero_only=False, sync_dist=False)
             metric.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

@@ -55,6 +55,20 @@ def _single_or_wider() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def computed(name: str, metric: Metric) -> dict[str, Tensor]:
+    """Return the value of a metric by its name.
+
+    A metric with ``labels``, one for each of the numbers that it computes, gives each a name of its own,
+    ``accuracy_256``; those that are NaN are left out.
+    """
+    value: Tensor = metric.compute()
+    labels = getattr(metric, "labels", None)
+    if labels is None:
+        return {name: value}
+    found = zip(labels, value, strict=True)
+    return {f"{name}_{label}": number for label, number in found if not number.isnan()}
+
+
 class Mean(Metric):
     """Mean of values that come as a sum and their number, both added up over batches and processes."""
 

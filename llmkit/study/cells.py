@@ -171,14 +171,15 @@ def _data(data: str) -> list[str]:
 def _files(value: Any) -> Iterator[str]:
     if isinstance(value, str | list) and value:
         yield from files_of("data", value)
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and "class_path" not in value:
         for item in value.values():
             yield from _files(item)
 
 
 def plugin_modules(tree: Mapping[str, Any]) -> set[str]:
     """Return the modules of a config's plugins."""
-    specs = [tree.get(group, {}).get(name) for group, _, name in (key.partition(".") for key in registry.FAMILY_OF)]
+    keys = registry.plugins_in(tree)
+    specs = [tree.get(group, {}).get(name) for group, _, name in (key.partition(".") for key in keys)]
     return {spec["class_path"].rpartition(".")[0] for spec in specs if isinstance(spec, dict) and "class_path" in spec}
 
 
