@@ -207,7 +207,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
-        apply_changes(self.trainer, self.parts, self._stored_settings, self._groups())
+        apply_changes(self.trainer, self.parts, self._stored_settings, self.groups())
         self._step.restore(self, self._stored_step)
         self._stored_step, self._stored_settings = {}, {}
 
@@ -227,14 +227,14 @@ class LanguageModel(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self, self.kinds, fused_maps(self) if self.uses_muon else None)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
         if self.uses_muon and isinstance(self.trainer.strategy, FSDPStrategy):
             raise UserError(Problem("model.optimizer", "muon needs whole matrices: use adamw, or DDP instead of FSDP"))
-        optimizer = self.parts.build("optimizer", self._groups())
+        optimizer = self.parts.build("optimizer", self.groups())
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
             raise UserError(Problem("trainer.max_steps", "must be set: the schedule has to know how long the run is"))

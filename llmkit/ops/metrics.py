@@ -91,6 +91,12 @@ class Mean(Metric):
         return self.total / self.count
 
 
+class MeanScore(Mean):
+    """Mean of values of which larger ones are better, such as 1 for a right answer and 0 for a wrong one."""
+
+    higher_is_better = True
+
+
 class MeanLoss(Mean):
     """Mean loss in nats per token or example."""
 
@@ -134,6 +140,7 @@ class _CorpusScore(Metric):
     """A sacrebleu corpus score from summed sufficient statistics, so that processes add up exactly."""
 
     full_state_update = False
+    higher_is_better = True
     statistics: Tensor
 
     def __init__(self, scorer: Any) -> None:

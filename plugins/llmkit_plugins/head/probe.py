@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.losses import linear_cross_entropy
-from llmkit.ops.metrics import EXACT, Mean, MeanLoss
+from llmkit.ops.metrics import EXACT, MeanLoss, MeanScore
 from llmkit.sequence import DecodingOptions, Sequence, first_rows, padded, segments_of
 
 NOTHING = "-"
@@ -123,7 +123,7 @@ class Probe(Head):
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss and accuracy of the answers, and their accuracy by the length of the row."""
-        return {"loss": MeanLoss(), "accuracy": Mean(), "accuracy_to": ByLength()}
+        return {"loss": MeanLoss(), "accuracy": MeanScore(), "accuracy_to": ByLength()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""
