@@ -18,6 +18,8 @@ from llmkit import registry
 from llmkit.contracts import IGNORE, Dataset, Stage
 from llmkit.data import DataModule
 from llmkit.errors import UserError
+from llmkit.study import cells
+from llmkit.study.cells import plugin_modules
 from llmkit.testing import check
 from llmkit.testing.head.subject import TOKENIZER, Subject
 
@@ -354,6 +356,14 @@ def test_a_run_from_python_and_one_that_resumes_see_the_same_rows(tmp_path: Path
     first, entries = batches(20)
     assert batches(20) == (first, entries)  # read from the cache
     assert batches(19)[1] != entries
+
+
+def test_a_study_reads_no_file_of_generated_data() -> None:
+    """The code of the data set is part of what a cell depends on."""
+    spec = {"class_path": "llmkit_plugins.dataset.states.Parity", "init_args": {"length": [8, 16]}}
+    tree = {"data": {"train": spec, "validation": str(CONFIGS[0])}, "model": {}}
+    assert plugin_modules(tree) == {"llmkit_plugins.dataset.states"}
+    assert list(cells._files(tree["data"])) == [str(CONFIGS[0])]
 
 
 # The head
