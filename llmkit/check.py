@@ -52,7 +52,7 @@ NAMES: dict[Any, str] = {
 
 PLAIN = {
     *NAMES,
-    *(complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta),
+    *(Any, complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta),
 }
 """Types whose values are not classes."""
 
@@ -158,6 +158,35 @@ def check_value(kind: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
     return walk.value(kind, value, key), walk.problems
 
 
+def without_repetition(problems: list[Problem], splits: Iterable[str]) -> list[Problem]:
+    """Return problems without those of these splits that they have from ``data.train``."""
+    known = {(problem.key, problem.text) for problem in problems}
+    inherited = re.compile(rf"data\.({'|'.join(splits) or ' '})\b")
+    found = []
+    for problem in problems:
+        of_train = inherited.sub("data.train", problem.key)
+        if of_train == problem.key or (of_train, problem.text) not in known:
+            found.append(problem)
+    return found
+
+
+def with_arguments_of_train(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of data with each split whole that says only what is other than in a generated ``train``.
+
+    ``{train: {name: mqar, pairs: 8}, validation: {length: 256}}`` validates on ``{name: mqar, pairs: 8, length: 256}``.
+    """
+    found = dict(data)
+    if registry.family_at("data.train", data.get("train")):
+        with contextlib.suppress(UserError):  # which is reported for ``train`` itself
+            train = registry.expand("dataset", data["train"])
+            for split, value in data.items():
+                key = f"data.{split}"
+                if key in registry.DATASETS and isinstance(value, Mapping) and not registry.family_at(key, value):
+                    own = value.get("init_args", value)
+                    found[split] = {**train, "init_args": {**(train.get("init_args") or {}), **own}}
+    return found
+
+
 def unknown_key(prefix: str, name: str, allowed: Iterable[str], elsewhere: str) -> Problem:
     """Return the problem of a key that does not exist, with the nearest one, or the place where it belongs."""
     hint = f" Did you mean '{elsewhere}'?" if elsewhere else nearest(name, allowed)
@@ -204,10 +233,11 @@ class _Walk:
             value = self.typed(kind, value, key)
         elif isinstance(value, dict):
             value = self.words(kind, value, key)
-        if key in registry.FAMILY_OF and value is not None:
-            return self.plugin(registry.FAMILY_OF[key], value, key)
         if value is None and nullable:
             return None
+        family = None if value is None else registry.family_at(key, value)
+        if family is not None:
+            return self.plugin(family, value, key)
         record = next((item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None)
         if record is not None and isinstance(value, dict):
             self.group(typing.cast(type, record), value, key)

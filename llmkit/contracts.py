@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from llmkit.sequence import DecodingOptions, Memory, Sequence, State, first_rows
+from llmkit.sequence import Loss as Loss
 
 Topology = Literal["decoder", "encoder", "encoder_decoder"]
 Role = Literal["causal", "bidirectional", "cross"]
@@ -25,6 +25,14 @@ Batch = dict[str, Any]
 """Tensors, lists of strings and single numbers by name. ``rows`` (B,), where given: the rows' numbers in the data."""
 
 IGNORE = -100  # a target with this value is not predicted (padding)
+
+
+class Dataset(ABC):
+    """Rows that are made, not read from files: ``data.train: {name: mqar, pairs: 8}``."""
+
+    @abstractmethod
+    def rows(self, split: Stage) -> Iterator[Mapping[str, Any]]:
+        """Yield the rows of a split, each a value by column; the same ones whenever it is called."""
 
 
 class Tokenizer(ABC):
@@ -197,16 +205,6 @@ class Network(ABC):
     @abstractmethod
     def max_length(self) -> int:
         """The context: the most positions of one sequence."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss as a sum and what it was summed over, so that no number depends on how rows were batched."""
-
-    total: Tensor
-    """Sum of the losses in nats, a scalar that carries the gradient."""
-    count: Tensor
-    """Number of tokens or examples in the sum."""
 
 
 class Head(nn.Module, ABC):

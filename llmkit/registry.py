@@ -22,8 +22,9 @@ DEFAULTS: dict[str, str] = {
     "feedforward": "squared_relu",
     "norm": "rms",
     "head": "generation",
+    "dataset": "",
 }
-"""The families of plugins, with the name that is used when a config says nothing."""
+"""The families of plugins, with the name that is used when a config says nothing; data sets have none."""
 
 TORCH: dict[str, tuple[str, str, dict[str, str]]] = {
     "optimizer": ("torch.optim", "adamw", {"adamw": "AdamW", "muon": "Muon"}),
@@ -43,6 +44,9 @@ FAMILY_OF: dict[str, str] = {
     "data.tokenizer": "tokenizer",
 }
 """Every config key whose value is a class with arguments, and the family it takes."""
+
+DATASETS = tuple(f"data.{split}" for split in ("train", "validation", "test", "predict"))
+"""The keys that take files or a plugin of the family dataset."""
 
 CONTRACTS: dict[str, str] = {
     **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
@@ -189,6 +193,19 @@ def _unnamed(family: str, name: str, known: Mapping[str, Entry]) -> str:
         f"{place(cls)} is not registered: put @register('{family}', '{name}') above it, or give its path, "
         f"{cls.__module__}.{cls.__qualname__}. Allowed: {', '.join(known)}."
     )
+
+
+def family_at(key: str, value: Any) -> str | None:
+    """Return the family of the plugin that a value of a config describes; None: none. Data without a name are files."""
+    if key in DATASETS:
+        return "dataset" if isinstance(value, Mapping) and {"name", "class_path"} & value.keys() else None
+    return FAMILY_OF.get(key)
+
+
+def plugins_in(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Return the family of each plugin that a config may have, by its key; of data sets those that it has."""
+    data = tree["data"] if isinstance(tree.get("data"), Mapping) else {}
+    return FAMILY_OF | {key: "dataset" for key in DATASETS if family_at(key, data.get(key.partition(".")[2]))}
 
 
 def default(family: str) -> str:
@@ -380,5 +397,4 @@ def spec_of_instance(instance: Any) -> Spec:
     """Return the plain spec that builds a like instance: its class and the attributes named as its arguments."""
     cls = type(instance)
     names = [name for name in inspect.signature(cls).parameters if hasattr(instance, name)]
-    spec = spec_of(cls)
-    return {**spec, "init_args": {name: getattr(instance, name) for name in names}}
+    return {**spec_of(cls), "init_args": {name: getattr(instance, name) for name in names}}

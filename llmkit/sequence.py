@@ -1,4 +1,4 @@
-"""The values that plugins are handed: sequences and their masks, an encoder's memory, decoding state and options.
+"""What plugins are handed and hand back: sequences, an encoder's memory, losses, decoding state and options.
 
 Shape suffixes as in ``llmkit.contracts``: B batch, T query positions, S key or memory positions, D model width,
 H heads, E width of one head.
@@ -114,6 +114,16 @@ def positions_in_segments(segments_BT: Tensor) -> Tensor:
     start = real & (segments_BT > previous)
     start_rank = torch.where(start, rank, torch.zeros_like(rank)).cummax(-1).values
     return torch.where(real, rank - start_rank, torch.zeros_like(rank))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a sum and what it was summed over, so that no number depends on how rows were batched."""
+
+    total: Tensor
+    """Sum of the losses in nats, a scalar that carries the gradient."""
+    count: Tensor
+    """Number of tokens or examples in the sum."""
 
 
 class State(dict[str, Tensor]):

@@ -115,7 +115,7 @@ def test_muon_takes_hidden_matrices_by_their_maps_and_no_classifier() -> None:
     model.tokenizer = plugin("tokenizer", "byte")()
     model.head.set_info({"labels": ["a", "b"]})
     model.configure_model()
-    matrices, embeddings, _ = model._groups()
+    matrices, embeddings, _ = model.groups()
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {names[p].rpartition("0.")[2]: rows for p, rows in zip(matrices["params"], matrices["maps"], strict=True)}
     gates = [4] * 4

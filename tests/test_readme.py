@@ -316,7 +316,7 @@ def test_plugin_arguments_are_documented() -> None:
     rows = re.findall(r"^\| `((?:model|data)\.\w+)` \| `(\w+)` \| (.+) \|$", text, re.M)
     own = {"dim", "role", "max_length", "params", "optimizer"}
     classes: dict[tuple[str, str], type] = {}
-    for key, family in registry.FAMILY_OF.items():
+    for key, family in (registry.FAMILY_OF | {"data.train": "dataset"}).items():
         if key != "model.cross_attention":
             for name, entry in registry.entries(family).items():
                 if entry.distribution == "llmkit":
@@ -363,7 +363,7 @@ def test_every_sown_bug_is_in_the_table() -> None:
 def test_the_guide_names_every_member_of_the_contracts() -> None:
     text = (ROOT / "docs" / "plugins.md").read_text("utf-8")
     contracts = importlib.import_module("llmkit.contracts")
-    for name in ("Tokenizer", "Attention", "Position", "Feedforward", "Norm", "Head"):
+    for name in ("Tokenizer", "Attention", "Position", "Feedforward", "Norm", "Head", "Dataset"):
         for member in getattr(getattr(contracts, name), "__abstractmethods__", ()):
             assert re.search(rf"`[^`]*\b{member}\b", text), f"{name}.{member}"
 

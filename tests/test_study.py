@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -26,9 +27,11 @@ from llmkit.commands.fit import run_instead
 from llmkit.errors import UserError
 from llmkit.main import main
 from llmkit.registry import entries
+from llmkit.study import calibrate
+from llmkit.study.calibrate import Timing
 from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Local, locked
-from llmkit.study.match import Variant, variants
+from llmkit.study.match import Variant, better_side, variants
 from llmkit.study.outcomes import OUTCOME, outcome_of
 from llmkit.study.spec import Study, Tune, read
 from llmkit.testing.invariance import build
@@ -61,6 +64,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("variants: {a: {}, b: lstm}", "study.yaml:1: variants.b: expected the keys that it sets"),
         ("variants: {a/b: {}, b: {}}", "variants.a/b: the name becomes a folder"),
         ("variants: {a: {}, b: {}}\nmatch: parameters", "match: unknown match 'parameters'. Did you mean 'params'?"),
+        ("variants: {a: {}, b: {}}\nalso: params", "also: unknown match 'params'. Allowed: flops, none, time."),
         ("variants: {a: {}, b: {}}\nseeds: 0", "study.yaml:2: seeds: expected a whole number of at least 1, got 0"),
         ("variants: {a: {}, b: {}}\nmargin: -1", "margin: expected a number above 0, got -1"),
         (
@@ -199,14 +203,14 @@ def test_an_executor_that_is_not_installed(
 
 
 def planned(tmp_path: Path, **changes: Any) -> StudyPlan:
-    values = {
+    values: dict[str, Any] = {
         "name": "s", "output": str(tmp_path), "base": (), "variants": {"a": {}, "b": {}}, "baseline": "a",
         "match": "none", "tune": Tune("model.optimizer.lr", points=3), "seeds": 2, "metric": None, "margin": None,
-        "workers": 1, "threads": 1, "cells_per_gpu": 1, "executor": {"name": "local"},
+        "workers": 1, "threads": 1, "cells_per_gpu": 1, "executor": {"name": "local"}, "also": None,
     }  # fmt: skip
     study = Study(**{**values, **changes})
     tree = {"model": {"optimizer": {"class_path": "x", "init_args": {"lr": 0.004}}}, "data": {}}
-    facts = {"metric": "val_loss", "better": "min", "steps": 4}
+    facts = {"metric": "val_loss", "sides": {"val_loss": "min", "val_bleu": "max"}, "steps": 4}
     return StudyPlan(study, {name: Variant(name, [], tree, facts=facts) for name in study.variants})
 
 
@@ -300,6 +304,83 @@ def size_of(argv: list[str], match: str) -> float:
 
     run_instead(look, argv, "compare")
     return found[0]
+
+
+def test_equal_time_by_the_number_of_steps(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once, kept in the study's folder; the second cost has variants of its own."""
+    asked = []
+
+    def measured(base: Any, other: Any) -> Timing:
+        base()
+        other()
+        asked.append((base, other))
+        return Timing(0.8, 0.02)
+
+    monkeypatch.setattr(calibrate, "compared", measured)
+    words = ["--trainer.max_steps=400", "--model.num_layers=1"]
+    study = read("experiment.yaml", "model.attention=multi_head,lstm", {"match": "time", "also": "params"}, words)
+    for times in (2, 2):
+        found = variants(study, lambda work, argv: run_instead(work, argv, "compare"))
+        assert len(asked) == times
+        assert (found["multi_head"].matched, found["lstm"].matched) == ({}, {"trainer.max_steps": 500})
+        assert found["lstm"].tree["trainer"]["max_steps"] == 500
+        assert found["lstm"].left == 0
+        assert [variant.costs["time"] for variant in found.values()] == [0.02, 0.02]
+        also = {name: variant.also for name, variant in found.items()}
+        assert also["multi_head"] and also["multi_head"].tree == found["multi_head"].tree
+        assert also["lstm"] and also["lstm"].matched.keys() == {"model.feedforward.hidden_multiple"}
+        assert also["lstm"].costs["params"] == pytest.approx(found["multi_head"].costs["params"], rel=0.01)
+    assert len(json.loads((study.folder / "calibration.json").read_text())) == 2
+    short = dataclasses.replace(study, base=(*study.base, "--trainer.max_steps=30"))
+    with pytest.raises(UserError, match=r"variant lstm: cannot be matched in time: 38 steps take \+1.3%"):
+        variants(short, lambda work, argv: run_instead(work, argv, "compare"))
+
+
+def test_steps_are_timed_by_turns() -> None:
+    """A machine that becomes ten times as slow meanwhile changes nothing; nor does a single hiccup."""
+    now, calls = 0.0, 0
+
+    def step(seconds: float) -> Any:
+        def run() -> None:
+            nonlocal now, calls
+            calls += 1
+            now += seconds * 1.0005**calls + (5 if calls == 40 else 0)
+
+        return run
+
+    timing = calibrate.compared(step(0.03), step(0.045), lambda: now)
+    assert timing.ratio == pytest.approx(1.5, rel=0.01)
+    assert timing.seconds == pytest.approx(0.046, rel=0.05)
+
+
+def test_a_second_cost_has_runs_of_its_own(tmp_path: Path) -> None:
+    """They are as many as differ in their config, and take the value that was tuned with the first."""
+    plan = planned(tmp_path, also="flops")
+    for name, variant in plan.variants.items():
+        tree = variant.tree if name == "a" else {**variant.tree, "trainer": {"max_steps": 3}}
+        variant.also = Variant(name, ["--other"], tree)
+    names = end(plan, lambda cell: abs((cell.value or 0.004) / 0.008 - 1))
+    assert sum(name.startswith("final/") for name in names) == 2 * 2 * 2
+    assert [name.partition("-")[0] for name in names if name.startswith("final_flops/")] == [
+        *("final_flops/b/seed0", "final_flops/b/seed1"),
+    ]
+    assert plan.final("a", "flops") == plan.final("a", "tuned")
+    cell = plan.final("b", "flops")[0]
+    assert (cell.words[0], cell.value) == ("--other", plan.chosen("b")[0])
+
+
+def test_the_head_says_which_side_of_a_metric_is_better(experiment: Path) -> None:
+    study = read("experiment.yaml", "model.dim=32,16", {"match": "none"}, [])
+    sides = variants(study, lambda work, argv: run_instead(work, argv, "compare"))["32"].facts["sides"]
+    assert {name: better_side(name, sides) for name in ("val_loss", "val_bits_per_byte", "train_loss")} == {
+        **{"val_loss": "min", "val_bits_per_byte": "min", "train_loss": "min"},
+    }
+    with pytest.raises(UserError, match="metric: the head does not say whether more or less of val_unknown_share is"):
+        better_side("val_unknown_share", sides)
+    with pytest.raises(UserError, match="metric: unknown metric 'val_los'. Did you mean 'val_loss'?"):
+        better_side("val_los", sides)
+    sides = {"val_accuracy": "max", "val_accuracy_to_*": "max", "val_mse": "min"}
+    assert better_side("val_accuracy_to_128", sides) == "max"
 
 
 def test_a_variant_that_cannot_be_matched_is_refused(experiment: Path) -> None:

@@ -160,6 +160,32 @@ def test_figures_of_few_and_of_many_variants(case: str) -> None:
     assert len(report.summary(results).splitlines()) == len(shifts)
 
 
+def test_a_win_by_one_cost_alone_is_said_to_depend_on_it() -> None:
+    results = study({"multi_head": 0, "lstm": -0.05, "linear": 0.05}, margin=None)
+    other = study({"multi_head": 0, "lstm": 0.05, "linear": 0.06}, margin=None)
+    results["also"] = "time"
+    for name, variant in results["variants"].items():
+        variant["runs"]["time"] = other["variants"][name]["runs"]["base"]
+        variant["also"] = {"matched": {"trainer.max_steps": 480} if name == "lstm" else {}, "left": 0.001}
+        variant["costs"]["time"] = 0.02 if name == "lstm" else 0.016
+    found = verdicts.everything(results)
+    assert [[row.word for row in rows] for rows in found.values()] == [["better", "worse"], ["worse", "worse"]]
+    lines = report.summary(results).splitlines()
+    assert lines[0].startswith("val_loss against multi_head (4.00") and "at equal parameters, 6 seeds" in lines[0]
+    assert lines[1].endswith("better; depends on what is made equal")
+    assert lines[2].strip() == "at equal training time: worse"
+    assert lines[3].endswith(" worse")
+    text = "\n".join([*sentences.unequal(results, found), *sentences.methods(results, found)])
+    assert "lstm, at equal training time: trainer.max_steps = 480; +0.10 % training time.\n" in text
+    assert "verdicts at equal training time are those of further runs: the numbers of steps were set for" in text
+    with drawing.style():
+        drawn = figures.draw(results, found)
+    assert drawn["curves_seconds"].axes[0].get_lines()[1].get_xdata()[-1] == 12.0
+    assert [axes.get_title(loc="left") for axes in drawn["differences"].axes] == [
+        *("at equal parameters", "at equal training time"),
+    ]
+
+
 def test_nothing_finished() -> None:
     """All runs diverged or failed: there is a report, without figures, that says so."""
     results = study({"multi_head": 0, "lstm": 0.1}, seeds=4)

@@ -23,7 +23,7 @@ HEADS = ("generation", "classification", "translation")
 FILES = {
     **{"generation": "text.txt", "masked_lm": "text.txt", "classification": "labels.csv", "translation": "pairs.tsv"},
     **{"summarization": "summaries.csv", "token_classification": "tags.conll", "question_answering": "questions.squad"},
-    **{"multi_label": "scored.jsonl", "regression": "scored.jsonl"},
+    **{"multi_label": "scored.jsonl", "regression": "scored.jsonl", "probe": "probe.csv"},
 }
 PROMPTS = ("word 3", "line 12 of")
 
@@ -44,6 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "questions.squad").write_text(json.dumps({"data": [{"title": "", "paragraphs": questions}]}))
     scored = [{"text": w, "labels": ["a", "b"][: i % 3], "score": i % 7} for i, w in enumerate(words)]
     (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    (folder / "probe.csv").write_text("symbols,expected\n" + "".join(f"a {i % 7} b,- - {i % 7}\n" for i in range(40)))
     (folder / "rows.txt").write_text("".join(f"word {i}\n" for i in (5, 3, 11, 4, 7)))
     return folder
 
@@ -105,6 +106,7 @@ ASKED = {
     "question_answering": [
         json.dumps({"question": "which?", "context": text}) for text in ("word 3", "line 12 of word 4 and line 7")
     ],
+    "probe": ["a 3", "a 4 b a"],
 }
 
 
@@ -114,7 +116,7 @@ ASKED = {
         (attention, head)
         for attention in ("multi_head", "lstm", "low_rank")
         for head in sorted(FILES.keys() - set(HEADS))
-        if attention == "multi_head" or FILES[head] != "scored.jsonl"  # these use the network as classification does
+        if attention == "multi_head" or FILES[head] not in ("scored.jsonl", "probe.csv")  # heads like those above
     ],
 )
 def test_attention_and_further_head(attention: str, head: str, data: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ FILES = {
     "answers": ("questions.squad", "squad"),
     "labels": ("several.jsonl", "auto"),
     "score": ("scores.csv", "auto"),
+    "expected": ("probe.csv", "auto"),
 }
 
 
@@ -48,6 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "labels.csv").write_text("text,label\n" + "".join(f"{t},{'abc'[i % 3]}\n" for i, t in enumerate(TEXTS)))
     several = [json.dumps({"text": t, "labels": list("abc"[: i % 4])}) + "\n" for i, t in enumerate(TEXTS)]
     (folder / "several.jsonl").write_text("".join(several))
+    spaced = [" ".join(t.replace(" ", "")[:32]) for t in TEXTS]
+    asked_for = [re.sub(r"[^ olx]", "-", t) for t in spaced]
+    (folder / "probe.csv").write_text(
+        "\n".join(["symbols,expected", *map(",".join, zip(spaced, asked_for, strict=True))])
+    )
     (folder / "scores.csv").write_text("text,score\n" + "".join(f"{t},{i % 7}\n" for i, t in enumerate(TEXTS)))
     (folder / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{t}\t{t[: i + 2]}\n" for i, t in enumerate(TEXTS)))
     (folder / "summaries.csv").write_text(

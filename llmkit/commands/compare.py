@@ -18,7 +18,7 @@ from llmkit.study import report
 from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Executor, Local, locked
 from llmkit.study.gather import gather
-from llmkit.study.match import Variant, variants
+from llmkit.study.match import STEPS, WIDTH, Variant, variants
 from llmkit.study.outcomes import CELLS, OUTCOME
 from llmkit.study.ray import Ray
 from llmkit.study.slurm import Slurm
@@ -39,7 +39,8 @@ def run(command: str, argv: list[str]) -> int:
     add("--config", help="a study (a YAML file with 'variants'), or the config of an experiment, with --vary")
     add("--vary", metavar="KEY=A,B", help="the variants: a key and its values, the first of which is the baseline")
     add("--seeds", type=at_least(1), help="final runs of each variant; default 6")
-    add("--match", help="what all variants are made equal in: params (default), flops or none")
+    add("--match", help="what all variants are made equal in: params (default), flops, time or none")
+    add("--also", help="what they are made equal in for a second verdict")
     add("--metric", help="what is compared; default: what decides on the best checkpoint")
     add("--margin", type=float, help="a difference that would not matter")
     add("--workers", type=at_least(1), help="cells that run at once; default: one for each GPU, or 1")
@@ -54,8 +55,8 @@ def run(command: str, argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.report:
         return _report(Path(options.report))
-    names = ("seeds", "match", "metric", "margin", "workers", "threads", "cells_per_gpu", "executor", "name", "output")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    other = ("config", "vary", "plan", "cells", "report")
+    given = {name: value for name, value in vars(options).items() if name not in other and value is not None}
     special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
     with one_device():
@@ -143,7 +144,7 @@ def _report(folder: Path) -> int:
 def describe(plan: StudyPlan) -> str:
     """Return what a study is going to do: the variants with their costs, the cells, and what it could see."""
     study = plan.study
-    rows = [["variant", "parameters", "MFLOPs a token", "cache KiB", "feedforward", "difference"]]
+    rows = [["variant", "parameters", "MFLOPs a token", "cache KiB", "matched by", "difference"]]
     for variant in plan.variants.values():
         rows.append(_row(variant, study))
     lines = columns(rows)
@@ -151,9 +152,11 @@ def describe(plan: StudyPlan) -> str:
     cells = plan.cells()
     done = sum(plan.outcome(cell) is not None for cell in cells)
     facts = plan.variants[study.baseline].facts
-    final = study.seeds * len(plan.variants) * len(plan.settings())
+    other = sum(variant.also is not None and variant.also.tree == variant.tree for variant in plan.variants.values())
+    final = study.seeds * (len(plan.variants) * len(plan.settings()) - other)
     count = f"{final} final cells" if not study.tune else f"{len(cells)} cells so far, then {final} final ones"
-    lines.append(f"\n{count} ({done} done), matched by {study.match}; compared: {plan.metric} at the last step")
+    matched = f"{study.match}, then by {study.also}" if study.also else study.match
+    lines.append(f"\n{count} ({done} done), matched by {matched}; compared: {plan.metric} at the last step")
     if facts["steps"] is not None:
         tokens = facts["steps"] * facts["tokens_per_step"]
         flops = sum(variant.costs["flops"] for variant in plan.variants.values()) * tokens * study.seeds
@@ -168,7 +171,8 @@ def describe(plan: StudyPlan) -> str:
 
 def _row(variant: Variant, study: Study) -> list[str]:
     costs: dict[str, Any] = variant.costs
-    cache = f"{costs['cache'] / 1024:,.0f}" if costs.get("cache") else "-"
-    width = next((f"x{value:.3g}" for value in variant.matched.values()), "as is")
+    cache = f"{costs['cache'] / 1024:,.3g}" if costs.get("cache") else "-"
+    how = {WIDTH: "feedforward x{:.3g}", STEPS: "{:,} steps"}
+    width = next((how[key].format(value) for key, value in variant.matched.items()), "as is")
     left = "baseline" if variant.name == study.baseline else f"{variant.left:+.2%}"
     return [variant.name, f"{costs['params']:,.0f}", f"{costs['flops'] / 1e6:.3g}", cache, width, left]

@@ -75,6 +75,8 @@ def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
             argument = ".".join(filter(None, inner))
             value = {"init_args": {argument: value}} if argument else _plugin(plugin, text, problems)
             key = plugin
+        elif plugin in registry.DATASETS and not inner[0] and text.lstrip().startswith("{"):
+            value = _plugin(plugin, text, problems)
         for part in reversed(key.split(".")):
             value = {part: value}
         yield Layer(value, COMMAND_LINE)

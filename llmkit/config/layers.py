@@ -33,7 +33,7 @@ def plain(key: str) -> str:
     """Return a key as people write it: ``model.attention.init_args.num_heads`` is ``model.attention.num_heads``."""
     key = re.sub(r"\.(init_args|class_path)(?=\.|$)", "", key)
     above, _, last = key.rpartition(".")
-    return above if last == "name" and above in registry.FAMILY_OF else key
+    return above if last == "name" and above in (*registry.FAMILY_OF, *registry.DATASETS) else key
 
 
 class Stack:
@@ -45,15 +45,14 @@ class Stack:
 
     def add(self, layer: Layer) -> None:
         """Put a layer on top; a plugin of another class replaces the whole plugin, with a note on what that drops."""
-        tree = expanded(layer.tree)
+        tree = expanded(layer.tree, self.tree)
         self._leave_out_splits(tree.get("data"), layer.source)
         self.tree = self._merge(self.tree, tree, "", layer.source)
         leaves = set(_leaves(tree))
         self._places |= dict.fromkeys(leaves, layer.source)
         # A mapping that only changes arguments of a plugin does not choose it.
-        chosen = {
-            key: place for key, place in layer.places.items() if plain(key) in leaves or key not in registry.FAMILY_OF
-        }
+        plugins = registry.plugins_in(self.tree)
+        chosen = {key: place for key, place in layer.places.items() if plain(key) in leaves or key not in plugins}
         self._places |= {plain(key): place for key, place in chosen.items()}
 
     def _merge(self, below: Tree, above: Tree, key: str, source: str) -> Tree:
@@ -74,7 +73,7 @@ class Stack:
                 continue
             if (
                 source == COMMAND_LINE
-                and inner in registry.FAMILY_OF
+                and registry.family_at(inner, value)
                 and isinstance(old, dict)
                 and old.get("init_args")
             ):
@@ -132,6 +131,11 @@ class Stack:
         node[last] = value
         self._places[key] = place
 
+    def give_places(self, key: str, other: str) -> None:
+        """Say of each value below ``key`` that has no place of its own that it is set where that of ``other`` is."""
+        below = {name: place for name, place in self._places.items() if name == other or name.startswith(f"{other}.")}
+        self._places = {f"{key}{name.removeprefix(other)}": place for name, place in below.items()} | self._places
+
     def of(self, key: str) -> str:
         """Return the place where this very value was set: an argument that was left out of a plugin is a default."""
         return self._places.get(plain(key), DEFAULT)
@@ -152,7 +156,7 @@ class Stack:
     def placed(self, problem: Problem) -> str:
         """Return a problem as it is printed: its place, its key, its text."""
         key = problem.key
-        if not problem.place_of and (key in registry.FAMILY_OF or (key and "." not in key)):
+        if not problem.place_of and (key in registry.plugins_in(self.tree) or (key and "." not in key)):
             # The part is known to be wrong; its message may name the argument that the user set.
             named = (f"{key}.{word}" for word in re.findall(r"\w+", problem.text) if word not in ("name", "class_path"))
             key = next((name for name in named if self.of(name) != DEFAULT), key)
@@ -162,8 +166,13 @@ class Stack:
 
 
 def _changes(old: Any, new: Any) -> bool:
-    """Return whether a value of a higher layer is another one than that below it."""
+    """Return whether a value of a higher layer is another one than that below it.
+
+    Generated data stay those of their class, whatever its arguments.
+    """
     new = getattr(new, "value", new)
+    if isinstance(old, dict) and isinstance(new, dict) and "class_path" in old:
+        return not _same_class(old, new)
     return bool(old != ({**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new))
 
 
@@ -186,18 +195,19 @@ def _same_class(below: Tree, above: Tree) -> bool:
     return "name" not in above and above.get("class_path", below.get("class_path")) == below.get("class_path")
 
 
-def expanded(tree: Tree) -> Tree:
+def expanded(tree: Tree, below: Tree) -> Tree:
     """Return a layer's tree with every plugin as ``{class_path, init_args}``.
 
-    A mapping that names no class sets arguments of the plugin in the layers below. A value that is not right stays as
-    it is: the check of the whole tree reports it.
+    A mapping that names no class sets arguments of the plugin in the layers ``below``. A value that is not right stays
+    as it is: the check of the whole tree reports it.
     """
     tree = {str(name): dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    for key, family in registry.FAMILY_OF.items():
+    families = registry.plugins_in(below) | registry.plugins_in(tree)
+    for key, family in families.items():
         group, _, name = key.partition(".")
         part = tree.get(group)
         value = part.get(name) if isinstance(part, dict) else None
-        if value is None:
+        if value is None or (key in registry.DATASETS and not isinstance(value, dict)):
             continue
         if isinstance(value, dict) and not {"name", "class_path", "init_args"} & set(value):
             part[name] = {"init_args": value}  # type: ignore[index]

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from llmkit import imports, registry
-from llmkit.check import check_arguments, check_value, unknown_key
+from llmkit.check import check_arguments, check_value, unknown_key, with_arguments_of_train, without_repetition
 from llmkit.checkpoint.content import Stored
 from llmkit.config import argv as command_line
 from llmkit.config.files import fill_variables, read_yaml
@@ -163,6 +163,13 @@ def _check(stack: Stack) -> list[Problem]:
             for name, value in dataclasses.asdict(head.decoding).items():
                 if name not in (given or {}):
                     stack.put(f"model.decoding.{name}", value, f"{DEFAULT} of {head.__name__}")
+    inherit: list[str] = []
+    if isinstance(tree["data"], dict):
+        given = tree["data"]
+        tree["data"] = with_arguments_of_train(given)
+        inherit = [split for split, value in tree["data"].items() if value is not given[split]]
+    for split in inherit:
+        stack.give_places(f"data.{split}", "data.train")
     for group, cls in GROUPS.items():
         if isinstance(tree[group], dict):
             problems += check_arguments(cls, tree[group], group, elsewhere)
@@ -171,14 +178,14 @@ def _check(stack: Stack) -> list[Problem]:
     for name, (kind, default, _) in TOP.items():
         tree[name], wrong = check_value(kind, tree.get(name, default), name)
         problems += wrong
-    return problems or [*_check_values(tree)]
+    return without_repetition(problems, inherit) or [*_check_values(tree)]
 
 
 def _owners(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Yield every part of a config that has keys below it, and the class that takes them."""
     yield from GROUPS.items()
     yield "model.decoding", DecodingOptions
-    for key in registry.FAMILY_OF:
+    for key in registry.plugins_in(tree):
         cls = _class(tree, key)
         if cls is not None:
             yield key, cls
@@ -191,7 +198,7 @@ def _class(tree: Tree, key: str) -> Any:
     if not isinstance(spec, dict) or imports.refusal(str(spec.get("class_path"))):
         return None
     try:
-        return registry.class_of(spec["class_path"], registry.FAMILY_OF[key])
+        return registry.class_of(spec["class_path"], registry.plugins_in(tree)[key])
     except (UserError, KeyError):  # the check reports it
         return None
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from llmkit.contracts import Head, Stage
+from llmkit.contracts import Dataset, Head, Stage
 from llmkit.data import cache
 from llmkit.data.hub import Hub
 from llmkit.data.opening import Options
@@ -18,7 +18,7 @@ from llmkit.data.parts import Shares, cut, limited, measure, numbered
 from llmkit.data.prepare import Fields, Item, ReadItems
 from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped, Source
-from llmkit.data.sources import Files, local
+from llmkit.data.sources import Files, generated, local
 from llmkit.data.stream import HELD_OUT, take
 from llmkit.data.tokens import Ending
 from llmkit.errors import Problem, UserError
@@ -39,6 +39,10 @@ class Reader(NamedTuple):
     skipped: Skipped
     """The bad rows of the latest pass."""
 
+    def cache_key(self, used: list[Any], *others: Any) -> str | None:
+        """Return the name in the cache of what is made from the items with what is ``used``; None: it is not kept."""
+        return None if None in (self.source.identity, *used) else cache.digest([*others, self.identity, used])
+
     def check(self) -> None:
         """Raise UserError when there are no rows, or only bad ones."""
         if next(self.read(), None) is None:
@@ -55,7 +59,7 @@ class Reader(NamedTuple):
 class Corpus:
     """The rows of all stages. Its arguments are those of ``DataModule``."""
 
-    given: dict[Stage, Files]
+    given: dict[Stage, Files | Dataset]
     source: str | None
     subset: str | None
     options: Options
@@ -160,7 +164,7 @@ class Corpus:
         found += ["test"] if self.shares.cut_test else []
         return ("train", *found) if found else ()
 
-    def _given(self, stage: Stage) -> Files:
+    def _given(self, stage: Stage) -> Files | Dataset:
         given = self.given[stage]
         if stage == "test" and self.shares.cut_test:
             return None
@@ -170,6 +174,8 @@ class Corpus:
         key, given = f"data.{stage}", self._given(stage)
         if given is None:
             raise UserError(Problem(key, "is not set, and this run needs it"))
+        if isinstance(given, Dataset):
+            return generated(key, given, stage, self.folder)
         if self.hub is None:
             return local(key, given, replace(self.options, chunks=chunks, blanks=blanks))
         if not isinstance(given, str):

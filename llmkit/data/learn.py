@@ -31,8 +31,7 @@ def train_tokenizer(
     except UserError:  # not a class of the registry: the settings of the tokenizer have to identify it
         spec = {}
     used = [identity.of(tokenizer, folder, tokenizer, spec), identity.of(head, folder, dict(head.words))]
-    key = None if None in used else cache.digest(["tokenizer", reader.identity, used])
-    path = cache.entry(folder, key, write)
+    path = cache.entry(folder, reader.cache_key(used, "tokenizer"), write)
     if not tokenizer.trained:
         tokenizer.from_state((path / "state.json").read_text(encoding="utf-8"))
 
@@ -57,7 +56,6 @@ def learn_head(head: Head, reader: Reader, folder: Path) -> None:
         cache.write_text(path / "info.json", text)
         learned = True
 
-    used = identity.of(head, folder)
-    path = cache.entry(folder, None if used is None else cache.digest(["head", reader.identity, used]), write)
+    path = cache.entry(folder, reader.cache_key([identity.of(head, folder)], "head"), write)
     if not learned:
         head.set_info(json.loads((path / "info.json").read_text(encoding="utf-8")))

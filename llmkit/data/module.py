@@ -25,7 +25,7 @@ from llmkit.data.parts import Shares, checked_limits
 from llmkit.data.prepare import Encoder, with_text
 from llmkit.data.progress import Step
 from llmkit.data.rows import OnBadRow, Skipped
-from llmkit.data.sources import Files
+from llmkit.data.sources import datasets
 from llmkit.data.stream import HELD_OUT, SAMPLE, Stream, take
 from llmkit.data.tokens import Blocks, Packed, read_tokens, write_tokens
 from llmkit.errors import Problem, UserError, blame, note
@@ -44,8 +44,8 @@ class DataModule(pl.LightningDataModule):
 
     Args:
         train: training data: a file, a glob pattern, a list of them, or ``{field: file}`` for parallel line files
-            (line n of each file is row n). With ``source``: the name of a split.
-        validation: the same for validation; without it a share of ``train`` is set aside.
+            (line n of each file is row n); ``{name: mqar, pairs: 8}``: a plugin. With ``source``: the name of a split.
+        validation: the same; without it a share of ``train`` is set aside. ``{length: 256}``: changes a plugin's.
         test: the same for testing.
         predict: the same for predicting; only the head's inputs are read, and rows keep their order.
         source: a data set for Hugging Face ``datasets``: its name on the hub, or a folder. The splits default to
@@ -103,10 +103,10 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | dict[str, str] | None = None,
-        validation: str | list[str] | dict[str, str] | None = None,
-        test: str | list[str] | dict[str, str] | None = None,
-        predict: str | list[str] | dict[str, str] | None = None,
+        train: str | list[str] | dict[str, Any] | None = None,
+        validation: str | list[str] | dict[str, Any] | None = None,
+        test: str | list[str] | dict[str, Any] | None = None,
+        predict: str | list[str] | dict[str, Any] | None = None,
         source: str | None = None,
         subset: str | None = None,
         format: Format = "auto",
@@ -149,7 +149,7 @@ class DataModule(pl.LightningDataModule):
             key = "data.limit" if limits else "data.folds" if folds else "data.test_share"
             raise UserError(Problem(key, "cannot be combined with data.streaming"))
         self._folder = cache.root(cache_dir)
-        given: dict[Stage, Files] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        given = datasets({"train": train, "validation": validation, "test": test, "predict": predict})
         options = Options(format, pattern, column_names, encoding, delimiter)
         self._corpus = Corpus(
             given, source, subset, options, on_bad_row, columns, documents, shares, limits, streaming, self._folder
@@ -323,7 +323,7 @@ class DataModule(pl.LightningDataModule):
         head = self.head
         used = [identity.of(head, self._folder), identity.of_trained(self.tokenizer, self._folder)]
         settings = [head.info(), self._context, stage == "predict" and "blank", reader.joins, self.pack, head.inputs]
-        return None if None in used else cache.digest([reader.identity, settings, used])
+        return reader.cache_key(used, settings)
 
     @property
     def _rows_of_a_batch(self) -> int:

@@ -61,7 +61,7 @@ class Source:
     read: Callable[[], RawRows]
     single: bool = False  # plain text: one column, which serves as the only field that a head asks for
     files: list[str] = field(default_factory=list)  # cached results depend on their contents
-    identity: Any = None  # and on this
+    identity: Any = None  # and on this; None: on something that cannot be described, so that nothing is kept
     sharded: Callable[[int, int], RawRows] | None = None  # (shard, shards): the source can split itself
     advice: str = ""  # what may help when a column is missing
 

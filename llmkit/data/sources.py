@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
@@ -12,12 +12,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from llmkit import registry
+from llmkit.check import with_arguments_of_train
+from llmkit.contracts import Dataset, Stage
+from llmkit.data import identity
 from llmkit.data.formats import READERS
 from llmkit.data.opening import UNREADABLE, Format, Options, inner_name, lines, shortened
 from llmkit.data.rows import Bad, RawRows, Row, Source, flaw
-from llmkit.errors import Problem, UserError
+from llmkit.errors import Problem, UserError, blame, returned
 
-Files = str | list[str] | dict[str, str] | None
+Files = str | list[str] | dict[str, Any] | None
 
 SUFFIXES: dict[str, Format] = {
     ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
@@ -59,7 +63,31 @@ def _data_hint(path: str) -> str:
     )
 
 
-def local(key: str, value: str | list[str] | dict[str, str], options: Options) -> Source:
+def datasets(splits: Mapping[str, Files]) -> dict[Stage, Files | Dataset]:
+    """Return what is given for each split, with the plugins among it built."""
+    found: dict[Any, Files | Dataset] = {}
+    for split, value in with_arguments_of_train(splits).items():
+        key = f"data.{split}"
+        with blame(key):
+            found[split] = registry.resolve("dataset", value)() if registry.family_at(key, value) else value
+    return found
+
+
+def generated(key: str, dataset: Dataset, split: Stage, folder: Path) -> Source:
+    """Return the rows that a data set makes for a split; they are kept in the cache if its code can be described."""
+    name = type(dataset).__name__
+
+    def read() -> RawRows:
+        for number, row in enumerate(dataset.rows(split), 1):
+            if not isinstance(row, Mapping):
+                raise returned(dataset, "rows", row, "mappings from columns to values")
+            yield Row(row, name, number)
+
+    described = identity.of(dataset, folder)
+    return Source(key, [name], read, identity=described and [described, split])
+
+
+def local(key: str, value: str | list[str] | dict[str, Any], options: Options) -> Source:
     """Return the rows of local files.
 
     Raises UserError for missing files. Reading raises it for files that cannot be read at all; bad rows are yielded.
@@ -68,6 +96,8 @@ def local(key: str, value: str | list[str] | dict[str, str], options: Options) -
     if isinstance(value, dict):
         columns: dict[str, str] = {}
         for name, path in value.items():
+            if not isinstance(path, str):
+                raise UserError(Problem(f"{key}.{name}", f"expected a file, got {path!r}"))
             files = files_of(key, path)
             if len(files) != 1:
                 text = f"parallel files are given one per field, but '{path}' matches {len(files)}"

@@ -33,6 +33,7 @@ from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
 from llmkit.model.use import Rows, Scores, batch_of, evaluating
 from llmkit.model.vectors import begin_with_vectors
+from llmkit.ops.metrics import computed
 from llmkit.sequence import DecodingOptions, on_device
 
 
@@ -206,7 +207,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
-        apply_changes(self.trainer, self.parts, self._stored_settings, self._groups())
+        apply_changes(self.trainer, self.parts, self._stored_settings, self.groups())
         self._step.restore(self, self._stored_step)
         self._stored_step, self._stored_settings = {}, {}
 
@@ -226,14 +227,14 @@ class LanguageModel(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self, self.kinds, fused_maps(self) if self.uses_muon else None)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups and its schedule, stepped every optimizer step."""
         if self.uses_muon and isinstance(self.trainer.strategy, FSDPStrategy):
             raise UserError(Problem("model.optimizer", "muon needs whole matrices: use adamw, or DDP instead of FSDP"))
-        optimizer = self.parts.build("optimizer", self._groups())
+        optimizer = self.parts.build("optimizer", self.groups())
         total = self.trainer.estimated_stepping_batches
         if total in (float("inf"), -1):  # -1: a stream, whose end Lightning does not know
             raise UserError(Problem("trainer.max_steps", "must be set: the schedule has to know how long the run is"))
@@ -270,11 +271,10 @@ class LanguageModel(pl.LightningModule):
     def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            value: Tensor = metric.compute()
-            self.results[f"{prefix}_{name}"] = value
-            if value.numel() == 1:
-                # Every process computed the same value from all processes' sums.
-                self.log(f"{prefix}_{name}", value.float(), rank_zero_only=False, sync_dist=False)
+            for key, value in computed(f"{prefix}_{name}", metric).items():
+                self.results[key] = value
+                if value.numel() == 1:  # every process computed the same from all processes' sums
+                    self.log(key, value.float(), rank_zero_only=False, sync_dist=False)
             metric.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

@@ -55,6 +55,20 @@ def _single_or_wider() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def computed(name: str, metric: Metric) -> dict[str, Tensor]:
+    """Return the value of a metric by its name.
+
+    A metric with ``labels``, one for each of the numbers that it computes, gives each a name of its own,
+    ``accuracy_256``; those that are NaN are left out.
+    """
+    value: Tensor = metric.compute()
+    labels = getattr(metric, "labels", None)
+    if labels is None:
+        return {name: value}
+    found = zip(labels, value, strict=True)
+    return {f"{name}_{label}": number for label, number in found if not number.isnan()}
+
+
 class Mean(Metric):
     """Mean of values that come as a sum and their number, both added up over batches and processes."""
 
@@ -75,6 +89,12 @@ class Mean(Metric):
     def compute(self) -> Tensor:
         """Return total / count."""
         return self.total / self.count
+
+
+class MeanScore(Mean):
+    """Mean of values of which larger ones are better, such as 1 for a right answer and 0 for a wrong one."""
+
+    higher_is_better = True
 
 
 class MeanLoss(Mean):
@@ -120,6 +140,7 @@ class _CorpusScore(Metric):
     """A sacrebleu corpus score from summed sufficient statistics, so that processes add up exactly."""
 
     full_state_update = False
+    higher_is_better = True
     statistics: Tensor
 
     def __init__(self, scorer: Any) -> None:

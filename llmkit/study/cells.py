@@ -15,7 +15,7 @@ from typing import Any
 from llmkit import registry
 from llmkit.data.sources import files_of
 from llmkit.errors import UserError
-from llmkit.study.match import Variant
+from llmkit.study.match import Variant, better_side
 from llmkit.study.outcomes import Cell, Outcome, outcome_of
 from llmkit.study.spec import Study, Tune, words
 from llmkit.study.trackers import logger_words
@@ -38,7 +38,7 @@ class StudyPlan:
         self.study, self.variants = study, variants
         first = variants[study.baseline].facts
         self.metric = study.metric or first["metric"]
-        self.better: str = first["better"] if self.metric == first["metric"] else _better(self.metric)
+        self.better = better_side(self.metric, first["sides"])
         self.steps = first["steps"]
         self.root = study.folder / "cells"
         self._made: dict[tuple[str, str, int, float | None], Cell] = {}
@@ -57,13 +57,19 @@ class StudyPlan:
         return list(dict.fromkeys(found))
 
     def settings(self) -> list[str]:
-        """Return the columns of the results."""
-        return ["base", "tuned"] if self.study.tune else ["base"]
+        """Return the columns of the results: the second cost has the name of what is made equal there."""
+        return ["base", *["tuned"] * (self.study.tune is not None), *filter(None, [self.study.also])]
 
     def final(self, name: str, setting: str) -> dict[int, Cell]:
-        """Return the runs of a variant that the verdict is about, by seed."""
-        value = self.chosen(name)[0] if setting == "tuned" else None
-        return {seed: self._cell("final", name, seed, value) for seed in range(self.study.seeds)}
+        """Return the runs of a variant that the verdict is about, by seed.
+
+        With the second cost they have the value that was tuned with the first.
+        """
+        variant, phase = self.variants[name], "final"
+        if setting == self.study.also and variant.also is not None and variant.also.tree != variant.tree:
+            variant, phase = variant.also, f"final_{setting}"
+        value = None if setting == "base" else self.chosen(name)[0]
+        return {seed: self._cell(phase, name, seed, value, variant) for seed in range(self.study.seeds)}
 
     def modules(self) -> list[str]:
         """Return the modules of all variants' plugins."""
@@ -121,11 +127,11 @@ class StudyPlan:
         best = min(scores)
         return None if best == math.inf else scores.index(best)
 
-    def _cell(self, phase: str, name: str, seed: int, value: float | None) -> Cell:
+    def _cell(self, phase: str, name: str, seed: int, value: float | None, variant: Variant | None = None) -> Cell:
         """Return a cell, whose name ends in a digest of all that its result depends on."""
         key = (phase, name, seed, value)
         if key not in self._made:
-            variant, tune = self.variants[name], self.study.tune
+            variant, tune = variant or self.variants[name], self.study.tune
             own = {tune.key: value} if tune is not None and value is not None else {}
             digest = _digest(variant.tree, [sorted(own.items()), seed])
             label = f"{value:.4g}-" if phase == "tune" else ""
@@ -175,14 +181,15 @@ def _data(data: str) -> list[str]:
 def _files(value: Any) -> Iterator[str]:
     if isinstance(value, str | list) and value:
         yield from files_of("data", value)
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and "class_path" not in value:
         for item in value.values():
             yield from _files(item)
 
 
 def plugin_modules(tree: Mapping[str, Any]) -> set[str]:
     """Return the modules of a config's plugins."""
-    specs = [tree.get(group, {}).get(name) for group, _, name in (key.partition(".") for key in registry.FAMILY_OF)]
+    keys = registry.plugins_in(tree)
+    specs = [tree.get(group, {}).get(name) for group, _, name in (key.partition(".") for key in keys)]
     return {spec["class_path"].rpartition(".")[0] for spec in specs if isinstance(spec, dict) and "class_path" in spec}
 
 
@@ -193,7 +200,3 @@ def _code(name: str) -> str:
     file = Path(getattr(module, "__file__", None) or os.devnull)
     files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _better(metric: str) -> str:
-    return "min" if any(word in metric for word in ("loss", "perplexity", "bits", "error", "mse")) else "max"

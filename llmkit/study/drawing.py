@@ -24,11 +24,25 @@ COSTS = {
     "total_params": "parameters",
     "flops": "FLOPs for a training token",
     "cache": "bytes of cache for a sequence",
+    "time": "seconds for a training step",
 }
-SETTINGS = {"tuned": "tuned", "base": "as in the base config"}
+EQUAL = {
+    "params": "at equal parameters",
+    "flops": "at equal FLOPs for a token",
+    "time": "at equal training time",
+    "none": "as large as they are",
+}
+"""What is made equal, in words."""
 FAR = 5
 """Variants so many times farther off than the median one lie outside the axes, so that the others can be told apart."""
 WIDTH = 6.9
+
+
+def label(results: Results, setting: str) -> str:
+    """Return what a setting is called."""
+    if setting == "base" and results["tuned"] is None:
+        return EQUAL[results["match"]]
+    return {"tuned": "tuned", "base": "as in the base config", **EQUAL}[setting]
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def draw(results: Results, found: Mapping[str, list[Verdict]]) -> dict[str, Any]
         "differences": _differences(results, found),
         "curves": _curves(results, setting, "steps"),
         "curves_flops": _curves(results, setting, "flops"),
+        "curves_seconds": _curves(results, setting, "seconds"),
         "curves_difference": _curves(results, setting, "difference"),
         "seeds": _seeds(results, setting),
         "tuning": _tuning(results),
@@ -64,7 +65,7 @@ def _differences(results: Results, found: Mapping[str, list[Verdict]]) -> Any:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if len(shown) > 1:
-            axes.set_title(drawing.SETTINGS[setting], loc="left")
+            axes.set_title(drawing.label(results, setting), loc="left")
     side = "below" if results["better"] == "min" else "above"
     stack[-1].set_xlabel(f"difference to {results['baseline']} in {results['metric']} ({side} 0 is better)")
     return figure
@@ -107,7 +108,7 @@ def _points(curve: list[list[float | None]]) -> dict[float, float]:
 def _curves(results: Results, setting: str, kind: str) -> Any:
     """Mean and range over the seeds at each validation.
 
-    ``kind``: the metric on "steps" or "flops", or the paired "difference" to the baseline on steps.
+    ``kind``: the metric on "steps", "flops" or "seconds", or the paired "difference" to the baseline on steps.
     """
     baseline = results["baseline"]
     curves: dict[str, list[dict[float, float]]] = {}
@@ -116,9 +117,10 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
         for name, variant in results["variants"].items()
     }
     for name, by_seed in everyone.items():
-        if kind == "flops":
-            cost = results["variants"][name]["costs"].get("flops")
-            scale = (results["data"].get("tokens_per_step") or 0) * (cost or 0)
+        if kind in ("flops", "seconds"):
+            costs = results["variants"][name]["costs"]
+            flops = (results["data"].get("tokens_per_step") or 0) * (costs.get("flops") or 0)
+            scale = flops if kind == "flops" else costs.get("time") or 0
             found = [{step * scale: value for step, value in line.items()} for line in by_seed.values() if scale]
         elif kind == "difference":
             found = [
@@ -161,7 +163,8 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
         from matplotlib.ticker import EngFormatter
 
         panels[0][0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("training FLOPs" if kind == "flops" else "optimizer step", fontsize=8)
+    axis = {"flops": "training FLOPs", "seconds": "seconds of training"}
+    figure.supxlabel(axis.get(kind, "optimizer step"), fontsize=8)
     metric = results["metric"]
     figure.supylabel(f"{metric} minus that of {baseline}" if kind == "difference" else metric, fontsize=8)
     if len(panels) > 1:

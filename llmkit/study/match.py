@@ -1,29 +1,33 @@
-"""What each variant costs, and the width of the feedforward at which it costs as much as the baseline."""
+"""What each variant costs, and the width of its feedforward, or the steps, that make it cost what the baseline does."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
+from torchmetrics import Metric
 
 from llmkit import registry
 from llmkit.config.plan import plan
-from llmkit.errors import UserError
+from llmkit.errors import Problem, UserError, unknown
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import CLI
 from llmkit.sequence import Sequence
+from llmkit.study.calibrate import Calibration
 from llmkit.study.spec import Match, Study, words
 from llmkit.testing.invariance import build
 
 BuildAndDo = Callable[[Callable[[CLI], int], list[str]], int]
 """Builds everything that ``fit`` would build from these words, and calls a function with it."""
 
-WIDTH = "model.feedforward.hidden_multiple"
+WIDTH, STEPS = "model.feedforward.hidden_multiple", "trainer.max_steps"
 CLOSE = 0.01
 """Largest relative difference of matched sizes."""
 
@@ -38,9 +42,11 @@ class Variant:
         matched: what was set to match its cost.
         left: relative difference to the baseline's cost after that.
         costs: ``params`` (without embedding tables), ``total_params``, ``flops`` for training on a token at the
-            context, and ``cache``, the bytes of one sequence's decoding state at the context in fp32.
-        facts: of the model and data: ``metric``, ``better``, ``steps``, ``tokens_per_step``.
+            context, ``cache``, the bytes of one sequence's decoding state at the context in fp32, and ``time``, the
+            seconds of a training step, where they were measured.
+        facts: of the model and data: ``metric``, ``sides``, ``steps``, ``tokens_per_step``.
         notes: what a reader should know.
+        also: the same variant, matched by the study's second cost.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Variant:
     costs: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    also: Variant | None = None
 
 
 def variants(study: Study, build_and_do: BuildAndDo) -> dict[str, Variant]:
@@ -69,41 +76,95 @@ def variants(study: Study, build_and_do: BuildAndDo) -> dict[str, Variant]:
     if problems:
         raise UserError(*dict.fromkeys(problems))
     order = [study.baseline, *(name for name in study.variants if name != study.baseline)]
-    goal: float | None = None
+    goals: dict[Match, float] = {}
+    calibration = Calibration(study.folder, study.threads)
     for name in order:
-        goal = _build(found[name], study.match, goal, build_and_do)
+        variant = found[name]
+        if study.also is not None:
+            variant.also = Variant(name, variant.words, variant.tree)
+        build_and_do(partial(_look, study, variant, goals, calibration), variant.words)
     return found
 
 
-def _build(variant: Variant, match: Match, goal: float | None, build_and_do: BuildAndDo) -> float:
-    """Fill in costs and facts, matched to ``goal``; returns the goal of the other variants."""
-    measured: list[float] = []
+def _look(study: Study, variant: Variant, goals: dict[Match, float], calibration: Calibration, cli: CLI) -> int:
+    """Fill in costs and facts of a variant that is built, and match it to the ``goals`` of the baseline, the first."""
+    model = cli.model
+    build(model, cli.datamodule)
+    first = not goals
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    positions = sum(batch[key].numel() for key in ("ids", "source") if key in batch)
+    metric, better = model.head.monitor
+    variant.facts = {
+        "metric": f"val_{metric}",
+        "sides": {"train_loss": "min", **_sides(model), f"val_{metric}": better},
+        "steps": cli.trainer.max_steps if cli.trainer.max_steps > 0 else None,
+        "tokens_per_step": positions * cli.trainer.accumulate_grad_batches * cli.trainer.world_size,
+        "context": model.context,
+        "precision": str(cli.trainer.precision),
+        "has_validation": bool(cli.datamodule.val_dataloader()),
+    }
+    timing = None
+    if "time" in (study.match, study.also):
+        if variant.facts["steps"] is None:
+            raise UserError("match: time sets the number of steps: give trainer.max_steps")
+        timing = calibration.of(cli, variant.tree)  # the last look at the model, which it trains a little
+    for each, match in ((variant, study.match), (variant.also, study.also)):
+        if each is None or match is None:
+            continue
+        if match == "time":
+            assert timing is not None
+            size = float(variant.facts["steps"])
+            if not first:
+                _match_steps(each, size, timing.ratio)
+        else:
+            measure = _size(model, match)
+            size = measure(None)
+            if not first and match != "none":
+                _match(each, model, measure, goals[match], match)
+        goals.setdefault(match, size)
+        each.costs = _costs(model, each.matched.get(WIDTH))
+        if timing is not None:
+            each.costs["time"] = timing.seconds
+    return 0
 
-    def look(cli: CLI) -> int:
-        model = cli.model
-        build(model, cli.datamodule)
-        size = _size(model, match)
-        if goal is not None and match != "none":
-            _match(variant, model, size, goal, match)
-        measured.append(size(variant.matched.get(WIDTH)))
-        variant.costs = _costs(model, variant.matched.get(WIDTH))
-        metric, better = model.head.monitor
-        loader = cli.datamodule.train_dataloader()
-        batch = next(iter(loader))
-        positions = sum(batch[key].numel() for key in ("ids", "source") if key in batch)
-        variant.facts = {
-            "metric": f"val_{metric}",
-            "better": better,
-            "steps": cli.trainer.max_steps if cli.trainer.max_steps > 0 else None,
-            "tokens_per_step": positions * cli.trainer.accumulate_grad_batches * cli.trainer.world_size,
-            "context": model.context,
-            "precision": str(cli.trainer.precision),
-            "has_validation": bool(cli.datamodule.val_dataloader()),
-        }
-        return 0
 
-    build_and_do(look, variant.words)
-    return measured[0] if goal is None else goal
+def _sides(model: LanguageModel) -> dict[str, str | None]:
+    """Return the better side of each validation metric, as far as the metric says it; of labelled ones for all."""
+    sides = {True: "max", False: "min", None: None}
+    return {
+        f"val_{name}{'_*' if hasattr(metric, 'labels') else ''}": sides[metric.higher_is_better]
+        for name, metric in model.head.metrics("validation").items()
+        if isinstance(metric, Metric)
+    }
+
+
+def better_side(metric: str, sides: Mapping[str, str | None]) -> str:
+    """Return ``min`` or ``max``. Raises UserError for a metric that there is not, or whose better side nobody says."""
+    name = next((name for name in sides if fnmatchcase(metric, name)), None)
+    if name is None:
+        raise UserError(Problem("metric", unknown("metric", metric, sides)))
+    side = sides[name]
+    if side is None:
+        raise UserError(Problem("metric", f"the head does not say whether more or less of {metric} is better"))
+    return side
+
+
+def _match_steps(variant: Variant, steps: float, ratio: float) -> None:
+    """Set the number of steps so that training takes as long as ``steps`` of the baseline."""
+    count = max(1, round(steps / ratio))
+    variant.left = count * ratio / steps - 1
+    if abs(variant.left) > CLOSE:
+        raise UserError(
+            f"variant {variant.name}: cannot be matched in time: {count} steps take {variant.left:+.1%} of what the "
+            "baseline's take; give trainer.max_steps more steps"
+        )
+    _set(variant, {STEPS: count})
+
+
+def _set(variant: Variant, matched: dict[str, float]) -> None:
+    variant.matched = matched
+    variant.words = [*variant.words, *words(matched)]
+    variant.tree = copy.deepcopy(plan("fit", variant.words, "compare").config.tree)
 
 
 def _network(model: LanguageModel, multiple: float | None) -> Backbone:
@@ -152,7 +213,6 @@ def _match(
         low, high = (middle, high) if size(middle / dim) <= goal else (low, middle)
     # A width that is rounded up, SwiGLU's, takes the nearest of the sizes that there are.
     best = min((low, high), key=lambda hidden: abs(size(hidden / dim) - goal))
-    variant.matched = {WIDTH: best / dim}
     variant.left = size(best / dim) / goal - 1
     if abs(variant.left) > CLOSE:
         raise UserError(
@@ -161,8 +221,7 @@ def _match(
         )
     if not 1 <= best / dim <= 8:
         variant.notes.append(f"its feedforward is {best / dim:.2g} times the width: outside the usual 1 to 8")
-    variant.words = [*variant.words, *words(variant.matched)]
-    variant.tree = copy.deepcopy(plan("fit", variant.words, "compare").config.tree)
+    _set(variant, {WIDTH: best / dim})
 
 
 def _costs(model: LanguageModel, multiple: float | None) -> dict[str, float]:

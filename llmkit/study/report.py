@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.study import drawing, figures, sentences, tables, verdicts
-from llmkit.study.drawing import SETTINGS, signed
+from llmkit.study.drawing import label, signed
 from llmkit.study.verdicts import Results, Verdict
 
 
 def summary(results: Results) -> str:
     """Return the verdicts in a few lines, for a terminal."""
-    return sentences.summary(results, _verdicts(results))
+    return sentences.summary(results, verdicts.everything(results))
 
 
 def write(results: Results, folder: Path) -> None:
     """Write ``report.html``, ``table.csv``, ``table.tex`` and ``figures/``; the same results give the same bytes."""
-    found = _verdicts(results)
+    found = verdicts.everything(results)
     decimals = verdicts.decimals(row for rows in found.values() for row in rows)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures = {}
@@ -38,10 +38,6 @@ def write(results: Results, folder: Path) -> None:
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _verdicts(results: Results) -> dict[str, list[Verdict]]:
-    return {setting: verdicts.of(results, setting) for setting in verdicts.settings(results)}
-
-
 def _title(results: Results) -> str:
     return f"{results['name']}: {results['metric']} of {len(results['variants'])} variants"
 
@@ -54,6 +50,7 @@ CAPTIONS = {
     ),
     "curves": ("Learning curves", "Mean over the seeds at each validation; band: smallest to largest."),
     "curves_flops": ("Learning curves by training FLOPs", "The same, on estimated FLOPs instead of steps."),
+    "curves_seconds": ("Learning curves by training time", "The same, on the seconds of calibrated steps."),
     "curves_difference": (
         "Difference during training",
         "Paired difference to the baseline at each validation, mean and range. Grey: the margin. Only the end counts.",
@@ -78,15 +75,15 @@ def _body(results: Results, found: Mapping[str, list[Verdict]], decimals: int, p
     ]
     for setting, rows in found.items():
         if len(found) > 1:
-            parts.append(f"<h3>{SETTINGS[setting].capitalize()}</h3>")
+            parts.append(f"<h3>{_capital(label(results, setting))}</h3>")
         parts.append(_verdict_table(results, setting, rows, decimals))
     changed = [
-        f"{row.variant}: {line}, {SETTINGS[row.setting]}: {row.word}."
+        f"{row.variant}: {line}, {label(results, row.setting)}: {row.word}."
         for row in next(iter(found.values()))
         for line in sentences.other_settings(row, results, found)
     ]
     if changed:
-        parts += ["<p>These verdicts depend on the tuning:</p>", _list(changed)]
+        parts += ["<p>These verdicts depend on the tuning, or on what is made equal:</p>", _list(changed)]
     parts += [_figure(name, picture) for name, picture in pictures.items()]
     parts += ["<h2>What was not equal</h2>", _cost_table(results)]
     parts += [_list(sentences.unequal(results, found)) or "<p>Nothing else.</p>"]
@@ -96,6 +93,10 @@ def _body(results: Results, found: Mapping[str, list[Verdict]], decimals: int, p
     links = [f'<a href="{file}">{file}</a>' for file in ("table.csv", "table.tex")]
     parts += ["<h2>Files</h2>", f"<p>{', '.join(links)}; each figure as PNG and PDF in <code>figures/</code>.</p>"]
     return "\n".join(part for part in parts if part)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _paragraph(text: str) -> str:
@@ -138,7 +139,7 @@ def _verdict_table(results: Results, setting: str, rows: list[Verdict], decimals
         "correlation": lambda row: tables.number(row.correlation, 2),
     }
     columns = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
-    tuned = html.escape(verdicts.short(results["tuned"]["key"])) if setting == "tuned" and results["tuned"] else ""
+    tuned = html.escape(verdicts.short(results["tuned"]["key"])) if setting != "base" and results["tuned"] else ""
     by_name = {row.variant: row for row in rows}
     lines = []
     for name, variant in results["variants"].items():

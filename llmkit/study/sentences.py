@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.study import statistics, tables, verdicts
-from llmkit.study.drawing import COSTS, SETTINGS, signed
+from llmkit.study.drawing import COSTS, EQUAL, label, signed
 from llmkit.study.verdicts import Results, Verdict
 
 
@@ -17,7 +17,7 @@ def summary(results: Results, found: Mapping[str, list[Verdict]]) -> str:
     decimals = verdicts.decimals(row for rows in found.values() for row in rows)
     base = verdicts.sample(results, results["baseline"], setting)
     mean = tables.number(base.mean, decimals) or "no finished run"
-    where = f", {SETTINGS[setting]}" if len(found) > 1 else ""
+    where = f", {label(results, setting)}" if len(found) > 1 else ""
     lines = [f"{results['metric']} against {results['baseline']} ({mean}){where}, {_seeds(results['seeds'])}:"]
     width = max((len(row.variant) for row in found[setting]), default=0)
     for row in found[setting]:
@@ -32,7 +32,7 @@ def summary(results: Results, found: Mapping[str, list[Verdict]]) -> str:
 def other_settings(row: Verdict, results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
     """Return what the other settings say of the same variant, where that is another verdict."""
     rows = [other for rows in found.values() for other in rows if other.variant == row.variant]
-    return [f"{SETTINGS[other.setting]}: {other.word}" for other in rows if other.word != row.word]
+    return [f"{label(results, other.setting)}: {other.word}" for other in rows if other.word != row.word]
 
 
 def listed(items: list[str]) -> str:
@@ -69,12 +69,11 @@ def _setup(results: Results) -> str:
     ]
     if changes:
         text += f"They differ in these settings only: {'; '.join(changes)}. "
-    if results["match"] == "none":
-        text += "Their sizes were not matched. "
-    else:
-        left = max(abs(variant["left"] or 0) for variant in results["variants"].values())
-        what = COSTS.get(results["match"], results["match"])
-        text += f"Sizes were matched as listed above: {what} are within {100 * left:.2g} % of {baseline}'s. "
+    text += _matching(results["match"], [variant["left"] for variant in results["variants"].values()], baseline)
+    if also := results.get("also"):
+        more = _matching(also, [variant["also"]["left"] for variant in results["variants"].values()], baseline)
+        tuned = " with the values that were tuned before" if results["tuned"] else ""
+        text += f"The verdicts {EQUAL[also]} are those of further runs{tuned}: {more[0].lower()}{more[1:]}"
     if tuned := results["tuned"]:
         counts = {len(variant["tuning"] or []) for variant in results["variants"].values()}
         span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
@@ -87,6 +86,17 @@ def _setup(results: Results) -> str:
         "best checkpoint. A seed gives every variant the same order of data, the same stream of dropout and the same "
         "initial values of all parameters that have the same name and shape."
     )
+
+
+def _matching(match: str, left: list[float | None], baseline: str) -> str:
+    """Return the sentence on what was made equal, and how exactly."""
+    off = f"within {100 * max(abs(value or 0) for value in left):.2g} % of {baseline}'s"
+    if match == "none":
+        return "Their sizes were not matched. "
+    if match == "time":
+        how = "steps of each variant were timed by turns with the baseline's before any run"
+        return f"The numbers of steps were set for equal training times, {off}: {how}. "
+    return f"Sizes were matched as listed above: {COSTS[match]} are {off}. "
 
 
 def _statistics(results: Results, found: Mapping[str, list[Verdict]]) -> str:
@@ -133,10 +143,10 @@ def unequal(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
     if results["match"] == "none":
         lines.append("Sizes were not matched.")
     for name, variant in results["variants"].items():
-        parts = [f"{key} = {_fact(value)}" for key, value in variant["matched"].items()]
-        if parts and name != results["baseline"]:
-            parts.append(f"{signed(100 * (variant['left'] or 0), 2)} % {COSTS.get(results['match'], '')}".strip())
+        parts = _matched(variant, results["match"])
         lines += [f"{name}: {'; '.join([*parts, *variant['notes']])}."] if parts or variant["notes"] else []
+        if results.get("also") and (parts := _matched(variant["also"], results["also"])):
+            lines.append(f"{name}, {EQUAL[results['also']]}: {'; '.join(parts)}.")
     for key in base["costs"]:
         gaps = {name: _ratio(variant, base, key) for name, variant in results["variants"].items()}
         far = [f"{name} {signed(100 * gap, 0)} %" for name, gap in gaps.items() if gap is not None and abs(gap) > 0.01]
@@ -144,6 +154,13 @@ def unequal(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
             what = COSTS.get(key, key)
             lines.append(f"{what[0].upper()}{what[1:]}, against {results['baseline']}: {', '.join(far)}.")
     return [*lines, *_unequal_tuning(results), *_unequal_runs(results, found)]
+
+
+def _matched(variant: Mapping[str, Any], match: str) -> list[str]:
+    """Return what was set to make a variant equal to the baseline, and what is left of the difference."""
+    parts = [f"{key} = {_fact(value)}" for key, value in variant["matched"].items()]
+    what = "training time" if match == "time" else COSTS.get(match, "")
+    return [*parts, f"{signed(100 * (variant['left'] or 0), 2)} % {what}".strip()] if parts else []
 
 
 def _ratio(variant: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
@@ -175,7 +192,7 @@ def _unequal_tuning(results: Results) -> list[str]:
 def _unequal_runs(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
     lines = []
     for setting in found:
-        where = f" ({SETTINGS[setting]})" if len(found) > 1 else ""
+        where = f" ({label(results, setting)})" if len(found) > 1 else ""
         for name in results["variants"]:
             values = verdicts.sample(results, name, setting).values
             diverged = [seed for seed, value in values.items() if math.isinf(value)]

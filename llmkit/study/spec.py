@@ -16,7 +16,7 @@ from llmkit.config.layers import Layer
 from llmkit.config.stored import is_below
 from llmkit.errors import Problem, UserError, unknown
 
-Match = Literal["params", "flops", "none"]
+Match = Literal["params", "flops", "time", "none"]
 MOST_VARIANTS = 50
 EXECUTORS: dict[str, tuple[str, ...] | None] = {"local": (), "slurm": None, "ray": ("address",)}
 """Executors, and the settings of each; None: whatever it accepts."""
@@ -42,7 +42,9 @@ class Study:
         base: the words of ``llmkit fit`` that all variants share.
         variants: name -> key -> value.
         baseline: the variant that the others are compared with.
-        match: what all variants are made equal in by the width of the feedforward.
+        match: what all variants are made equal in: ``params`` and ``flops`` by the width of the feedforward, ``time``
+            by the number of steps.
+        also: what they are made equal in for a second verdict; None: there is none.
         tune: what is tuned for each variant.
         seeds: number of final runs for each variant.
         metric: what ``results.json`` calls it; None: that which decides on the best checkpoint.
@@ -59,6 +61,7 @@ class Study:
     variants: dict[str, dict[str, Any]]
     baseline: str
     match: Match
+    also: Match | None
     tune: Tune | None
     seeds: int
     metric: str | None
@@ -82,6 +85,7 @@ DEFAULTS: dict[str, Any] = {
     "variants": None,
     "baseline": None,
     "match": "params",
+    "also": None,
     "tune": None,
     "seeds": 6,
     "metric": None,
@@ -227,8 +231,10 @@ def _check(values: dict[str, Any], problems: list[Problem]) -> None:
         values["baseline"] = names[0]
     elif names and values["baseline"] not in names:
         problems.append(Problem("baseline", unknown("variant", str(values["baseline"]), names)))
-    if values["match"] not in get_args(Match):
-        problems.append(Problem("match", unknown("match", str(values["match"]), get_args(Match))))
+    others = tuple(match for match in get_args(Match) if match != values["match"])
+    for key, allowed in (("match", get_args(Match)), ("also", others)):
+        if values[key] not in allowed and not (key == "also" and values[key] is None):
+            problems.append(Problem(key, unknown("match", str(values[key]), allowed)))
     for key in ("seeds", "workers", "threads", "cells_per_gpu"):
         if key == "workers" and values[key] is None:
             continue

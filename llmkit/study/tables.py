@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.study import verdicts
-from llmkit.study.drawing import SETTINGS, signed
+from llmkit.study.drawing import label, signed
 from llmkit.study.verdicts import Results, Verdict
 
 MINUS = "\N{MINUS SIGN}"
@@ -69,7 +69,7 @@ def as_csv(results: Results, found: Mapping[str, list[Verdict]]) -> str:
                     ends = [row.difference - row.half, row.difference + row.half]
                 numbers = [row.pairs, row.difference, *ends, row.sd, row.p, row.p_equivalent]
                 numbers += [row.p_sign_flip, row.correlation, row.visible]
-            chosen = variant["chosen"] if setting == "tuned" else None
+            chosen = variant["chosen"] if setting != "base" else None
             table.writerow([setting, name, *words, *numbers, chosen, *(variant["costs"].get(key) for key in costs)])
     return buffer.getvalue()
 
@@ -94,7 +94,7 @@ def as_latex(results: Results, found: Mapping[str, list[Verdict]], decimals: int
         by_name = {row.variant: row for row in rows}
         lines.append(r"\midrule")
         if len(found) > 1:
-            lines += [rf"\multicolumn{{7}}{{l}}{{\emph{{{SETTINGS[setting]}}}}} \\"]
+            lines += [rf"\multicolumn{{7}}{{l}}{{\emph{{{label(results, setting)}}}}} \\"]
         for name, variant in results["variants"].items():
             one = verdicts.sample(results, name, setting)
             mean = number(one.mean, decimals) + (f" ± {number(one.sd, decimals)}" if one.sd is not None else "")

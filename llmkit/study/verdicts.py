@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Verdict:
 def settings(results: Results) -> list[str]:
     """Return the settings with results, the one that counts first."""
     found = {setting for variant in results["variants"].values() for setting, runs in variant["runs"].items() if runs}
-    return [setting for setting in ("tuned", "base") if setting in found] or ["base"]
+    order = ["tuned", "base", *found]
+    return sorted(found, key=order.index) or ["base"]
 
 
 def sample(results: Results, variant: str, setting: str) -> Sample:
@@ -126,6 +128,18 @@ def of(results: Results, setting: str) -> list[Verdict]:
     return verdicts
 
 
+def everything(results: Results) -> dict[str, list[Verdict]]:
+    """Return the verdicts of each setting, the one that counts first; a win or loss by one cost alone is marked."""
+    found = {setting: of(results, setting) for setting in settings(results)}
+    other = {row.variant: row.word for row in found.get(results.get("also") or "", [])}
+    for setting in [setting for setting in found if setting != results.get("also")]:
+        for index, row in enumerate(found[setting]):
+            if row.word in (statistics.BETTER, statistics.WORSE) and other.get(row.variant, row.word) != row.word:
+                caveat = "depends on what is made equal"
+                found[setting][index] = dataclasses.replace(row, caveats=(*row.caveats, caveat))
+    return found
+
+
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -138,7 +152,7 @@ def _caveats(results: Results, setting: str, name: str, found: statistics.Compar
             lines.append(f"{count} of {seeds} runs{whose} diverged")
     if MIN_SEEDS <= seeds < len(results["seeds"]):
         lines.append(f"{seeds} of {len(results['seeds'])} seeds")
-    if setting == "tuned" and (tuned := results["tuned"]):
+    if setting != "base" and (tuned := results["tuned"]):
         for variant, whose in ((name, ""), (results["baseline"], " of the baseline")):
             if results["variants"][variant]["at_edge"]:
                 lines.append(f"{short(tuned['key'])}{whose} at the edge")

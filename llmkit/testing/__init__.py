@@ -31,6 +31,7 @@ _MODULES = {
     "position": ("parts", "POSITION"),
     "feedforward": ("parts", "FEEDFORWARD"),
     "norm": ("parts", "NORM"),
+    "dataset": ("dataset", "PROPERTIES"),
 }
 
 
@@ -46,10 +47,10 @@ def check(family: str, plugin: Any, *, only: list[str] | None = None, **options:
     """Check a plugin and return the report.
 
     Args:
-        family: attention, tokenizer, head, position, feedforward or norm.
+        family: attention, tokenizer, head, position, feedforward, norm or dataset.
         plugin: its registered name, its class, or ``llmkit.plugin(family, name, argument=...)``.
         only: names of the properties to check; None: all.
-        options: ``seed``; all but tokenizers: ``dim``; attention: ``reference``, a slow form
+        options: ``seed``; all but tokenizers and data sets: ``dim``; attention: ``reference``, a slow form
             ``(module, x_BTD, seq, memory) -> (B, T, D)`` that it has to equal, and ``compile_backend`` of
             torch.compile (None skips that property); head: ``rows``, a few rows by field, and ``reference``.
 

@@ -64,6 +64,8 @@ def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
                 facts["supports"] = _tokenizer(factory())
             elif entry.family == "head":
                 facts["supports"] = _head(factory())
+            elif entry.family == "dataset":
+                facts["supports"] = {name: str(value) for name, value in next(iter(factory().rows("train"))).items()}
             else:
                 _module(factory, entry.family, dim, length, facts)
     return facts
@@ -81,7 +83,7 @@ def differences(family: str, factory: functools.partial[Any], dim: int, length: 
 
     In a comparison with the default these are confounds unless they are the point: arguments that it lacks or whose
     values differ, and weights by shape. A weight counts as the maps that are marked in it by ``llmkit.ops.fused``,
-    because Muon treats each by itself. Tokenizers and heads are not compared: another task is not a variant.
+    because Muon treats each by itself. Tokenizers, heads and data are not compared: another task is not a variant.
 
     Args:
         family: of the plugin.
@@ -89,10 +91,10 @@ def differences(family: str, factory: functools.partial[Any], dim: int, length: 
         dim: the width at which weights are compared; a plugin that refuses it is compared by its arguments alone.
         length: the context at which weights of positions are compared.
     """
+    if family in ("tokenizer", "head", "dataset"):
+        return []
     default = registry.resolve(family, None)
     cls, usual = registry.target_of(factory), registry.target_of(default)
-    if family in ("tokenizer", "head"):
-        return []
     found, missing = [], []
     parameters = inspect.signature(cls).parameters
     passed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -21,7 +21,7 @@ PROPERTIES = {
 }
 """What is examined: the properties without which training and its figures mean nothing, well under a second together.
 
-Heads are left out: their examination takes rows of their own fields."""
+Heads are left out: their examination takes rows of their own fields. So are data sets, which may take long to begin."""
 
 
 def examine(config: Mapping[str, Any], folder: Path) -> Iterator[str]:

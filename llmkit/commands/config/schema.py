@@ -72,6 +72,12 @@ def schema() -> Schema:
         if name != "cross_attention":
             argument["default"] = registry.default(family)
             definitions[family] = choice(family)
+    definitions["dataset"] = choice("dataset")
+    for key in registry.DATASETS:
+        argument = top["data"]["properties"][key.partition(".")[2]]
+        files = [form for form in argument.pop("anyOf") if form.get("type") != "object"]
+        unnamed = {"type": "object", "not": {"type": "object", "required": ["name"]}}
+        argument["anyOf"] = [*files, {"$ref": "#/$defs/dataset"}, unnamed]
     for name, value in TRAINER_DEFAULTS.items():
         top["trainer"]["properties"][name]["default"] = value
     return {

@@ -22,20 +22,21 @@ def short_names(family: str) -> dict[str, str]:
 def shortened(tree: Tree) -> Tree:
     """Return a config with its keys in the order of the documentation and every plugin in its short form."""
     tree = {key: tree[key] for key in dict.fromkeys([*TOP_KEYS, *tree]) if key in tree}
-    for key, family in registry.FAMILY_OF.items():
+    for key, family in registry.plugins_in(tree).items():
         group, _, leaf = key.partition(".")
         if isinstance(tree.get(group), dict) and leaf in tree[group]:
-            tree[group] = {**tree[group], leaf: _short(tree[group][leaf], short_names(family))}
+            tree[group] = {**tree[group], leaf: _short(tree[group][leaf], family)}
     return tree
 
 
-def _short(spec: Any, names: dict[str, str]) -> Any:
+def _short(spec: Any, family: str) -> Any:
+    names = short_names(family)
     if not isinstance(spec, dict) or spec.get("class_path") not in names:
         return spec
     name, given = names[spec["class_path"]], spec.get("init_args") or {}
     if "name" in given:  # it would be taken for the plugin's
         return spec
-    return {"name": name, **given} if given else name
+    return {"name": name, **given} if given or family == "dataset" else name
 
 
 def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -53,7 +54,7 @@ def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
 def plugin_key(key: str) -> str:
     """Return a key without the ``.name`` of a plugin's short form."""
     above, _, last = key.rpartition(".")
-    return above if last == "name" and above in registry.FAMILY_OF else key
+    return above if last == "name" and above in (*registry.FAMILY_OF, *registry.DATASETS) else key
 
 
 def inline(value: Any) -> str:

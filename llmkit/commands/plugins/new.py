@@ -15,9 +15,17 @@ from llmkit.registry import DEFAULTS, check_family, entries
 TEMPLATES = Path(__file__).parent / "templates"
 """One module per family, with a class ``Template`` registered as ``template``; and as text the files around it."""
 
+FILES = """\
+  train: ${STDLIB}/*.py          # ${STDLIB}: the folder of the standard library
+"""
 ROWS = """\
   # Does a line open a block? For your own rows, use a CSV file with columns text and label, and drop the pattern.
   pattern: '(?P<text>.*?)(?P<label>:?)'
+"""
+SHARE = "  validation_share: 0.05\n"
+OWN_ROWS = """\
+  train: {name: NAME}
+  validation: {}                 # what is other than in train: nothing
 """
 
 
@@ -40,9 +48,9 @@ def run(command: str, argv: list[str]) -> int:
     values = {
         **{"family": family, "name": name, "module": module, "cls": cls},
         "imports": "" if options.package else f"imports: {name}.py\n",
-        "rows": ROWS if family == "head" else "",
-        "tokenizer": name if family == "tokenizer" else "byte",
-        "model": "" if family == "tokenizer" else f"  {family}: {name}\n",
+        "data": {"head": FILES + ROWS + SHARE, "dataset": OWN_ROWS.replace("NAME", name)}.get(family, FILES + SHARE),
+        "tokenizer": {"tokenizer": name, "dataset": "word"}.get(family, "byte"),
+        "model": {"tokenizer": "", "dataset": "  head: probe\n"}.get(family, f"  {family}: {name}\n"),
     }
 
     def fill(template: str) -> str:

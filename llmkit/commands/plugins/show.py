@@ -47,7 +47,8 @@ def text(facts: Facts) -> str:
     lines += _section("papers", [[link] for link in facts["papers"]])
     lines += _section("arguments", [_argument(item) for item in facts["arguments"]])
     supports = facts["supports"].items()
-    lines += _section("supports", [[name.replace("_", " "), _ability(name, value, twice)] for name, value in supports])
+    title = "first row" if facts["family"] == "dataset" else "supports"
+    lines += _section(title, [[name.replace("_", " "), _ability(name, value, twice)] for name, value in supports])
     lines += _section("limits", [[limit] for limit in facts["limits"]])
     apart = [["; ".join(facts["differences"])]] if facts["differences"] else []
     lines += _section(f"differs from the default, {registry.default(facts['family'])}", apart)

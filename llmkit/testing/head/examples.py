@@ -40,6 +40,8 @@ FIELDS: dict[str, list[Any]] = {
         ["O", "O", "B-LOC", "I-LOC"],
         ["O", "O", "O", "B-PER", "I-PER", "O", "O", "O", "O", "B-LOC"],
     ],
+    "symbols": ["a b", "b a", "c d e", "a b a b", "a b c d e f a"],
+    "expected": ["- c", "- d", "- b -", "- - - b", "- - - a - - b"],
     "question": ["Where is Ann?", "Where is Bob?", "What sleeps in the garden?", "哪里？", "Who sleeps?"],
     "context": CONTEXTS,
     "answers": [

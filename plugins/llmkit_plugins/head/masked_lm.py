@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
 from llmkit.ops.losses import linear_cross_entropy, rows_at_once
-from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
+from llmkit.ops.metrics import Mean, MeanLoss, MeanScore, Perplexity
 from llmkit.ops.sampling import scrambled
 from llmkit.ops.writing import special_ids
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
@@ -117,7 +117,7 @@ class MaskedLM(Head):
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, perplexity and accuracy of the chosen tokens, and the share of unknown ones among all."""
-        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": Mean(), "unknown_share": Mean()}
+        return {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": MeanScore(), "unknown_share": Mean()}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from llmkit.contracts import Batch, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.metrics import Mean, MeanLoss
+from llmkit.ops.metrics import MeanLoss, MeanScore
 from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.labels import ClassNumbers, accepted, count_classes
 from llmkit_plugins.head.pooled import Pooled
@@ -115,7 +115,7 @@ class MultiLabel(Pooled):
             "loss": MeanLoss(),
             "micro_f1": LabelF1(labels, "micro"),
             "macro_f1": LabelF1(labels, "macro"),
-            "exact_match": Mean(),
+            "exact_match": MeanScore(),
         }
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:

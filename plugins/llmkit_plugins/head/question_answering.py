@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.metrics import Mean, MeanLoss
+from llmkit.ops.metrics import MeanLoss, MeanScore
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.answer_scores import answer_scores, cmrc_scores
 from llmkit_plugins.head.labels import accepted
@@ -268,7 +268,7 @@ class QuestionAnswering(Head):
         where it abstains).
         """
         parts = ("has_answer_f1", "no_answer_f1") if self.abstains else ()
-        return {"loss": MeanLoss(), **{name: Mean() for name in ("exact_match", "f1", *parts)}}
+        return {"loss": MeanLoss(), **{name: MeanScore() for name in ("exact_match", "f1", *parts)}}
 
     def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Update the metrics with a batch."""

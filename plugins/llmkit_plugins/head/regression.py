@@ -145,6 +145,11 @@ class ScoreMetric(Metric):
     full_state_update = False
     pairs: list[Tensor]
 
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Whether it is a correlation."""
+        return self.kind != "mse"
+
     def __init__(self, kind: Literal["mse", "pearson", "spearman"]) -> None:
         super().__init__()
         self.kind = kind

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
-from llmkit.ops.metrics import EXACT, Mean, MeanLoss
+from llmkit.ops.metrics import EXACT, MeanLoss, MeanScore
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 from llmkit_plugins.head.labels import accepted, class_name
 from llmkit_plugins.head.words import characters, encode, means, pieces, running, words
@@ -188,7 +188,7 @@ class TokenClassification(Head):
         """Return loss, accuracy of words, and precision, recall and F1 of entities."""
         return {
             "loss": MeanLoss(),
-            "accuracy": Mean(),
+            "accuracy": MeanScore(),
             "precision": EntityScore("precision"),
             "recall": EntityScore("recall"),
             "f1": EntityScore("f1"),
@@ -273,6 +273,7 @@ class EntityScore(Metric):
     """
 
     full_state_update = False
+    higher_is_better = True
     counts: Tensor
 
     def __init__(self, kind: Literal["precision", "recall", "f1"]) -> None:

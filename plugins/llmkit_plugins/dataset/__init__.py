@@ -1,0 +1,1 @@
+"""Generated data: synthetic tasks with exact answers, rows for the head ``probe``."""
