@@ -29,7 +29,7 @@ NAMES = {
         *("retention", "sliding_window", "standard"),
     ],
     "position": ["alibi", "learned", "none", "rotary", "sinusoidal"],
-    "feedforward": ["gelu", "relu", "squared_relu", "swiglu"],
+    "feedforward": ["gelu", "relu", "silu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [
         *("classification", "generation", "masked_lm", "multi_label", "question_answering", "regression"),

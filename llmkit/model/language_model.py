@@ -24,19 +24,20 @@ from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_w
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
-from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone
+from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.initial import Draws, restarted, seed_device
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
-from llmkit.model.use import Rows, Scores, batch_of, evaluating
+from llmkit.model.use import Answers
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.sequence import DecodingOptions, on_device
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(Answers):
     """A language model of any head and attention variant.
 
     Plugins are given as factories: a class, a functools.partial of one, or ``llmkit.plugin("attention", "lstm")``.
@@ -55,6 +56,10 @@ class LanguageModel(pl.LightningModule):
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
         tie_embeddings: use the embedding matrix as the output matrix.
+        embedding_norm: a norm after the embeddings and positions.
+        token_types: how many types of tokens have an embedding (2: which text of a pair a token is in); 0: none.
+        output_bias: a learned number is added to the score of each token.
+        vocab_size: rows of the embedding; None: as many as the tokenizer has ids, which is the least.
         compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
@@ -83,6 +88,10 @@ class LanguageModel(pl.LightningModule):
         dropout: float = 0.0,
         norm_first: bool = True,
         tie_embeddings: bool = True,
+        embedding_norm: bool = False,
+        token_types: int = 0,
+        output_bias: bool = False,
+        vocab_size: int | None = None,
         compile: bool | Literal["reduce-overhead"] = False,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
@@ -173,11 +182,15 @@ class LanguageModel(pl.LightningModule):
             return self._new_network()
 
     def _new_network(self) -> Backbone:
-        return self.parts.backbone(self.head.topology, self._trained_tokenizer.vocab_size, self.spec["num_layers"])
+        return self.parts.backbone(self.head.topology, self._vocab_size, self.spec["num_layers"])
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.parts.vocab_size(self._trained_tokenizer)
 
     def _build_head(self, head: Head) -> None:
         head.set_tokenizer(self._trained_tokenizer)
-        head.build(self.spec["dim"], self._trained_tokenizer.vocab_size)
+        head.build(self.spec["dim"], self._vocab_size)
 
     @property
     def _trained_tokenizer(self) -> Tokenizer:
@@ -280,39 +293,6 @@ class LanguageModel(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one answer a row."""
         return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
-
-    @torch.no_grad()
-    def predict(
-        self, rows: Rows, options: DecodingOptions | None = None, first: int = 0, **extra: Any
-    ) -> list[dict[str, Any]]:
-        """Return the head's answer to each text or row.
-
-        Args:
-            rows: texts, or rows with the head's input fields.
-            options: how text is generated; None: as the checkpoint says.
-            first: the number of the first row; what is sampled for a row depends on its number.
-            extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
-
-        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
-        """
-        head, network = self.head, self.network
-        if not rows:
-            return []
-        batch = self._batch(rows, head.inputs, first)
-        with evaluating(self):
-            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
-
-    @torch.no_grad()
-    def score(self, rows: Rows) -> list[dict[str, Any]]:
-        """Return how probable the model finds each text or row, with targets; for heads that write text."""
-        if not isinstance(head := self.head, Scores):
-            raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
-        with evaluating(self):
-            return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
-
-    def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
-        batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
-        return on_device(batch, self.device)
 
     # Checkpoints
 

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from llmkit.contracts import Batch, Head, Network, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone
+from llmkit.sequence import DecodingOptions, on_device
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 """Texts, or rows with the head's fields."""
@@ -62,3 +65,56 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"predict: row {number} has no {' and no '.join(missing)}; it needs {', '.join(fields)}")
     return {name: [row[name] for row in given] for name in fields} if given else {}
+
+
+class Answers(pl.LightningModule):
+    """A model that can be asked from outside a run."""
+
+    head: Head
+
+    @property
+    def network(self) -> Backbone:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int:
+        """Most positions of one sequence."""
+        raise NotImplementedError
+
+    @property
+    def _trained_tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(
+        self, rows: Rows, options: DecodingOptions | None = None, first: int = 0, **extra: Any
+    ) -> list[dict[str, Any]]:
+        """Return the head's answer to each text or row.
+
+        Args:
+            rows: texts, or rows with the head's input fields.
+            options: how text is generated; None: as the checkpoint says.
+            first: the number of the first row; what is sampled for a row depends on its number.
+            extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
+
+        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
+        """
+        head, network = self.head, self.network
+        if not rows:
+            return []
+        batch = self._batch(rows, head.inputs, first)
+        with evaluating(self):
+            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
+
+    @torch.no_grad()
+    def score(self, rows: Rows) -> list[dict[str, Any]]:
+        """Return how probable the model finds each text or row, with targets; for heads that write text."""
+        if not isinstance(head := self.head, Scores):
+            raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
+        with evaluating(self):
+            return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
+
+    def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
+        batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
+        return on_device(batch, self.device)

@@ -80,7 +80,8 @@ class Decoder:
             hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
         last_BD = hidden_BTD[:, -1] if last_B is None else hidden_BTD[torch.arange(len(last_B), device=device), last_B]
         output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
-        return F.linear(last_BD, output_VD.to(last_BD.dtype))
+        bias_V = self.net.output_bias_V
+        return F.linear(last_BD, output_VD.to(last_BD.dtype), None if bias_V is None else bias_V.to(last_BD.dtype))
 
     def reorder(self, rows: Tensor, same_memory: bool = False) -> None:
         """Keep the given rows, in that order; ``same_memory``: the row at each place still reads the same memory."""

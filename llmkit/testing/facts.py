@@ -18,7 +18,7 @@ from torch import Tensor
 from llmkit import registry
 from llmkit.contracts import Attention, Head, Position, Role, Tokenizer
 from llmkit.errors import UserError
-from llmkit.model.backbone import fused_maps
+from llmkit.model.groups import fused_maps
 from llmkit.registry import Entry, Factory
 from llmkit.sequence import Sequence, State
 
