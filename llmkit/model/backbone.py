@@ -202,7 +202,7 @@ class Backbone(nn.Module, Network):
         x_BTD: Tensor = _like(embedded_BTD, self.position, added_BTD, "add")
         if self.token_types is not None:
             types_BT = torch.zeros_like(ids_BT) if seq.types_BT is None else seq.types_BT
-            x_BTD = x_BTD + self.token_types(types_BT)
+            x_BTD = x_BTD + self.token_types(types_BT.clamp(max=self.token_types.num_embeddings - 1))
         if self.embedding_norm is not None:
             x_BTD = _like(x_BTD, self.embedding_norm, self.embedding_norm(x_BTD))
         x_BTD = self.dropout(x_BTD)

@@ -14,15 +14,15 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torchmetrics import Metric
 
 from llmkit import registry
 from llmkit.check import check_arguments
 from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, check_section, read, refusing, restore_tokenizer, section
-from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_weights, unfit
+from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
+from llmkit.hf.start import Published, begin, check_fits_network, is_published, settings_of, starting_point
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone
 from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds
@@ -68,8 +68,8 @@ class LanguageModel(Answers):
         max_bad_steps: the run stops after this many steps in a row whose loss or gradient is NaN or infinite. None of
             them changes the weights.
         init_from: a checkpoint (of a run folder: its best one) whose tokenizer, and weights where name and shape fit, a
-            new run begins with. It may be of another head. A run that is resumed does not read it, and the model that
-            comes out does not need it.
+            new run begins with, or a model of Hugging Face, ``hf:NAME_OR_FOLDER[@REVISION]``. It may be of another
+            head. A run that is resumed does not read it, and the model that comes out does not need it.
         word_vectors: a text file of word vectors (GloVe's format) that the embedding of a new run begins with; for the
             tokenizer ``word``, mostly. ``dim`` has to be their width.
     """
@@ -123,7 +123,7 @@ class LanguageModel(Answers):
         self.word_vectors = word_vectors
         if init_from is not None:
             with blame("model.init_from"):
-                self._initial, self.tokenizer = initial(init_from)
+                self._initial, self.tokenizer = starting_point(init_from)
         self.parts.try_out(self.head.topology)
 
     @property
@@ -157,13 +157,15 @@ class LanguageModel(Answers):
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
+        if isinstance(self._initial, Published):  # before memory is taken for sizes that no weight confirms
+            check_fits_network(self.meta_network().state_dict(), self._initial)
         with restarted():
             self.net = self._new_network()
             with Draws().named("head"):
                 self._build_head(self.head)
         self.net.quieten(self.head.scored_share)
         if self._initial is not None:
-            taken = take_weights(self.state_dict(), self.spec, self._initial)
+            taken = begin(self.state_dict(), self.spec, self._initial)
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
@@ -262,38 +264,6 @@ class LanguageModel(Answers):
         if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    # Evaluation
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self._trained_tokenizer)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the test metrics."""
-        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self._trained_tokenizer)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_metrics("val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_metrics("test", self.test_metrics)
-
-    def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
-        for name, metric in metrics.items():
-            assert isinstance(metric, Metric)
-            value: Tensor = metric.compute()
-            self.results[f"{prefix}_{name}"] = value
-            if value.numel() == 1:
-                # Every process computed the same value from all processes' sums.
-                self.log(f"{prefix}_{name}", value.float(), rank_zero_only=False, sync_dist=False)
-            metric.reset()
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one answer a row."""
-        return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
-
     # Checkpoints
 
     @classmethod
@@ -301,13 +271,16 @@ class LanguageModel(Answers):
         """Return the model of a checkpoint, ready to predict, in eval mode. It is not compiled.
 
         Args:
-            path: a ``.ckpt`` file written by ``llmkit fit``, or a run folder: its best checkpoint.
+            path: a ``.ckpt`` file written by ``llmkit fit``, a run folder: its best checkpoint, or a model of Hugging
+                Face, ``hf:NAME_OR_FOLDER[@REVISION]``.
             device: where the model is put.
 
         Raises:
             UserError: missing or damaged file, a newer format, weights of other sizes than its description says, or
                 a plugin that is not installed.
         """
+        if is_published(path):
+            return cls.published(str(path)).to(device).eval()
         path = file_of(path, "best.ckpt", "last.ckpt")
         stored = Stored(path, read(path))
         where = f"checkpoint {path}"
@@ -326,8 +299,30 @@ class LanguageModel(Answers):
         return model.to(device).eval()
 
     @classmethod
+    def published(cls, name: str, head: Mapping[str, Any] | str | None = None) -> LanguageModel:
+        """Return a model of Hugging Face, ready to predict.
+
+        Args:
+            name: ``hf:NAME_OR_FOLDER[@REVISION]``.
+            head: another head than the one it was published with, as a config names it.
+
+        Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
+        """
+        settings, _ = settings_of(name, head)
+        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
+        assert model._initial is not None
+        if model.spec["head"]["class_path"] == model._initial.part["model"].get("head", {}).get("class_path"):
+            model.head.set_info(model._initial.part["head_info"])
+        elif type(model.head).learn is not Head.learn:
+            text = f"{type(model.head).__name__} learns from training data: use model.init_from {name} of a fit"
+            raise UserError(Problem("model.head", text))
+        model.head_ready = True
+        model.configure_model()
+        return model
+
+    @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu") -> LanguageModel:  # type: ignore[override]
-        """Return the model of a checkpoint, ready to predict: Lightning's name for ``load``."""
+        """Return the model of a checkpoint: Lightning's name for ``load``."""
         return cls.load(checkpoint_path, map_location)
 
     def restore(self, stored: Stored) -> None:

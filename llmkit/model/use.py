@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from llmkit.contracts import Batch, Head, Network, Tokenizer
 from llmkit.data.examples import note_truncated
@@ -68,9 +69,12 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
 
 
 class Answers(pl.LightningModule):
-    """A model that can be asked from outside a run."""
+    """A model that is evaluated in a run, and asked from outside of one."""
 
     head: Head
+    val_metrics: nn.ModuleDict
+    test_metrics: nn.ModuleDict
+    results: dict[str, Tensor]
 
     @property
     def network(self) -> Backbone:
@@ -85,6 +89,36 @@ class Answers(pl.LightningModule):
     @property
     def _trained_tokenizer(self) -> Tokenizer:
         raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self._trained_tokenizer)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the test metrics."""
+        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self._trained_tokenizer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test", self.test_metrics)
+
+    def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            value: Tensor = metric.compute()
+            self.results[f"{prefix}_{name}"] = value
+            if value.numel() == 1:
+                # Every process computed the same value from all processes' sums.
+                self.log(f"{prefix}_{name}", value.float(), rank_zero_only=False, sync_dist=False)
+            metric.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one answer a row."""
+        return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
 
     @torch.no_grad()
     def predict(

@@ -165,7 +165,8 @@ class Pretrained(HuggingFace):
 def around(hf: HFTokenizer, what: str) -> tuple[list[int], list[int], list[int]]:
     """Return the ids that a post-processor puts before a text, between the two of a pair, and at the end.
 
-    Raises UserError for one that does anything else.
+    Nothing stands between the two where it treats a pair in another way than a text. Raises UserError for one that does
+    more than put ids around a text.
     """
     hf.no_padding()
     hf.no_truncation()
@@ -173,10 +174,10 @@ def around(hf: HFTokenizer, what: str) -> tuple[list[int], list[int], list[int]]
     one, two = hf.encode("a").ids, hf.encode("a", "b").ids
     start = next((place for place in range(len(one)) if one[place : place + len(a)] == a), len(one))
     before, after = one[:start], one[start + len(a) :]
+    if [*before, *a, *after] != one:
+        raise UserError(f"{what}: what its post-processor does with a text is not supported")
     between = two[start + len(a) : len(two) - len(b) - len(after)]
-    if [*before, *a, *after] != one or [*before, *a, *between, *b, *after] != two:
-        raise UserError(f"{what}: what its post-processor puts around a text is not supported")
-    return before, between, after
+    return before, between if [*before, *a, *between, *b, *after] == two else [], after
 
 
 def shared(ids: dict[str, int], size: int, what: str) -> dict[str, int]:
