@@ -44,6 +44,9 @@ FAMILY_OF: dict[str, str] = {
 }
 """Every config key whose value is a class with arguments, and the family it takes."""
 
+LISTS: dict[str, tuple[str, str]] = {"attention": ("pattern", "variants")}
+"""Families whose keys may hold a list, and the plugin, with its argument, that such a list stands for."""
+
 CONTRACTS: dict[str, str] = {
     **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
     "optimizer": "torch.optim:Optimizer",
@@ -273,13 +276,16 @@ def expand(family: str, value: Any) -> Spec:
 
     Args:
         family: what it is looked up in.
-        value: a name, a class path, ``{name, arguments}`` or ``{class_path, init_args}``.
+        value: a name, a class path, ``{name, arguments}`` or ``{class_path, init_args}``; or a list, see ``LISTS``.
 
     Raises:
         UserError: a name that is not registered, or a value of no such form.
     """
     if isinstance(value, str):
         return {"class_path": value if "." in value else find(family, value).class_path}
+    if isinstance(value, list) and family in LISTS:
+        name, argument = LISTS[family]
+        return {"class_path": find(family, name).class_path, "init_args": {argument: value}}
     if isinstance(value, Mapping) and "name" in value:
         given = {key: item for key, item in value.items() if key != "name"}
         if "class_path" in given or "init_args" in given:
@@ -340,7 +346,7 @@ def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
     }
 
 
-PASSED = {"dim", "role", "max_length", "params", "optimizer"}
+PASSED = {"dim", "role", "max_length", "layer", "params", "optimizer"}
 """Arguments that the framework passes by itself."""
 
 
@@ -372,7 +378,8 @@ def spec_of(factory: Factory) -> Spec:
     target = target_of(factory)
     if not isinstance(target, type):
         raise UserError(f"expected a class or functools.partial of a class, got {factory!r}")
-    init_args = dict(factory.keywords) if isinstance(factory, functools.partial) else {}
+    given = factory.keywords if isinstance(factory, functools.partial) else {}
+    init_args = {name: value for name, value in given.items() if name not in PASSED}
     return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": init_args}
 
 

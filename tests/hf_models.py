@@ -61,6 +61,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 8}),
     "mistral without a window": ("MistralForCausalLM", {**LLAMA, "sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen2 with windows in the last layer": (
+        "Qwen2ForCausalLM",
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8}),
 }
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {

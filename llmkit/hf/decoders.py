@@ -88,10 +88,10 @@ class Llama(Architecture):
             attention["qk_norm"] = "separate"
             if eps != 1e-6:
                 raise c.refuse(f"with rms_norm_eps {eps} is not supported: queries and keys have 1e-6 here")
-        if (window := self._window()) is not None:
-            attention |= {"name": "sliding_window", "window": window}
+        layers = [{**attention, **extra} for extra in self._windows()]
+        alike = all(layer == layers[0] for layer in layers)
         return {
-            "attention": attention,
+            "attention": layers[0] if alike else {"name": "pattern", "variants": layers},
             "position": self._position(),
             "feedforward": self.feedforward(
                 str(c.get("hidden_act") or "silu"), c.size("intermediate_size"), bias=c.flag("mlp_bias"), gated=True
@@ -105,23 +105,23 @@ class Llama(Architecture):
             "context": c.size("max_position_embeddings"),
         }
 
-    def _window(self) -> int | None:
-        """Return the window that all layers have; None: they see everything."""
+    def _windows(self) -> list[Settings]:
+        """Return for each layer what a window adds to the attention's settings: nothing where it sees everything."""
         c = self.config
-        layers = c.size("num_hidden_layers")
-        types = c.get("layer_types")
+        number, types = c.size("num_hidden_layers"), c.get("layer_types")
         if c.model_type == "mistral":
-            windowed = c.get("sliding_window") is not None
-        elif isinstance(types, list):
-            windowed = "sliding_attention" in types
-            if windowed and set(types) != {"sliding_attention"}:
-                raise c.refuse("with windows in some of its layers is not supported")
+            windowed = [c.get("sliding_window") is not None] * number
+        elif isinstance(types, list) and set(map(str, types)) <= {"sliding_attention", "full_attention"}:
+            windowed = [kind == "sliding_attention" for kind in types]
+        elif types is not None:
+            raise c.refuse(f"with the layer_types {types!r:.100} is not supported")
         else:
             first = c.get("max_window_layers")
-            windowed = c.flag("use_sliding_window") and isinstance(first, int) and first < layers
-            if windowed and first > 0:
-                raise c.refuse("with windows in some of its layers is not supported")
-        return c.size("sliding_window") if windowed else None
+            first = first if c.flag("use_sliding_window") and type(first) is int else number
+            windowed = [layer >= first for layer in range(number)]
+        if len(windowed) != number:
+            raise c.refuse(f"has {number} layers and {len(windowed)} layer_types")
+        return [{"name": "sliding_window", "window": c.size("sliding_window")} if one else {} for one in windowed]
 
     def _position(self) -> Settings:
         c = self.config
@@ -146,16 +146,18 @@ class Llama(Architecture):
     def weights(self) -> Iterator[Weight]:
         """Yield the weights of the network."""
         c, bias = self.config, self._bias
+        windows = self._windows()
+        attention = "attention" if all(window == windows[0] for window in windows) else "attention.variant"
         yield Weight("embedding.weight", ("embed_tokens.weight",))
         for i in range(c.size("num_hidden_layers")):
             ours, theirs = f"decoder.{i}", f"layers.{i}"
             yield from linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", bias=False)
             projections = (f"{theirs}.self_attn.{name}_proj" for name in "qkv")
-            yield from linear(f"{ours}.attention.qkv", *projections, bias=bool(bias))
+            yield from linear(f"{ours}.{attention}.qkv", *projections, bias=bool(bias))
             if c.model_type == "qwen3":
-                yield Weight(f"{ours}.attention.qk_scale", (f"{theirs}.self_attn.q_norm.weight",))
-                yield Weight(f"{ours}.attention.k_scale", (f"{theirs}.self_attn.k_norm.weight",))
-            yield from linear(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=bias is True)
+                yield Weight(f"{ours}.{attention}.qk_scale", (f"{theirs}.self_attn.q_norm.weight",))
+                yield Weight(f"{ours}.{attention}.k_scale", (f"{theirs}.self_attn.k_norm.weight",))
+            yield from linear(f"{ours}.{attention}.out", f"{theirs}.self_attn.o_proj", bias=bias is True)
             yield from linear(f"{ours}.feedforward_norm", f"{theirs}.post_attention_layernorm", bias=False)
             gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
             yield from linear(f"{ours}.feedforward.inner", *gate_up, bias=c.flag("mlp_bias"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -83,7 +84,7 @@ class Backbone(nn.Module, Network):
         num_layers: layers; in an encoder-decoder, of each side.
         topology: ``decoder``, ``encoder`` or ``encoder_decoder``.
         max_length: most positions of one sequence.
-        attention: builds the variant of a layer from ``(dim, role)``.
+        attention: builds the variant of a layer from ``(dim, role)``, and ``layer``, its number, if it takes that.
         cross_attention: builds the cross-attention of a decoder layer in the same way.
         position: builds the position encoding from ``(dim, max_length)``.
         feedforward: builds the feedforward from ``dim``.
@@ -104,7 +105,7 @@ class Backbone(nn.Module, Network):
         num_layers: int,
         topology: Topology,
         max_length: int,
-        attention: Callable[[int, Role], Attention],
+        attention: Callable[..., Attention],
         cross_attention: Callable[[int, Role], Attention],
         position: Callable[[int, int], Position],
         feedforward: Callable[[int], Feedforward],
@@ -124,6 +125,7 @@ class Backbone(nn.Module, Network):
             **{"position": position, "norm": norm},
         }
         two_sided = topology == "encoder_decoder"
+        by_layer = "layer" in inspect.signature(target_of(attention)).parameters
         for role in ROLES[topology]:
             check_role(topology, "attention", attention, role)
         if two_sided:
@@ -135,8 +137,12 @@ class Backbone(nn.Module, Network):
 
         def stack(role: Role) -> nn.ModuleList:
             reads_memory = two_sided and role == "causal"
-            here = [functools.partial(make, where=f"{role} layer {index} ") for index in range(num_layers)]
-            return nn.ModuleList(Layer(part, role, reads_memory, dropout, norm_first) for part in here)
+            layers = []
+            for index in range(num_layers):
+                factories["attention"] = functools.partial(attention, layer=index) if by_layer else attention
+                part = functools.partial(make, where=f"{role} layer {index} ")
+                layers.append(Layer(part, role, reads_memory, dropout, norm_first))
+            return nn.ModuleList(layers)
 
         with draws.named("embedding"):
             self.embedding = nn.Embedding(vocab_size, dim)
