@@ -311,7 +311,7 @@ def resolve(family: str, value: Any) -> Factory:
     Raises UserError when the name is unknown, the class cannot be imported or an argument does not exist.
     """
     value = default(family) if value is None else value
-    return factory_of(expand(family, value), family) if isinstance(value, str | Mapping) else value
+    return factory_of(expand(family, value), family) if isinstance(value, str | Mapping | list) else value
 
 
 def factory_of(spec: Mapping[str, Any], family: str) -> functools.partial[Any]:

@@ -1,9 +1,10 @@
-"""Folders of Hugging Face models: as a config's starting point, and what is refused in them. Without transformers."""
+"""Folders of Hugging Face, without transformers: as a config's starting point, what is refused in them, and written."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 import torch
 import yaml
 from command import Result, done, llmkit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from llmkit import LanguageModel, load
+from llmkit import LanguageModel, UserError, load, plugin
+from llmkit.checkpoint.content import section
+from llmkit.hf.export import export
 
 SMALL = (
     *("--data.batch_size", "2", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"),
@@ -267,3 +270,45 @@ def test_bin_files_and_parts(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     result = llmkit("import", f"hf:{tmp_path}/none", tmp_path / "out.ckpt")
     assert result.code == 2 and "there is no such folder, and it is not a name on the Hugging Face hub" in result.err
+
+
+def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:
+    """What comes out is what went in, and a fine-tuned one has its figures in the model card."""
+    done("import", f"hf:{folder}", tmp_path / "gpt2.ckpt")
+    printed = done("export", tmp_path / "gpt2.ckpt", tmp_path / "out").out
+    assert "GPT2LMHeadModel, vocabulary 58" in printed
+    found, given = load_file(tmp_path / "out" / "model.safetensors"), hf_folder.weights()
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    done("export", fitted.folder, tmp_path / "tuned")
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    results = json.loads((fitted.folder / "results.json").read_text())
+    assert f"- val_loss: {results['val_loss']}" in card and "text.txt" in card and "licence" in card
+    assert LanguageModel.published(f"hf:{tmp_path / 'tuned'}").context == 16
+    result = llmkit("export", tmp_path / "gpt2.ckpt", tmp_path / "out")
+    assert result.code == 2 and "File exists" in result.err
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({}, "rotary positions without rms norms and a gated feedforward (Llama has rms and swiglu)"),
+        ({"attention": "lstm"}, "the attention lstm"),
+        ({"feedforward": "swiglu", "position": "alibi"}, "the position alibi with the norm rms"),
+        ({"feedforward": "swiglu", "norm_first": False}, "post-norms, embedding_norm, token_types or output_bias"),
+        (
+            {"feedforward": "swiglu", "attention": ["multi_head", {"name": "multi_head", "num_heads": 2}]},
+            "layers whose",
+        ),
+        ({"position": "learned"}, "learned positions and this attention (GPT-2 has multi_head without qk_norm)"),
+        ({"head": "masked_lm"}, "these norms or positions in an encoder"),
+        ({"head": "translation"}, "the head translation as it is here"),
+    ],
+)
+def test_what_transformers_does_not_have(parts: dict[str, Any], says: str, tmp_path: Path) -> None:
+    model = LanguageModel(**{"head": plugin("head", "generation"), "dim": 16, "num_layers": 2, "context": 16, **parts})
+    model.tokenizer = plugin("tokenizer", "byte")()
+    model.configure_model()
+    part = section(model.spec, model.tokenizer, model.head, {})
+    with pytest.raises(UserError, match=re.escape(f"transformers has no architecture with {says}")):
+        export(tmp_path / "out", part, model.state_dict(), model.tokenizer, "")
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Settings] = {
     "relu": {"name": "relu"},
     "silu": {"name": "silu"},
     "swish": {"name": "silu"},
+    "relu2": {"name": "squared_relu"},
 }
 """Their activation functions, and the feedforward of ours that has each."""
 
