@@ -210,8 +210,8 @@ class _Walk:
             self.problems.append(unknown_key(f"{key}.", str(name), parameters, self.owners(str(name))))
         self.arguments(cls, given, key)
 
-    def arguments(self, cls: type, given: Tree, key: str) -> None:
-        """Check the types of what is given to a class, and fill in the rest."""
+    def arguments(self, cls: type, given: Tree, key: str, passed: Iterable[str] = ()) -> None:
+        """Check the types of what is given to a class, and fill in the rest but for what is passed to it."""
         types_of = hints(cls)
         for name, parameter in parameters_of(cls).items():
             inner = f"{key}.{name}"
@@ -219,7 +219,7 @@ class _Walk:
                 continue
             if name in given:
                 given[name] = self.value(types_of.get(name, Any), given[name], inner, parameter.default is None)
-            elif parameter.default is not parameter.empty:
+            elif parameter.default is not parameter.empty and name not in passed:
                 with contextlib.suppress(TypeError, ValueError):  # a default that a config cannot hold
                     given[name] = json.loads(json.dumps(parameter.default))
         given |= {name: settled(item) for name, item in given.items()}
@@ -298,7 +298,7 @@ class _Walk:
         missing = registry.missing_arguments(functools.partial(cls, **{str(name): given[name] for name in given}))
         if missing and not wrong:
             self.report(key, f"{cls.__name__} needs {', '.join(missing)}")
-        self.arguments(cls, given, key)
+        self.arguments(cls, given, key, registry.PASSED)
 
     def classes(self, kind: Any, value: Any, key: str) -> Any:
         """Check every class that is named in a value, at any depth, and its arguments."""

@@ -50,6 +50,8 @@ class Tokenizer(ABC):
     sep_id: int
     lossless: bool = True
     """Whether ``decode`` gives back, to the character, each text that was encoded without the unknown token."""
+    around: tuple[list[int], list[int], list[int]] = ([], [], [])
+    """Ids that stand before a text, between the two of a pair, and at the end: ``[CLS] a [SEP] b [SEP]``, say."""
 
     @property
     @abstractmethod
@@ -144,9 +146,8 @@ class Attention(nn.Module, ABC):
         """
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return an empty decoding state for ``max_length`` columns, in ``like``'s dtype and device.
-
-        None says that the variant keeps no state; decoding then runs the full forward pass for each new token.
+        """Return an empty decoding state for ``max_length`` columns, in ``like``'s dtype and device; None: the variant
+        keeps no state, and decoding runs the full forward pass for each new token.
         """
         return None
 
@@ -202,6 +203,11 @@ class Network(ABC):
         """The matrix that turns hidden states into scores over the vocabulary."""
 
     @property
+    def output_bias_V(self) -> Tensor | None:
+        """What is added to these scores; None: nothing."""
+        return None
+
+    @property
     @abstractmethod
     def max_length(self) -> int:
         """The context: the most positions of one sequence."""
@@ -217,12 +223,9 @@ class Head(nn.Module, ABC):
     topology: ClassVar[Topology]
     layout: ClassVar[Literal["blocks", "examples"]] = "examples"
     """``blocks``: rows are joined into one long stream of tokens, cut into blocks. ``examples``: one row, one item."""
-    inputs: ClassVar[tuple[str, ...]]
-    """Fields of a row needed to predict."""
-    targets: ClassVar[tuple[str, ...]] = ()
-    """Further fields needed to train."""
-    texts: ClassVar[tuple[str, ...]]
-    """The fields that are text; a new tokenizer is trained on them."""
+    inputs: ClassVar[tuple[str, ...]]  # fields of a row needed to predict
+    targets: ClassVar[tuple[str, ...]] = ()  # further fields needed to train
+    texts: ClassVar[tuple[str, ...]]  # the fields that are text; a new tokenizer is trained on them
     classes: ClassVar[tuple[str, ...]] = ()
     """Targets that hold a class, or a list of them; no class is set aside for validation alone."""
     words: ClassVar[Mapping[str, Callable[[Any], list[str]]]] = {}
@@ -230,8 +233,7 @@ class Head(nn.Module, ABC):
     notes: ClassVar[Mapping[str, str]] = {}
     """Features that are 1 in rows worth a note, and what it says after ``data.train: 3 of 100 rows``."""
     scored_share: float | None = None  # of positions scored over the vocabulary by the loss; None: all of a decoder's
-    kept: ClassVar[str] = "start"
-    """Which part of a text longer than the context is used: its ``start`` or its ``end``."""
+    kept: ClassVar[str] = "start"  # which part of a text longer than the context is used, its ``start`` or its ``end``
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     """The metric that decides which checkpoint is the best, and its better side."""
     decoding: DecodingOptions = DecodingOptions()

@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
+    "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
+    "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),
     "compare": ("llmkit.commands.compare:run", "train variants at equal cost, and report which differences are real"),
     "cell": ("llmkit.commands.cell:run", "run one cell of a comparison in this process, for clusters"),
     "plugins": ("llmkit.commands:run_verb", "list, describe, check or create plugins"),

@@ -48,6 +48,9 @@ FAMILY_OF: dict[str, str] = {
 DATASETS = tuple(f"data.{split}" for split in ("train", "validation", "test", "predict"))
 """The keys that take files or a plugin of the family dataset."""
 
+LISTS: dict[str, tuple[str, str]] = {"attention": ("pattern", "variants")}
+"""Families whose keys may hold a list, and the plugin, with its argument, that such a list stands for."""
+
 CONTRACTS: dict[str, str] = {
     **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
     "optimizer": "torch.optim:Optimizer",
@@ -290,13 +293,16 @@ def expand(family: str, value: Any) -> Spec:
 
     Args:
         family: what it is looked up in.
-        value: a name, a class path, ``{name, arguments}`` or ``{class_path, init_args}``.
+        value: a name, a class path, ``{name, arguments}`` or ``{class_path, init_args}``; or a list, see ``LISTS``.
 
     Raises:
         UserError: a name that is not registered, or a value of no such form.
     """
     if isinstance(value, str):
         return {"class_path": value if "." in value else find(family, value).class_path}
+    if isinstance(value, list) and family in LISTS:
+        name, argument = LISTS[family]
+        return {"class_path": find(family, name).class_path, "init_args": {argument: value}}
     if isinstance(value, Mapping) and "name" in value:
         given = {key: item for key, item in value.items() if key != "name"}
         if "class_path" in given or "init_args" in given:
@@ -322,7 +328,7 @@ def resolve(family: str, value: Any) -> Factory:
     Raises UserError when the name is unknown, the class cannot be imported or an argument does not exist.
     """
     value = default(family) if value is None else value
-    return factory_of(expand(family, value), family) if isinstance(value, str | Mapping) else value
+    return factory_of(expand(family, value), family) if isinstance(value, str | Mapping | list) else value
 
 
 def factory_of(spec: Mapping[str, Any], family: str) -> functools.partial[Any]:
@@ -357,7 +363,7 @@ def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
     }
 
 
-PASSED = {"dim", "role", "max_length", "params", "optimizer"}
+PASSED = {"dim", "role", "max_length", "layer", "params", "optimizer"}
 """Arguments that the framework passes by itself."""
 
 
@@ -389,7 +395,8 @@ def spec_of(factory: Factory) -> Spec:
     target = target_of(factory)
     if not isinstance(target, type):
         raise UserError(f"expected a class or functools.partial of a class, got {factory!r}")
-    init_args = dict(factory.keywords) if isinstance(factory, functools.partial) else {}
+    given = factory.keywords if isinstance(factory, functools.partial) else {}
+    init_args = {name: value for name, value in given.items() if name not in PASSED}
     return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": init_args}
 
 

@@ -34,12 +34,14 @@ class Sequence:
             A position sees only positions of its own segment.
         position: the network's position encoding, or None where there is none.
         memo: results that all layers of one forward pass share (masks, rotation tables).
+        types_BT: which text of a pair each position belongs to, 0 or 1 (token types); None: 0 everywhere.
     """
 
     positions_BT: Tensor
     segments_BT: Tensor | None = None
     position: PositionEncoding | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    types_BT: Tensor | None = None
 
     @classmethod
     def dense(cls, length: int, device: torch.device | str = "cpu", start: int = 0) -> Sequence:
@@ -47,9 +49,11 @@ class Sequence:
         return cls(torch.arange(start, start + length, device=device)[None])
 
     @classmethod
-    def of(cls, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Sequence:
+    def of(cls, ids_BT: Tensor, segments_BT: Tensor | None = None, types_BT: Tensor | None = None) -> Sequence:
         """Return the sequence of a batch of ids, padded or packed as the segments say."""
-        return cls.dense(ids_BT.shape[1], ids_BT.device) if segments_BT is None else cls.from_segments(segments_BT)
+        seq = cls.dense(ids_BT.shape[1], ids_BT.device) if segments_BT is None else cls.from_segments(segments_BT)
+        seq.types_BT = types_BT
+        return seq
 
     @classmethod
     def from_segments(cls, segments_BT: Tensor) -> Sequence:

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmkit.contracts import Attention
 from llmkit.errors import UserError
-from llmkit.model.backbone import Backbone, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone
+from llmkit.model.groups import parameter_groups, parameter_kinds
 from llmkit.registry import entries, plugin
 from llmkit.sequence import Memory, Sequence, State
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_folder
 import pytest
 import torch
 import yaml
@@ -95,7 +96,9 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def fit(name: str, folder: Path, *words: object) -> Result:
     """Fit a config for two steps."""
     batch = "--data.batch_tokens=300" if read(name)["data"].get("batch_tokens") else "--data.batch_size=2"
-    return done("fit", "--config", ROOT / "configs" / name, batch, *SHORT, "--output", folder / "runs", *words)
+    sized = str(read(name)["model"].get("init_from")).startswith("hf:")
+    short = (*SHORT, *(() if sized else ("--model.num_layers", "1")))  # everything else is the config's own
+    return done("fit", "--config", ROOT / "configs" / name, batch, *short, "--output", folder / "runs", *words)
 
 
 def started(name: str, folder: Path) -> list[object]:
@@ -103,6 +106,8 @@ def started(name: str, folder: Path) -> list[object]:
     given = read(name)["model"].get("init_from")
     if given is None:
         return []
+    if given.startswith("hf:"):  # a tiny model of the same architecture
+        return ["--model.init_from", f"hf:{hf_folder.write_bert(folder / 'published')}"]
     (source,) = (other for other in CONFIGS if Path(other).stem == Path(given).parts[1])
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in small_data(read(source), folder / "before").items():
@@ -118,7 +123,6 @@ ASKED = {
 
 SHORT = (
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"),
-    *("--model.num_layers", "1"),  # width and everything else are the config's own
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
     *("--model.decoding.max_new_tokens", "3"),
 )

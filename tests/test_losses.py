@@ -72,6 +72,20 @@ def outcome(function: Any, way: str, chunk: int, values: tuple[Tensor, ...], smo
     return Loss(loss.total.cpu(), loss.count.cpu()), (hidden.grad.cpu(), weight.grad.cpu())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bias_is_added_to_the_scores(way: str) -> None:
+    (hidden, weight, targets), bias = inputs(23, 6, 11, torch.float32), torch.randn(11, requires_grad=True)
+    targets[:5] = IGNORE
+    (losses.plain_linear_cross_entropy(hidden, weight, targets, 0.1, bias).total * 3).backward()
+    with taking(way, 40) as device:
+        values = [value.detach().to(device).requires_grad_() for value in (hidden, weight, bias)]
+        loss = losses.linear_cross_entropy(values[0], values[1], targets.to(device), 0.1, values[2])
+        (loss.total * 3).backward()
+    for value, expected in zip(values, (hidden, weight, bias), strict=True):
+        assert value.grad is not None
+        torch.testing.assert_close(value.grad.cpu(), expected.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [7, 40, 10**6])
 @pytest.mark.parametrize("ignored", [0, 5])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmkit.model import optim
-from llmkit.model.backbone import fused_maps
+from llmkit.model.groups import fused_maps
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
 from llmkit.registry import plugin

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward, Norm
-from llmkit_plugins.feedforward import GELU, ReLU, SquaredReLU, SwiGLU
+from llmkit.errors import UserError
+from llmkit_plugins.feedforward import GELU, ReLU, SiLU, SquaredReLU, SwiGLU
 from llmkit_plugins.norm import LayerNorm, RMSNorm
 
 FEEDFORWARDS: list[type[Any]] = [ReLU, GELU, SquaredReLU, SwiGLU]
@@ -55,6 +56,26 @@ def test_feedforward_sizes_match(dim: int, multiple: float) -> None:
     swiglu = SwiGLU(dim, hidden_multiple=multiple)
     assert swiglu.out.in_features % 8 == 0
     assert sizes[ReLU] <= sizes[SwiGLU] < sizes[ReLU] + 3 * dim * 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "activation"),
+    [
+        (GELU, {"approximate": "tanh"}, nn.GELU("tanh")),
+        (GELU, {"approximate": "tanh", "gated": True}, nn.GELU("tanh")),
+        (ReLU, {"gated": True}, nn.ReLU()),
+        (SiLU, {}, nn.SiLU()),
+        (SwiGLU, {}, nn.SiLU()),
+    ],
+)
+def test_hidden_width_gates_and_activations(kind: type[Any], args: dict[str, Any], activation: nn.Module) -> None:
+    module, x = kind(4, hidden=6, **args), torch.randn(2, 3, 4)
+    y = module.inner(x)
+    gated = y.shape[-1] == 12
+    assert gated == (kind is SwiGLU or "gated" in args)
+    torch.testing.assert_close(module(x), module.out(activation(y[..., :6]) * (y[..., 6:] if gated else 1)))
+    with pytest.raises(UserError, match="the hidden width must be at least 1, got 0"):
+        kind(4, hidden=0)
 
 
 @pytest.mark.parametrize("kind", FEEDFORWARDS)

@@ -20,7 +20,7 @@ import torch
 from command import done, llmkit
 
 from llmkit import imports, registry
-from llmkit.model.backbone import fused_maps
+from llmkit.model.groups import fused_maps
 from llmkit.registry import DEFAULTS
 from llmkit.testing import attention, properties
 from llmkit.testing.facts import differences

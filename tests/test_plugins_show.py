@@ -284,12 +284,12 @@ def test_who_it_is() -> None:
 
 def test_arguments() -> None:
     found = {item["name"]: item for item in show("attention/multi_head")["arguments"]}
-    assert list(found) == ["num_heads", "qk_norm", "bias", "dropout"]  # not dim and role, which are passed
+    assert list(found) == ["num_heads", "qk_norm", "bias", "dropout", "head_dim"]  # not dim and role, which are passed
     assert found["num_heads"] == {
         **{"name": "num_heads", "type": "int", "required": False, "default": 4},
         "description": "number of heads.",
     }
-    (path,) = show("tokenizer/pretrained")["arguments"]
+    path, _ = show("tokenizer/pretrained")["arguments"]
     assert path["required"] and path["default"] is None
 
     facts = show("shown_plugins:Odd")
@@ -313,7 +313,7 @@ def test_arguments() -> None:
             ("shown_plugins:Whole",),
             [
                 "num_heads is 2 (4 there)",
-                "no argument qk_norm (true there), bias (false there), dropout (0.0 there)",
+                "no argument qk_norm (true there), bias (false there), dropout (0.0 there), head_dim (null there)",
                 "lacks weights 12 (qk_scale), 4 of 48 x 48 (qkv.weight, out.weight)",
                 "has further weights 192 x 48 (whole.weight)",
             ],
@@ -323,7 +323,10 @@ def test_arguments() -> None:
             ["num_heads is 2 (4 there)", "lacks weights 12 (qk_scale)", "has further weights a number (share)"],
         ),
         (("norm/layer",), ["eps is 1e-05 (1e-06 there)", "has further weights 48"]),
-        (("position/learned",), ["no argument base (10000.0 there)", "has further weights 20 x 48 (table.weight)"]),
+        (
+            ("position/learned",),
+            ["no argument base (10000.0 there), scaling (null there)", "has further weights 20 x 48 (table.weight)"],
+        ),
         (("head/translation",), []),
     ],
 )

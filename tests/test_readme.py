@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forked
+import hf_folder
 import lightning.pytorch as pl
 import pytest
 import yaml
@@ -74,6 +75,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "new_reviews.txt").write_text("a dull film\na moving film\na new film\n")
     (tmp_path / "letters.en").write_text("Good morning.\nGood night.\n" * 20)
     (tmp_path / "letters.de").write_text("Guten Morgen.\nGute Nacht.\n" * 20)
+    hf_folder.write(tmp_path / "gpt2")
     (tmp_path / "notes.txt").write_text("Once upon a time there was a note. " * 60)
     for block in blocks(README, "yaml"):
         file = re.match(r"# (\w+\.yaml)\n", block.text)
@@ -314,7 +316,7 @@ def test_trainer_defaults_are_documented() -> None:
 def test_plugin_arguments_are_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     rows = re.findall(r"^\| `((?:model|data)\.\w+)` \| `(\w+)` \| (.+) \|$", text, re.M)
-    own = {"dim", "role", "max_length", "params", "optimizer"}
+    own = registry.PASSED
     classes: dict[tuple[str, str], type] = {}
     for key, family in (registry.FAMILY_OF | {"data.train": "dataset"}).items():
         if key != "model.cross_attention":
@@ -330,6 +332,22 @@ def test_plugin_arguments_are_documented() -> None:
         parameters = inspect.signature(classes[key, name]).parameters.values()
         plain = [p for p in parameters if p.name not in own and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         assert given == {p.name: written(p.default) for p in plain}, (key, name)
+
+
+# docs/huggingface.md
+
+
+def test_the_recipes_for_hugging_face_run(workspace: Path) -> None:
+    page = ROOT / "docs" / "huggingface.md"
+    (recipe,) = (block.text for block in blocks(page, "yaml"))
+    hf_folder.write_bert(workspace / "bert")
+    for name in ("train.csv", "dev.csv"):
+        (workspace / name).write_text("sentence,label\n" + "A good film,1\nA bad one,0\n" * 8)
+    (workspace / "sst2.yaml").write_text(recipe)
+    published = ("--model.init_from", "hf:./bert")
+    done("fit", "--config", "sst2.yaml", *published, *TINY[-10:], "--model.context", "16")
+    for line in lines(page):
+        done(*shlex.split(line)[1:])
 
 
 # docs/plugins.md

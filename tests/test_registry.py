@@ -26,10 +26,10 @@ NAMES = {
     "tokenizer": ["bpe", "byte", "char", "pretrained", "unigram", "word", "wordpiece"],
     "attention": [
         *("differential", "grouped_query", "gru", "latent", "linear", "low_rank", "lstm", "min_gru", "multi_head"),
-        *("retention", "sliding_window", "standard"),
+        *("pattern", "retention", "sliding_window", "standard"),
     ],
     "position": ["alibi", "learned", "none", "rotary", "sinusoidal"],
-    "feedforward": ["gelu", "relu", "squared_relu", "swiglu"],
+    "feedforward": ["gelu", "relu", "silu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [
         *("classification", "generation", "masked_lm", "multi_label", "probe", "question_answering", "regression"),

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from llmkit import registry
 from llmkit.errors import UserError
 from llmkit.model import optim
-from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone
+from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.optim import AdamW, Muon
 from llmkit.model.step import OptimizerStep
 from llmkit.ops import graphs

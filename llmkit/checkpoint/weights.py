@@ -15,7 +15,11 @@ from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
 
 PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
-STRUCTURE = (*PLUGINS, "dim", "num_layers", "norm_first", "tie_embeddings")
+STRUCTURE = (
+    *PLUGINS,
+    *("dim", "num_layers", "vocab_size", "norm_first", "tie_embeddings"),
+    *("embedding_norm", "token_types", "output_bias"),
+)
 """The arguments of a model that decide which weights it has."""
 MEANING = ("attention", "position", "feedforward", "norm", "norm_first")
 """The arguments that decide what weights of the same names and shapes mean."""
@@ -80,7 +84,7 @@ def check_fits(spec: Mapping[str, Any], stored: Stored, tokenizer: type | None) 
         tokenizer: the tokenizer's class, as the config says.
     """
     theirs = stored.part["model"]
-    pairs = {f"model.{name}": (name_of(spec[name]), name_of(theirs.get(name))) for name in STRUCTURE}
+    pairs = {f"model.{name}": (name_of(spec[name]), name_of(theirs.get(name, spec[name]))) for name in STRUCTURE}
     if tokenizer is not None:
         own = registry.factory_of(stored.part["tokenizer"], "tokenizer")
         pairs["data.tokenizer"] = (tokenizer.__name__, registry.target_of(own).__name__)

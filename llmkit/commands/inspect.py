@@ -24,7 +24,7 @@ from llmkit.commands import Parser
 from llmkit.commands.fit import run_instead
 from llmkit.contracts import Batch
 from llmkit.errors import note
-from llmkit.model.backbone import parameter_groups
+from llmkit.model.groups import parameter_groups
 from llmkit.model.language_model import LanguageModel
 from llmkit.ops.losses import shapes_only
 from llmkit.run.cli import CLI

@@ -83,10 +83,10 @@ def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
 
 
 def _plugin(key: str, text: str, problems: list[Problem]) -> Any:
-    """Return the value of a plugin's key: a name, or YAML in braces."""
+    """Return the value of a plugin's key: a name, or YAML in braces or brackets."""
     if text in ("null", "None"):
         return None
-    if not text.lstrip().startswith("{"):
+    if not text.lstrip().startswith(("{", "[")):
         return text
     try:
         return parse_yaml(text)

@@ -19,6 +19,7 @@ from llmkit import imports, registry
 from llmkit.check import check_arguments, check_value, unknown_key, with_arguments_of_train, without_repetition
 from llmkit.checkpoint.content import Stored
 from llmkit.config import argv as command_line
+from llmkit.config import published
 from llmkit.config.files import fill_variables, read_yaml
 from llmkit.config.layers import COMMAND_LINE, DEFAULT, Layer, Stack, Tree
 from llmkit.config.stored import find, is_below, layer_of
@@ -98,12 +99,15 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     stored = find(command, layers, named, bool(files), asked or command)
     if stored is not None:
         layers.insert(0, layer_of(stored, command, alone=not files))
+    for number, layer in enumerate(layers):
+        content = {str(key): value for key, value in layer.tree.items() if not (key in GROUPS and value is None)}
+        layers[number] = layer._replace(tree=fill_variables(content, "", problems))
+    begins_with = published.layer_of(layers) if stored is None else None
     stack = Stack()
     stack.add(Layer({"trainer": dict(TRAINER_DEFAULTS)}, "default of llmkit"))
     stack.add(_defaults(named))
-    for layer in layers:
-        content = {str(key): value for key, value in layer.tree.items() if not (key in GROUPS and value is None)}
-        stack.add(layer._replace(tree=fill_variables(content, "", problems)))
+    for layer in filter(None, [begins_with, *layers]):
+        stack.add(layer)
     if stored is not None:
         stack.put("ckpt_path", str(stored.path), COMMAND_LINE)
     else:
@@ -114,6 +118,8 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     if _tokenizer_comes_along(stack):
         stack.tree["data"]["tokenizer"] = None
     problems += _check(stack)
+    if begins_with is not None and not problems:
+        problems += published.conflicts(stack, begins_with)
     if problems:
         raise UserError(*dict.fromkeys(map(stack.placed, problems)))
     data = stack.tree["data"]

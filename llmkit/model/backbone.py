@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
 from llmkit.errors import Problem, UserError, blame, returned
+from llmkit.model.groups import is_embedding
 from llmkit.model.initial import Draws, draw_weights, quieten
 from llmkit.ops.elementwise import Dropout
 from llmkit.registry import target_of
@@ -82,7 +84,7 @@ class Backbone(nn.Module, Network):
         num_layers: layers; in an encoder-decoder, of each side.
         topology: ``decoder``, ``encoder`` or ``encoder_decoder``.
         max_length: most positions of one sequence.
-        attention: builds the variant of a layer from ``(dim, role)``.
+        attention: builds the variant of a layer from ``(dim, role)``, and ``layer``, its number, if it takes that.
         cross_attention: builds the cross-attention of a decoder layer in the same way.
         position: builds the position encoding from ``(dim, max_length)``.
         feedforward: builds the feedforward from ``dim``.
@@ -90,6 +92,9 @@ class Backbone(nn.Module, Network):
         dropout: dropout on the embeddings and on each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual.
         tie_embeddings: use the embedding matrix as the output matrix (Press and Wolf 2017, arXiv:1608.05859).
+        embedding_norm: a norm after the embeddings and positions (Devlin et al. 2018, arXiv:1810.04805).
+        token_types: rows of a table of token types added to the embeddings (the same source); 0: no table.
+        output_bias: a learned number is added to the score of each id.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Backbone(nn.Module, Network):
         num_layers: int,
         topology: Topology,
         max_length: int,
-        attention: Callable[[int, Role], Attention],
+        attention: Callable[..., Attention],
         cross_attention: Callable[[int, Role], Attention],
         position: Callable[[int, int], Position],
         feedforward: Callable[[int], Feedforward],
@@ -108,6 +113,9 @@ class Backbone(nn.Module, Network):
         dropout: float = 0.0,
         norm_first: bool = True,
         tie_embeddings: bool = True,
+        embedding_norm: bool = False,
+        token_types: int = 0,
+        output_bias: bool = False,
     ) -> None:
         super().__init__()
         draws = Draws()
@@ -117,6 +125,7 @@ class Backbone(nn.Module, Network):
             **{"position": position, "norm": norm},
         }
         two_sided = topology == "encoder_decoder"
+        by_layer = "layer" in inspect.signature(target_of(attention)).parameters
         for role in ROLES[topology]:
             check_role(topology, "attention", attention, role)
         if two_sided:
@@ -128,12 +137,19 @@ class Backbone(nn.Module, Network):
 
         def stack(role: Role) -> nn.ModuleList:
             reads_memory = two_sided and role == "causal"
-            here = [functools.partial(make, where=f"{role} layer {index} ") for index in range(num_layers)]
-            return nn.ModuleList(Layer(part, role, reads_memory, dropout, norm_first) for part in here)
+            layers = []
+            for index in range(num_layers):
+                factories["attention"] = functools.partial(attention, layer=index) if by_layer else attention
+                part = functools.partial(make, where=f"{role} layer {index} ")
+                layers.append(Layer(part, role, reads_memory, dropout, norm_first))
+            return nn.ModuleList(layers)
 
         with draws.named("embedding"):
             self.embedding = nn.Embedding(vocab_size, dim)
         self.position: Position = make("position", max_length)
+        with draws.named("token types"):
+            self.token_types = nn.Embedding(token_types, dim) if token_types else None
+        self.embedding_norm: nn.Module | None = make("norm") if embedding_norm else None
         self.dropout = Dropout(dropout)
         # A post-norm stack ends in a norm already.
         final = make if norm_first else nn.Identity
@@ -144,12 +160,18 @@ class Backbone(nn.Module, Network):
         untied = not tie_embeddings and topology != "encoder"
         with draws.named("output"):
             self.output = nn.Linear(dim, vocab_size, bias=False) if untied else None
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
         draw_weights(self, num_layers * (3 if two_sided else 2), draws)
 
     @property
     def output_weight_VD(self) -> Tensor:
         """The matrix that turns hidden states into scores over the vocabulary."""
         return self.embedding.weight if self.output is None else self.output.weight
+
+    @property
+    def output_bias_V(self) -> Tensor | None:
+        """What is added to these scores; None: nothing."""
+        return self.output_bias
 
     @property
     def max_length(self) -> int:
@@ -183,7 +205,13 @@ class Backbone(nn.Module, Network):
         seq.position = self.position
         embedded_BTD = self.embedding(ids_BT)
         added_BTD = self.position.add(embedded_BTD, seq.positions_BT)
-        x_BTD: Tensor = self.dropout(_like(embedded_BTD, self.position, added_BTD, "add"))
+        x_BTD: Tensor = _like(embedded_BTD, self.position, added_BTD, "add")
+        if self.token_types is not None:
+            types_BT = torch.zeros_like(ids_BT) if seq.types_BT is None else seq.types_BT
+            x_BTD = x_BTD + self.token_types(types_BT.clamp(max=self.token_types.num_embeddings - 1))
+        if self.embedding_norm is not None:
+            x_BTD = _like(x_BTD, self.embedding_norm, self.embedding_norm(x_BTD))
+        x_BTD = self.dropout(x_BTD)
         layers, norm = self._stack(stack)
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
@@ -199,8 +227,8 @@ class Backbone(nn.Module, Network):
         self,
         stack: Literal["encoder", "decoder"],
         ids_BT: Tensor,
-        where: tuple[Tensor, Tensor | None],
-        read: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        where: tuple[Tensor, Tensor | None, Tensor | None],
+        read: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
     ) -> Tensor:
         """Return the hidden states of a stack of layers: what ``compile`` has compiled, for training.
 
@@ -209,11 +237,11 @@ class Backbone(nn.Module, Network):
         Args:
             stack: which of the two.
             ids_BT: token ids.
-            where: positions and segments of the ids.
-            read: the memory to read, with its positions and segments.
+            where: positions, segments and types of the ids.
+            read: the memory to read, with its positions, segments and types.
         """
-        memory = None if read is None else Memory(read[0], Sequence(*read[1:], self.position))
-        return self._run(stack, ids_BT, Sequence(*where), memory)
+        memory = None if read is None else Memory(read[0], Sequence(*read[1:3], self.position))
+        return self._run(stack, ids_BT, Sequence(*where[:2], types_BT=where[2]), memory)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile training passes by ``torch.compile``, which gets the arguments."""
@@ -244,7 +272,8 @@ class Backbone(nn.Module, Network):
         assert isinstance(last, Layer)
         if self.output is None and self.scored(scored_share):
             norm = norm if last.norm_first else last.feedforward_norm
-            quieten(norm, self.position, self.embedding.num_embeddings, last.norm_first)
+            plain = last.norm_first and self.embedding_norm is None
+            quieten(norm, self.position, self.embedding.num_embeddings, plain)
 
     def _stack(self, side: Literal["encoder", "decoder"]) -> tuple[nn.ModuleList, nn.Module]:
         return (self.encoder, self.encoder_norm) if side == "encoder" else (self.decoder, self.decoder_norm)
@@ -305,7 +334,7 @@ class Backbone(nn.Module, Network):
     def num_parameters(self) -> dict[str, int]:
         """Return the number of parameters: ``embedding`` (token and position tables), ``non_embedding``, ``total``."""
         total = sum(p.numel() for p in self.parameters())
-        embedding = sum(p.numel() for name, p in self.named_parameters() if _is_embedding(name))
+        embedding = sum(p.numel() for name, p in self.named_parameters() if is_embedding(name))
         return {"embedding": embedding, "non_embedding": total - embedding, "total": total}
 
 
@@ -330,58 +359,5 @@ def check_role(topology: Topology, name: str, factory: Callable[..., Attention],
         raise UserError(Problem(f"model.{name}", text))
 
 
-def _tensors(seq: Sequence) -> tuple[Tensor, Tensor | None]:
-    return seq.positions_BT, seq.segments_BT
-
-
-def _is_embedding(name: str) -> bool:
-    return name.startswith(("embedding.", "position."))
-
-
-def parameter_kinds(net: nn.Module, hidden: bool = False) -> dict[str, str]:
-    """Return the kind of each parameter by name: ``matrix``, ``embedding`` (output matrix too) or ``vector``.
-
-    Args:
-        net: the network, or the model around it.
-        hidden: whether only hidden matrices are of the kind ``matrix``: a head's count as output matrices.
-    """
-
-    def kind(name: str, parameter: Tensor) -> str:
-        if parameter.dim() < 2:
-            return "vector"
-        if hidden and name.startswith("head."):
-            return "embedding"
-        return "embedding" if _is_embedding(name) or name.startswith("output.") else "matrix"
-
-    return {name: kind(name.removeprefix("net."), parameter) for name, parameter in net.named_parameters()}
-
-
-def fused_maps(net: nn.Module) -> dict[str, list[int]]:
-    """Return, by name, the weights that ``llmkit.ops.fused.fused`` marked, with the rows of each map in them."""
-    return {
-        f"{module}.{name}".removeprefix("."): sizes
-        for module, part in net.named_modules()
-        for name, sizes in getattr(part, "fused", {}).items()
-    }
-
-
-def parameter_groups(
-    net: nn.Module, kinds: dict[str, str], maps: dict[str, list[int]] | None = None
-) -> list[dict[str, Any]]:
-    """Return optimizer groups by ``kind``: matrices and embeddings with weight decay, vectors without.
-
-    Args:
-        net: the module, possibly wrapped by FSDP since ``kinds`` was taken (its shards are flat).
-        kinds: what ``parameter_kinds`` returned.
-        maps: what ``fused_maps`` returned: the group ``matrix`` says the ``maps`` of each of its parameters.
-    """
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
-    rows: list[list[int]] = []
-    for full_name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            name = full_name.replace("_fsdp_wrapped_module.", "")
-            groups[kinds[name]].append(parameter)
-            if maps is not None and kinds[name] == "matrix":
-                rows.append(maps.get(name, [len(parameter)]))
-    own: dict[str, dict[str, Any]] = {"vector": {"weight_decay": 0.0}, "matrix": {"maps": rows} if rows else {}}
-    return [{"params": group, "kind": kind, **own.get(kind, {})} for kind, group in groups.items() if group]
+def _tensors(seq: Sequence) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return seq.positions_BT, seq.segments_BT, seq.types_BT

@@ -14,30 +14,30 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torchmetrics import Metric
 
 from llmkit import registry
 from llmkit.check import check_arguments
 from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, check_section, read, refusing, restore_tokenizer, section
-from llmkit.checkpoint.weights import check_class, check_shapes, initial, take_weights, unfit
+from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
+from llmkit.hf.start import Published, begin, check_fits_network, is_published, settings_of, starting_point
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
-from llmkit.model.backbone import Backbone, fused_maps, parameter_groups, parameter_kinds
+from llmkit.model.backbone import Backbone
+from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds
 from llmkit.model.initial import Draws, restarted, seed_device
 from llmkit.model.optim import Muon
 from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
-from llmkit.model.use import Rows, Scores, batch_of, evaluating
+from llmkit.model.use import Answers
 from llmkit.model.vectors import begin_with_vectors
-from llmkit.ops.metrics import computed
 from llmkit.sequence import DecodingOptions, on_device
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(Answers):
     """A language model of any head and attention variant.
 
     Plugins are given as factories: a class, a functools.partial of one, or ``llmkit.plugin("attention", "lstm")``.
@@ -56,6 +56,10 @@ class LanguageModel(pl.LightningModule):
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
         tie_embeddings: use the embedding matrix as the output matrix.
+        embedding_norm: a norm after the embeddings and positions.
+        token_types: how many types of tokens have an embedding (2: which text of a pair a token is in); 0: none.
+        output_bias: a learned number is added to the score of each token.
+        vocab_size: rows of the embedding; None: as many as the tokenizer has ids, which is the least.
         compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
@@ -64,8 +68,8 @@ class LanguageModel(pl.LightningModule):
         max_bad_steps: the run stops after this many steps in a row whose loss or gradient is NaN or infinite. None of
             them changes the weights.
         init_from: a checkpoint (of a run folder: its best one) whose tokenizer, and weights where name and shape fit, a
-            new run begins with. It may be of another head. A run that is resumed does not read it, and the model that
-            comes out does not need it.
+            new run begins with, or a model of Hugging Face, ``hf:NAME_OR_FOLDER[@REVISION]``. It may be of another
+            head. A run that is resumed does not read it, and the model that comes out does not need it.
         word_vectors: a text file of word vectors (GloVe's format) that the embedding of a new run begins with; for the
             tokenizer ``word``, mostly. ``dim`` has to be their width.
     """
@@ -84,6 +88,10 @@ class LanguageModel(pl.LightningModule):
         dropout: float = 0.0,
         norm_first: bool = True,
         tie_embeddings: bool = True,
+        embedding_norm: bool = False,
+        token_types: int = 0,
+        output_bias: bool = False,
+        vocab_size: int | None = None,
         compile: bool | Literal["reduce-overhead"] = False,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
@@ -115,7 +123,7 @@ class LanguageModel(pl.LightningModule):
         self.word_vectors = word_vectors
         if init_from is not None:
             with blame("model.init_from"):
-                self._initial, self.tokenizer = initial(init_from)
+                self._initial, self.tokenizer = starting_point(init_from)
         self.parts.try_out(self.head.topology)
 
     @property
@@ -149,13 +157,15 @@ class LanguageModel(pl.LightningModule):
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
+        if isinstance(self._initial, Published):  # before memory is taken for sizes that no weight confirms
+            check_fits_network(self.meta_network().state_dict(), self._initial)
         with restarted():
             self.net = self._new_network()
             with Draws().named("head"):
                 self._build_head(self.head)
         self.net.quieten(self.head.scored_share)
         if self._initial is not None:
-            taken = take_weights(self.state_dict(), self.spec, self._initial)
+            taken = begin(self.state_dict(), self.spec, self._initial)
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
@@ -174,11 +184,15 @@ class LanguageModel(pl.LightningModule):
             return self._new_network()
 
     def _new_network(self) -> Backbone:
-        return self.parts.backbone(self.head.topology, self._trained_tokenizer.vocab_size, self.spec["num_layers"])
+        return self.parts.backbone(self.head.topology, self._vocab_size, self.spec["num_layers"])
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.parts.vocab_size(self._trained_tokenizer)
 
     def _build_head(self, head: Head) -> None:
         head.set_tokenizer(self._trained_tokenizer)
-        head.build(self.spec["dim"], self._trained_tokenizer.vocab_size)
+        head.build(self.spec["dim"], self._vocab_size)
 
     @property
     def _trained_tokenizer(self) -> Tokenizer:
@@ -250,70 +264,6 @@ class LanguageModel(pl.LightningModule):
         if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    # Evaluation
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self._trained_tokenizer)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the test metrics."""
-        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self._trained_tokenizer)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_metrics("val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_metrics("test", self.test_metrics)
-
-    def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
-        for name, metric in metrics.items():
-            assert isinstance(metric, Metric)
-            for key, value in computed(f"{prefix}_{name}", metric).items():
-                self.results[key] = value
-                if value.numel() == 1:  # every process computed the same from all processes' sums
-                    self.log(key, value.float(), rank_zero_only=False, sync_dist=False)
-            metric.reset()
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one answer a row."""
-        return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
-
-    @torch.no_grad()
-    def predict(
-        self, rows: Rows, options: DecodingOptions | None = None, first: int = 0, **extra: Any
-    ) -> list[dict[str, Any]]:
-        """Return the head's answer to each text or row.
-
-        Args:
-            rows: texts, or rows with the head's input fields.
-            options: how text is generated; None: as the checkpoint says.
-            first: the number of the first row; what is sampled for a row depends on its number.
-            extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
-
-        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
-        """
-        head, network = self.head, self.network
-        if not rows:
-            return []
-        batch = self._batch(rows, head.inputs, first)
-        with evaluating(self):
-            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
-
-    @torch.no_grad()
-    def score(self, rows: Rows) -> list[dict[str, Any]]:
-        """Return how probable the model finds each text or row, with targets; for heads that write text."""
-        if not isinstance(head := self.head, Scores):
-            raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
-        with evaluating(self):
-            return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
-
-    def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
-        batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
-        return on_device(batch, self.device)
-
     # Checkpoints
 
     @classmethod
@@ -321,13 +271,16 @@ class LanguageModel(pl.LightningModule):
         """Return the model of a checkpoint, ready to predict, in eval mode. It is not compiled.
 
         Args:
-            path: a ``.ckpt`` file written by ``llmkit fit``, or a run folder: its best checkpoint.
+            path: a ``.ckpt`` file written by ``llmkit fit``, a run folder: its best checkpoint, or a model of Hugging
+                Face, ``hf:NAME_OR_FOLDER[@REVISION]``.
             device: where the model is put.
 
         Raises:
             UserError: missing or damaged file, a newer format, weights of other sizes than its description says, or
                 a plugin that is not installed.
         """
+        if is_published(path):
+            return cls.published(str(path)).to(device).eval()
         path = file_of(path, "best.ckpt", "last.ckpt")
         stored = Stored(path, read(path))
         where = f"checkpoint {path}"
@@ -346,8 +299,30 @@ class LanguageModel(pl.LightningModule):
         return model.to(device).eval()
 
     @classmethod
+    def published(cls, name: str, head: Mapping[str, Any] | str | None = None) -> LanguageModel:
+        """Return a model of Hugging Face, ready to predict.
+
+        Args:
+            name: ``hf:NAME_OR_FOLDER[@REVISION]``.
+            head: another head than the one it was published with, as a config names it.
+
+        Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
+        """
+        settings, _ = settings_of(name, head)
+        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
+        assert model._initial is not None
+        if model.spec["head"]["class_path"] == model._initial.part["model"].get("head", {}).get("class_path"):
+            model.head.set_info(model._initial.part["head_info"])
+        elif type(model.head).learn is not Head.learn:
+            text = f"{type(model.head).__name__} learns from training data: use model.init_from {name} of a fit"
+            raise UserError(Problem("model.head", text))
+        model.head_ready = True
+        model.configure_model()
+        return model
+
+    @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu") -> LanguageModel:  # type: ignore[override]
-        """Return the model of a checkpoint, ready to predict: Lightning's name for ``load``."""
+        """Return the model of a checkpoint: Lightning's name for ``load``."""
         return cls.load(checkpoint_path, map_location)
 
     def restore(self, stored: Stored) -> None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric
 
 from llmkit import registry
-from llmkit.contracts import Head, Stage, Topology
+from llmkit.contracts import Head, Stage, Tokenizer, Topology
 from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model.backbone import Backbone
 from llmkit.ops.metrics import Metrics
@@ -22,7 +22,9 @@ from llmkit.sequence import Sequence
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
-SIZES = ("dim", "num_layers", "context", "dropout", "norm_first", "tie_embeddings", "compile", "max_bad_steps")
+SHAPE = ("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias")
+"""The plain arguments of a model that its network takes under the same name."""
+SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "max_bad_steps")
 """The plain arguments of a model that its checkpoints describe."""
 
 
@@ -45,6 +47,8 @@ class Parts:
         for name, least in {"dim": 1, "num_layers": 1, "context": 2, "max_bad_steps": 1}.items():
             if sizes[name] < least:
                 raise UserError(Problem(f"model.{name}", f"must be at least {least}, got {sizes[name]}"))
+        if sizes["token_types"] < 0:
+            raise UserError(Problem("model.token_types", f"must be 0 or more, got {sizes['token_types']}"))
         if not 0 <= sizes["dropout"] < 1:
             raise UserError(Problem("model.dropout", f"must be at least 0 and below 1, got {sizes['dropout']}"))
         keys = {key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key.startswith("model.")}
@@ -71,9 +75,17 @@ class Parts:
             num_layers=num_layers,
             topology=topology,
             max_length=self.spec["context"],
-            **{name: self.spec[name] for name in ("dropout", "norm_first", "tie_embeddings")},
+            **{name: self.spec[name] for name in SHAPE},
             **{name: self.factories[name] for name in names},
         )
+
+    def vocab_size(self, tokenizer: Tokenizer) -> int:
+        """Return the rows of the embedding. Raises UserError when the tokenizer has more ids."""
+        rows = self.spec["vocab_size"]
+        if rows is not None and rows < tokenizer.vocab_size:
+            text = f"must be at least {tokenizer.vocab_size}, the ids of the tokenizer, got {rows}"
+            raise UserError(Problem("model.vocab_size", text))
+        return tokenizer.vocab_size if rows is None else int(rows)
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Return the schedule; an argument called ``total_steps`` that was left open is filled in."""

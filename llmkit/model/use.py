@@ -6,12 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from llmkit.contracts import Batch, Head, Network, Tokenizer
 from llmkit.data.examples import note_truncated
 from llmkit.errors import UserError
+from llmkit.model.backbone import Backbone
+from llmkit.ops.metrics import computed
+from llmkit.sequence import DecodingOptions, on_device
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 """Texts, or rows with the head's fields."""
@@ -62,3 +67,88 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"predict: row {number} has no {' and no '.join(missing)}; it needs {', '.join(fields)}")
     return {name: [row[name] for row in given] for name in fields} if given else {}
+
+
+class Answers(pl.LightningModule):
+    """A model that is evaluated in a run, and asked from outside of one."""
+
+    head: Head
+    val_metrics: nn.ModuleDict
+    test_metrics: nn.ModuleDict
+    results: dict[str, Tensor]
+
+    @property
+    def network(self) -> Backbone:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int:
+        """Most positions of one sequence."""
+        raise NotImplementedError
+
+    @property
+    def _trained_tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self.head.evaluate(self.network, batch, dict(self.val_metrics.items()), self._trained_tokenizer)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the test metrics."""
+        self.head.evaluate(self.network, batch, dict(self.test_metrics.items()), self._trained_tokenizer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test", self.test_metrics)
+
+    def _log_metrics(self, prefix: str, metrics: nn.ModuleDict) -> None:
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            for key, value in computed(f"{prefix}_{name}", metric).items():
+                self.results[key] = value
+                if value.numel() == 1:  # every process computed the same from all processes' sums
+                    self.log(key, value.float(), rank_zero_only=False, sync_dist=False)
+            metric.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one answer a row."""
+        return self.head.predict(self.network, batch, self._trained_tokenizer, self.head.decoding)
+
+    @torch.no_grad()
+    def predict(
+        self, rows: Rows, options: DecodingOptions | None = None, first: int = 0, **extra: Any
+    ) -> list[dict[str, Any]]:
+        """Return the head's answer to each text or row.
+
+        Args:
+            rows: texts, or rows with the head's input fields.
+            options: how text is generated; None: as the checkpoint says.
+            first: the number of the first row; what is sampled for a row depends on its number.
+            extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
+
+        Raises UserError when ``rows`` is not a list, a row has not all fields, or the network is not built yet.
+        """
+        head, network = self.head, self.network
+        if not rows:
+            return []
+        batch = self._batch(rows, head.inputs, first)
+        with evaluating(self):
+            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
+
+    @torch.no_grad()
+    def score(self, rows: Rows) -> list[dict[str, Any]]:
+        """Return how probable the model finds each text or row, with targets; for heads that write text."""
+        if not isinstance(head := self.head, Scores):
+            raise UserError(f"{type(head).__name__} does not score texts: heads that write text do (generation, ...)")
+        with evaluating(self):
+            return head.score(self.network, self._batch(rows, (*head.inputs, *head.targets)))
+
+    def _batch(self, rows: Rows, fields: tuple[str, ...], first: int = 0) -> Batch:
+        batch = batch_of(self.head, self._trained_tokenizer, self.context, rows, fields, first)
+        return on_device(batch, self.device)

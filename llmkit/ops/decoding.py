@@ -96,7 +96,8 @@ class Decoder:
         rows = None if last_B is None else torch.arange(len(last_B), device=ids_BT.device)
         last_BD = hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B]
         output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
-        return F.linear(last_BD, output_VD.to(last_BD.dtype))
+        bias_V = self.net.output_bias_V
+        return F.linear(last_BD, output_VD.to(last_BD.dtype), None if bias_V is None else bias_V.to(last_BD.dtype))
 
     def _static_step(self, ids_B1: Tensor, capture: Capture) -> Tensor:
         """Feed one column to all rows by steps that are captured and replayed."""

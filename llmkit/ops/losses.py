@@ -54,8 +54,14 @@ def rows_at_once(weight_VD: Tensor) -> int:
     return rows // ROWS * ROWS or rows
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0) -> Loss:
-    """Return the summed cross-entropy of ``hidden @ weight.T`` and the number of targets that count.
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    label_smoothing: float = 0.0,
+    bias_V: Tensor | None = None,
+) -> Loss:
+    """Return the summed cross-entropy of ``hidden @ weight.T + bias`` and the number of targets that count.
 
     The gradient is computed chunk by chunk during the forward pass, so that memory does not grow with N x V.
 
@@ -65,6 +71,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         targets_N: target ids, ``IGNORE`` where nothing is to be predicted.
         label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy et al. 2016,
             arXiv:1512.00567).
+        bias_V: what is added to the scores; None: nothing.
     """
     keep = targets_N != IGNORE
     count = keep.sum()
@@ -75,16 +82,20 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         targets_N = F.pad(targets_N[keep], (0, rest), value=IGNORE)
     # Inside an autograd function gradients always look switched off, so pass on whether they are.
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled()
+        hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled(), bias_V
     )
     return Loss(total, count)
 
 
 def plain_linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, label_smoothing: float = 0.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    label_smoothing: float = 0.0,
+    bias_V: Tensor | None = None,
 ) -> Loss:
     """Define ``linear_cross_entropy``: torch's cross-entropy of the whole scores, (N, V)."""
-    scores_NV = F.linear(hidden_ND, weight_VD)
+    scores_NV = F.linear(hidden_ND, weight_VD, bias_V)
     scores_NV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32))
     total = F.cross_entropy(scores_NV, targets_N, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
     return Loss(total, (targets_N != IGNORE).sum())
@@ -92,8 +103,17 @@ def plain_linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, training: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        training: bool,
+        bias: Tensor | None,
+    ) -> Tensor:
         need_hidden, need_weight = (training and need for need in ctx.needs_input_grad[:2])
+        need_bias = training and ctx.needs_input_grad[5]
         low = autocast_dtype(hidden) or hidden.dtype
         exact = torch.promote_types(low, torch.float32)  # softmax and sums are never done in half precision
         hidden_low, weight_low = hidden.to(low), padded_to_multiple(weight, low)
@@ -106,11 +126,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=exact)
         grad_hidden = torch.empty_like(hidden_low) if need_hidden else None
         grad_weight = torch.zeros_like(weight_low, dtype=exact) if need_weight else None
+        bias_low = None if bias is None else F.pad(bias, (0, len(weight_low) - len(bias))).to(low)
+        grad_bias = hidden.new_zeros(len(weight_low), dtype=exact) if need_bias else None
+        need_any = need_hidden or need_weight or need_bias
         with without_autocast(hidden):
             for start in range(0, len(targets), rows)[: 2 if SHAPES_ONLY.get() else None]:
                 states, ids = hidden_low[start : start + rows], targets[start : start + rows]
                 grad = torch.mm(states, weight_low.T, out=scores[: len(ids)])
-                total += cross_entropy_(grad, ids, len(weight), smoothing, need_hidden or need_weight, triton).sum()
+                if bias_low is not None:
+                    grad += bias_low
+                total += cross_entropy_(grad, ids, len(weight), smoothing, need_any, triton).sum()
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0, dtype=exact)
                 if grad_hidden is not None:
                     torch.mm(grad, weight_low, out=grad_hidden[start : start + rows])
                 if grad_weight is not None:
@@ -121,14 +148,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight[: len(weight)].to(weight.dtype),
+            None if grad_bias is None else grad_bias[: len(weight)].to(weight.dtype),
         )
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
-        return hidden, weight, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
+        hidden, weight, bias = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, weight, None, None, None, bias
 
 
 def padded_to_multiple(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -87,6 +87,15 @@ def use_whole_files(trainer: pl.Trainer) -> None:
         trainer.strategy.checkpoint_io = WholeFileIO()
 
 
+def save_model(model: LanguageModel, path: Path) -> None:
+    """Write the checkpoint of a model that no run has trained: without optimizer state, to be used or begun with."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
+    use_whole_files(trainer)
+    model.trainer = trainer
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path, weights_only=True)
+
+
 class Checkpoints(Checkpoint):
     """Writes the checkpoints of a run: ``last.ckpt``, the best one by the head's metric, and the newest by step.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmkit import registry
 from llmkit.contracts import Attention, Head, Position, Role, Tokenizer
 from llmkit.errors import UserError
-from llmkit.model.backbone import fused_maps
+from llmkit.model.groups import fused_maps
 from llmkit.registry import Entry, Factory
 from llmkit.sequence import Sequence, State
 
@@ -242,7 +242,8 @@ def _parameters(module: Any, length: int) -> int:
 def _flops(module: Any, length: int) -> float:
     """Return forward FLOPs per position: two per weight of each matrix, plus the mixing."""
     weights: int = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
-    return 2.0 * weights + (module.mixing_flops(length) if isinstance(module, Attention) else 0.0)
+    mixing = (part.mixing_flops(length) for part in module.modules() if isinstance(part, Attention))
+    return 2.0 * weights + sum(mixing)
 
 
 def _positions(module: Any, length: int) -> list[str]:

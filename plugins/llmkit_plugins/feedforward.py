@@ -4,32 +4,56 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Feedforward
+from llmkit.errors import UserError
 from llmkit.ops.elementwise import Dropout
 from llmkit.ops.fused import fused
 
 
 class _TwoLayers(Feedforward):
-    """Two linear maps with an activation between them."""
+    """Two linear maps with an activation between them.
 
-    def __init__(self, dim: int, hidden_multiple: float = 4.0, bias: bool = False, dropout: float = 0.0) -> None:
+    With ``gated`` there are three matrices, so ``hidden_multiple`` means two thirds of that width, rounded up to a
+    multiple of 8: as many parameters as without.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_multiple: float = 4.0,
+        bias: bool = False,
+        dropout: float = 0.0,
+        gated: bool = False,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__(dim)
-        hidden = round(hidden_multiple * dim)
-        self.inner = nn.Linear(dim, hidden, bias=bias)
+        if hidden is None:
+            hidden = 8 * math.ceil(hidden_multiple * dim / 12) if gated else round(hidden_multiple * dim)
+        if hidden < 1:
+            raise UserError(f"the hidden width must be at least 1, got {hidden}")
+        self.gated = gated
+        inner = nn.Linear(dim, 2 * hidden if gated else hidden, bias=bias)
+        self.inner = fused(inner, [hidden] * 2) if gated else inner
         self.out = nn.Linear(hidden, dim, bias=bias)
         self.dropout = Dropout(dropout)
 
     @abstractmethod
     def activate(self, x: Tensor) -> Tensor:
-        """Return the hidden values after the activation."""
+        """Return the values after the activation."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the new values, position by position."""
-        y_BTD: Tensor = self.out(self.dropout(self.activate(self.inner(x_BTD))))
+        if self.gated:
+            gate, value = self.inner(x_BTD).chunk(2, dim=-1)
+            hidden = self.activate(gate) * value
+        else:
+            hidden = self.activate(self.inner(x_BTD))
+        y_BTD: Tensor = self.out(self.dropout(hidden))
         return y_BTD
 
 
@@ -43,6 +67,8 @@ class ReLU(_TwoLayers):
         hidden_multiple: hidden width as a multiple of ``dim``.
         bias: whether the linear maps have biases.
         dropout: dropout of the hidden values.
+        gated: whether the activation of one linear map gates another one (Shazeer 2020, arXiv:2002.05202).
+        hidden: hidden width; None: what ``hidden_multiple`` says.
     """
 
     def activate(self, x: Tensor) -> Tensor:
@@ -53,18 +79,34 @@ class ReLU(_TwoLayers):
 class GELU(_TwoLayers):
     """Two linear maps with GELU between them.
 
-    Hendrycks and Gimpel 2016, arXiv:1606.08415; the exact form with the error function, not the tanh approximation.
+    Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
     Args:
         dim: model width.
         hidden_multiple: hidden width as a multiple of ``dim``.
         bias: whether the linear maps have biases.
         dropout: dropout of the hidden values.
+        gated: whether the activation of one linear map gates another one (Shazeer 2020, arXiv:2002.05202).
+        hidden: hidden width; None: what ``hidden_multiple`` says.
+        approximate: ``none``, the form with the error function, or ``tanh``, an approximation of it (GPT-2).
     """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_multiple: float = 4.0,
+        bias: bool = False,
+        dropout: float = 0.0,
+        gated: bool = False,
+        hidden: int | None = None,
+        approximate: Literal["none", "tanh"] = "none",
+    ) -> None:
+        super().__init__(dim, hidden_multiple, bias, dropout, gated, hidden)
+        self.approximate = approximate
 
     def activate(self, x: Tensor) -> Tensor:
         """Return x times the normal distribution function of x."""
-        return F.gelu(x)
+        return F.gelu(x, approximate=self.approximate)
 
 
 class SquaredReLU(_TwoLayers):
@@ -77,6 +119,8 @@ class SquaredReLU(_TwoLayers):
         hidden_multiple: hidden width as a multiple of ``dim``.
         bias: whether the linear maps have biases.
         dropout: dropout of the hidden values.
+        gated: whether the activation of one linear map gates another one (Shazeer 2020, arXiv:2002.05202).
+        hidden: hidden width; None: what ``hidden_multiple`` says.
     """
 
     def activate(self, x: Tensor) -> Tensor:
@@ -84,8 +128,27 @@ class SquaredReLU(_TwoLayers):
         return F.relu(x).square()
 
 
-class SwiGLU(Feedforward):
-    """A linear map gated by the SiLU of another one, then a linear map back.
+class SiLU(_TwoLayers):
+    """Two linear maps with SiLU (swish) between them.
+
+    Hendrycks and Gimpel 2016, arXiv:1606.08415; Ramachandran et al. 2017, arXiv:1710.05941.
+
+    Args:
+        dim: model width.
+        hidden_multiple: hidden width as a multiple of ``dim``.
+        bias: whether the linear maps have biases.
+        dropout: dropout of the hidden values.
+        gated: whether the activation of one linear map gates another one (Shazeer 2020, arXiv:2002.05202).
+        hidden: hidden width; None: what ``hidden_multiple`` says.
+    """
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return x times the logistic function of x."""
+        return F.silu(x)
+
+
+class SwiGLU(SiLU):
+    """A linear map gated by the SiLU of another one, then a linear map back: ``silu`` with ``gated: true``.
 
     Shazeer 2020, arXiv:2002.05202. It has three matrices, so the hidden width is two thirds of ``hidden_multiple *
     dim``, rounded up to a multiple of 8: as many parameters as the others at the same ``hidden_multiple``.
@@ -96,17 +159,15 @@ class SwiGLU(Feedforward):
             multiple of ``dim``.
         bias: whether the linear maps have biases.
         dropout: dropout of the hidden values.
+        hidden: hidden width; None: what ``hidden_multiple`` says.
     """
 
-    def __init__(self, dim: int, hidden_multiple: float = 4.0, bias: bool = False, dropout: float = 0.0) -> None:
-        super().__init__(dim)
-        hidden = 8 * math.ceil(hidden_multiple * dim / 12)
-        self.inner = fused(nn.Linear(dim, 2 * hidden, bias=bias), [hidden] * 2)
-        self.out = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the new values, position by position."""
-        gate, value = self.inner(x_BTD).chunk(2, dim=-1)
-        y_BTD: Tensor = self.out(self.dropout(F.silu(gate) * value))
-        return y_BTD
+    def __init__(
+        self,
+        dim: int,
+        hidden_multiple: float = 4.0,
+        bias: bool = False,
+        dropout: float = 0.0,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__(dim, hidden_multiple, bias, dropout, True, hidden)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkit.contracts import Position
-from llmkit.errors import UserError
+from llmkit.errors import UserError, unknown
 from llmkit.ops.elementwise import rotate
 from llmkit.sequence import Sequence
 
@@ -68,11 +70,19 @@ class Rotary(Position):
         dim: model width.
         max_length: the context; not a limit here.
         base: the slowest channel turns once in about ``2 pi base`` positions.
+        scaling: how a model was stretched to longer texts, in the words of Hugging Face: a mapping with ``rope_type``
+            ``linear`` (Chen et al. 2023, arXiv:2306.15595), ``llama3`` (arXiv:2407.21783) or ``yarn`` (Peng et al.
+            2023, arXiv:2309.00071), ``factor``, and for the latter two ``original_max_position_embeddings``; further
+            ``low_freq_factor`` and ``high_freq_factor`` of llama3, ``beta_fast``, ``beta_slow`` and
+            ``attention_factor`` of yarn.
+
+    Raises:
+        UserError: an unknown scaling, or one that lacks a number.
     """
 
-    def __init__(self, dim: int, max_length: int, base: float = 10000.0) -> None:
+    def __init__(self, dim: int, max_length: int, base: float = 10000.0, scaling: dict[str, Any] | None = None) -> None:
         super().__init__(dim, max_length)
-        self.base = base
+        self.base, self.scaling = base, check_scaling(scaling)
 
     def rotate(self, x_BHTE: Tensor, seq: Sequence) -> Tensor:
         """Turn queries or keys. Raises UserError when the width of a head is odd."""
@@ -82,9 +92,15 @@ class Rotary(Position):
         if ("rotary", width) not in seq.memo:
             compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             tables = _compiled_tables if compiled else _tables
-            seq.memo["rotary", width] = tables(seq.positions_BT, width, self.base).unbind()
+            frequencies, factor = self._frequencies(width, seq.positions_BT.device)
+            seq.memo["rotary", width] = tables(seq.positions_BT, frequencies, factor).unbind()
         cos, sin = seq.memo["rotary", width]
         return rotate(x_BHTE, cos, sin)
+
+    def _frequencies(self, width: int, device: torch.device) -> tuple[Tensor, float]:
+        """Return how far each pair of channels turns in one position, (width / 2,), and a factor of the tables."""
+        plain = _frequencies(width, self.base, device)
+        return (plain, 1.0) if self.scaling is None else _scaled(plain, self.base, self.scaling)
 
 
 class Alibi(Position):
@@ -125,14 +141,15 @@ def slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat([steps, between]).neg().exp2()
 
 
-def _tables(positions_BT: Tensor, width: int, base: float) -> Tensor:
+def _tables(positions_BT: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     """Return what ``rotate`` multiplies with, cosines and sines, (2, B, 1, T, E).
 
     They are in float32 whatever the model's dtype: bfloat16 cannot distinguish large angles.
     """
-    angles_B1TE = _angles(positions_BT, width, base)[:, None]
+    angles_B1TE = (positions_BT[..., None] * frequencies)[:, None]
     cos, sin = angles_B1TE.cos(), angles_B1TE.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+    tables = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+    return tables if factor == 1.0 else tables * factor
 
 
 # An operation that torch.compile does not look into. Otherwise it would compute powers and cosines again in the kernel
@@ -141,11 +158,72 @@ _compiled_tables = torch.library.custom_op("llmkit::rotary_tables", _tables, mut
 
 
 @_compiled_tables.register_fake
-def _(positions_BT: Tensor, width: int, base: float) -> Tensor:
-    return positions_BT.new_empty(2, len(positions_BT), 1, positions_BT.shape[1], width, dtype=torch.float32)
+def _(positions_BT: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    shape = 2, len(positions_BT), 1, positions_BT.shape[1], 2 * len(frequencies)
+    return positions_BT.new_empty(shape, dtype=torch.float32)
 
 
 def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:
     """Return position * base ** (-2 i / width) for each pair i of channels, (B, T, ceil(width / 2)), float32."""
-    pairs = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32)
-    return positions_BT[..., None] * base ** (-pairs / width)
+    return positions_BT[..., None] * _frequencies(width, base, positions_BT.device)
+
+
+def _frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    return base ** (-pairs / width)
+
+
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The numbers that each kind of scaling needs."""
+OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor")}
+
+
+def check_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a scaling of rotary positions as a plain mapping.
+
+    Raises UserError for an unknown kind, and a number that is missing, unknown or not above zero.
+    """
+    if scaling is None:
+        return None
+    kind = str(scaling.get("rope_type"))
+    if kind not in SCALINGS:
+        raise UserError(f"scaling: {unknown('rope_type', kind, SCALINGS)}")
+    numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
+    if missing := [name for name in SCALINGS[kind] if name not in numbers]:
+        raise UserError(f"scaling: {kind} needs {', '.join(missing)}")
+    allowed = SCALINGS[kind] + OPTIONAL.get(kind, ())
+    for name, value in numbers.items():
+        if name not in allowed:
+            raise UserError(f"scaling: {unknown('number', name, allowed)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"scaling: {name} must be a number above 0, got {value!r}")
+    return dict(scaling)
+
+
+def _scaled(plain: Tensor, base: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Return scaled frequencies, and what cosines and sines are multiplied by."""
+    kind, factor = scaling["rope_type"], scaling["factor"]
+    if kind == "linear":
+        return plain / factor, 1.0
+    original = scaling["original_max_position_embeddings"]
+    if kind == "llama3":  # slow channels are slowed down further, fast ones are not, and between them it is gradual
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * plain / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return plain * (kept + (1 - kept) / factor), 1.0
+    width = 2 * len(plain)
+
+    def channel(turns: float) -> float:
+        """Return which pair of channels turns this many times within the original context."""
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = max(math.floor(channel(scaling.get("beta_fast", 32))), 0)
+    last = min(math.ceil(channel(scaling.get("beta_slow", 1))), width - 1)
+    pairs = torch.arange(len(plain), device=plain.device, dtype=torch.float32)
+    slowed = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+    sharper = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return plain * (1 - slowed) + plain / factor * slowed, scaling.get("attention_factor", sharper)

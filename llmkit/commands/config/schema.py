@@ -111,7 +111,9 @@ def choice(family: str) -> Schema:
         full = {"class_path": {"const": entry.class_path}, "init_args": own}
         forms.append(_object(full, ["class_path", *(["init_args"] if own["required"] else [])]))
     other = {"class_path": {"type": "string", "pattern": DOTTED, "not": {"enum": paths}}, "init_args": {}}
-    short = [{"enum": plain}, {"type": "string", "pattern": DOTTED}]
+    short: list[Schema] = [{"enum": plain}, {"type": "string", "pattern": DOTTED}]
+    if family in registry.LISTS:
+        short.append({"type": "array", "minItems": 1, "items": {"$ref": f"#/$defs/{family}"}})
     return {"anyOf": [*short, *forms, _object(other, ["class_path"]), {"type": "null"}]}
 
 

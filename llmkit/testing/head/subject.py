@@ -89,6 +89,11 @@ class ContractNetwork(Network):
         return self._output_weight_VD
 
     @property
+    def output_bias_V(self) -> Tensor | None:
+        """What is added to the scores."""
+        return self._net.output_bias_V
+
+    @property
     def max_length(self) -> int:
         """The context."""
         return CONTEXT

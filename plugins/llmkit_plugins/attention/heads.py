@@ -19,11 +19,16 @@ def join(x_BHTE: Tensor) -> Tensor:
     return x_BHTE.transpose(1, 2).flatten(2)
 
 
-def check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raise UserError when ``num_heads`` does not divide ``dim`` or ``num_kv_heads`` does not divide ``num_heads``."""
+def check_heads(dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None) -> None:
+    """Raise UserError when ``num_heads`` does not divide ``dim`` or ``num_kv_heads`` does not divide ``num_heads``.
+
+    With a width of its own, ``head_dim``, a head need not be a part of the model width.
+    """
+    if head_dim is not None and head_dim < 1:
+        raise UserError(f"head_dim must be at least 1, got {head_dim}")
     if num_heads < 1 or num_kv_heads < 1:
         raise UserError(f"num_heads and num_kv_heads must be at least 1, got {num_heads} and {num_kv_heads}")
-    if dim % num_heads:
+    if head_dim is None and dim % num_heads:
         raise UserError(
             f"dim {dim} is not divisible by num_heads {num_heads}; nearest widths: {nearest(dim, num_heads)}"
         )

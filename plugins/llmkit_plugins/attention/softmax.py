@@ -7,7 +7,7 @@ of columns to look at: T, and when decoding those of earlier calls as well.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,15 @@ class GroupedQuery(Attention):
     head that all heads, queries and keys share.
 
     Args:
-        dim: model width; must be divisible by ``num_heads``.
+        dim: model width; must be divisible by ``num_heads`` unless ``head_dim`` is given.
         role: ``causal``, ``bidirectional`` or ``cross``.
         num_heads: number of query heads.
         num_kv_heads: number of key/value heads; must divide ``num_heads``.
-        qk_norm: whether each head's queries and keys are normalised, which keeps the scores bounded.
-        bias: whether the projections have biases.
+        qk_norm: whether each head's queries and keys are normalised, which keeps the scores bounded; ``separate``:
+            queries have a scale of their own, and keys another (Qwen3, arXiv:2505.09388).
+        bias: whether the projections have biases; ``qkv``: all but the output projection (Qwen2, arXiv:2407.10671).
         dropout: probability that an attention weight is dropped in training.
+        head_dim: width of a head; None: ``dim / num_heads``.
 
     Raises:
         UserError: when the heads do not divide the width or each other, or ``dropout`` is not a probability below one.
@@ -49,23 +51,27 @@ class GroupedQuery(Attention):
         role: Role,
         num_heads: int = 4,
         num_kv_heads: int = 2,
-        qk_norm: bool = True,
-        bias: bool = False,
+        qk_norm: bool | Literal["separate"] = True,
+        bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__(dim, role)
         check_dropout(dropout)
-        check_heads(dim, num_heads, num_kv_heads)
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        check_heads(dim, num_heads, num_kv_heads, head_dim)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.dropout = dropout
-        kv_dim = 2 * num_kv_heads * self.head_dim
+        q_dim, kv_dim = num_heads * self.head_dim, 2 * num_kv_heads * self.head_dim
         if role == "cross":
-            self.q = nn.Linear(dim, dim, bias=bias)
-            self.kv = fused(nn.Linear(dim, kv_dim, bias=bias), [kv_dim // 2] * 2)
+            self.q = nn.Linear(dim, q_dim, bias=bool(bias))
+            self.kv = fused(nn.Linear(dim, kv_dim, bias=bool(bias)), [kv_dim // 2] * 2)
         else:
-            self.qkv = fused(nn.Linear(dim, dim + kv_dim, bias=bias), [dim, kv_dim // 2, kv_dim // 2])
-        self.out = nn.Linear(dim, dim, bias=bias)  # a map called `out` starts small, as residual outputs should
+            sizes = [q_dim, kv_dim // 2, kv_dim // 2]
+            self.qkv = fused(nn.Linear(dim, q_dim + kv_dim, bias=bool(bias)), sizes)
+        # A map called `out` starts small, as residual outputs should.
+        self.out = nn.Linear(q_dim, dim, bias=bias is True)
         self.qk_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
+        self.k_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm == "separate" else None
         self.lookup = Lookup(role, num_heads)
 
     def forward(
@@ -82,7 +88,7 @@ class GroupedQuery(Attention):
             (k, v), mask, is_causal = self.lookup.memory(seq, memory, state, self.read)  # cache: (B, K, S, E) each
         else:
             qk, v = split(self.qkv(x_BTD), H + 2 * K).split_with_sizes([H + K, K], 1)  # project: (B, H + K or K, T, E)
-            q_BHTE, k = seq.rotate(self.norm(qk)).split_with_sizes([H, K], 1)  # rotate: (B, H or K, T, E)
+            q_BHTE, k = self.turn(qk, seq)  # rotate: (B, H or K, T, E)
             (k, v), mask, is_causal = self.lookup(q_BHTE, seq, state, k=k, v=v)  # cache: (B, K, S, E) each
         y_BHTE = self.attend(q_BHTE, k, v, mask, is_causal)  # attend: (B, H, T, E)
         y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
@@ -100,14 +106,23 @@ class GroupedQuery(Attention):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
-    def norm(self, x_BHTE: Tensor) -> Tensor:
-        """Return normalised queries or keys."""
-        return x_BHTE if self.qk_scale is None else rms_norm(x_BHTE, self.qk_scale, 1e-6)
+    def turn(self, qk_BGTE: Tensor, seq: Sequence) -> tuple[Tensor, ...]:
+        """Return queries, (B, H, T, E), and keys, (B, K, T, E), normalised and turned by their positions."""
+        sizes = [self.num_heads, self.num_kv_heads]
+        if self.k_scale is None:
+            return seq.rotate(self.norm(qk_BGTE)).split_with_sizes(sizes, 1)
+        q, k = qk_BGTE.split_with_sizes(sizes, 1)
+        return seq.rotate(self.norm(q)), seq.rotate(self.norm(k, self.k_scale))
+
+    def norm(self, x_BHTE: Tensor, scale_E: Tensor | None = None) -> Tensor:
+        """Return normalised queries or keys; without a scale of their own, they are scaled like queries."""
+        scale_E = self.qk_scale if scale_E is None else scale_E
+        return x_BHTE if scale_E is None else rms_norm(x_BHTE, scale_E, 1e-6)
 
     def read(self, memory: Memory) -> dict[str, Tensor]:
         """Return keys and values of an encoder's memory, (B, K, S, E)."""
         k_BKSE, v_BKSE = split(self.kv(memory.x_BSD), 2 * self.num_kv_heads).chunk(2, 1)
-        return {"k": self.norm(k_BKSE), "v": v_BKSE}
+        return {"k": self.norm(k_BKSE, self.k_scale), "v": v_BKSE}
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return an empty cache of keys and values; a ``cross`` one is filled from the memory at the first call."""
@@ -117,8 +132,8 @@ class GroupedQuery(Attention):
         return Cache(batch_size, max_length, like, k=column, v=column)
 
     def mixing_flops(self, length: int) -> float:
-        """Scores and weighted sum: 4 * length * dim; half of it when causal, the average over the positions."""
-        return 4.0 * length * self.dim * (0.5 if self.role == "causal" else 1.0)
+        """Scores and weighted sum: 4 * length * H * E; half of it when causal, the average over the positions."""
+        return 4.0 * length * self.num_heads * self.head_dim * (0.5 if self.role == "causal" else 1.0)
 
 
 class MultiHead(GroupedQuery):
@@ -127,12 +142,14 @@ class MultiHead(GroupedQuery):
     Vaswani et al. 2017, arXiv:1706.03762.
 
     Args:
-        dim: model width; must be divisible by ``num_heads``.
+        dim: model width; must be divisible by ``num_heads`` unless ``head_dim`` is given.
         role: ``causal``, ``bidirectional`` or ``cross``.
         num_heads: number of heads.
-        qk_norm: whether each head's queries and keys are normalised (arXiv:2010.04245).
-        bias: whether the projections have biases.
+        qk_norm: whether each head's queries and keys are normalised (arXiv:2010.04245); ``separate``: with a scale for
+            queries and another for keys.
+        bias: whether the projections have biases; ``qkv``: all but the output projection.
         dropout: probability that an attention weight is dropped in training.
+        head_dim: width of a head; None: ``dim / num_heads``.
 
     Raises:
         UserError: when the heads do not divide the width.
@@ -143,11 +160,12 @@ class MultiHead(GroupedQuery):
         dim: int,
         role: Role,
         num_heads: int = 4,
-        qk_norm: bool = True,
-        bias: bool = False,
+        qk_norm: bool | Literal["separate"] = True,
+        bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, role, num_heads, num_heads, qk_norm, bias, dropout)
+        super().__init__(dim, role, num_heads, num_heads, qk_norm, bias, dropout, head_dim)
 
 
 class Standard(GroupedQuery):

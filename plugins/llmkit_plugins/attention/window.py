@@ -5,7 +5,7 @@ Here K is the number of key/value heads, M the number of blocks and W the window
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,17 @@ class SlidingWindow(GroupedQuery):
     block, others under a mask. The decoding cache has room for one window, however long the text gets.
 
     Args:
-        dim: model width; must be divisible by ``num_heads``.
+        dim: model width; must be divisible by ``num_heads`` unless ``head_dim`` is given.
         role: ``causal`` or ``bidirectional``.
         window: how many positions are seen, the position itself included; when bidirectional, ``window - 1`` on each
             side and the position itself.
         num_heads: number of query heads.
         num_kv_heads: number of key/value heads; must divide ``num_heads``. None: as many as there are query heads.
-        qk_norm: whether each head's queries and keys are normalised (arXiv:2010.04245).
-        bias: whether the projections have biases.
+        qk_norm: whether each head's queries and keys are normalised (arXiv:2010.04245); ``separate``: with a scale for
+            queries and another for keys.
+        bias: whether the projections have biases; ``qkv``: all but the output projection.
         dropout: probability that an attention weight is dropped in training.
+        head_dim: width of a head; None: ``dim / num_heads``.
 
     Raises:
         UserError: when the window is empty, or the heads do not divide the width or each other.
@@ -50,14 +52,15 @@ class SlidingWindow(GroupedQuery):
         window: int = 64,
         num_heads: int = 4,
         num_kv_heads: int | None = None,
-        qk_norm: bool = True,
-        bias: bool = False,
+        qk_norm: bool | Literal["separate"] = True,
+        bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ) -> None:
         if window < 1:
             raise UserError(f"window must be at least 1 (the position itself), got {window}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        super().__init__(dim, role, num_heads, num_kv_heads, qk_norm, bias, dropout)
+        super().__init__(dim, role, num_heads, num_kv_heads, qk_norm, bias, dropout, head_dim)
         self.window = window
         self.lookup = Lookup(role, num_heads, window)
 
@@ -67,7 +70,7 @@ class SlidingWindow(GroupedQuery):
         """Return the mixed sequence, (B, T, D); see ``Attention.forward``."""
         H, K = self.num_heads, self.num_kv_heads
         qk, v = split(self.qkv(x_BTD), H + 2 * K).split_with_sizes([H + K, K], 1)  # project: (B, H + K or K, T, E)
-        q_BHTE, k = seq.rotate(self.norm(qk)).split_with_sizes([H, K], 1)  # rotate: (B, H or K, T, E)
+        q_BHTE, k = self.turn(qk, seq)  # rotate: (B, H or K, T, E)
         long = x_BTD.shape[1] > 3 * self.window  # shorter rows are as cheap under a mask
         first = state is None or state.length == 0
         if long and first and seq.segments_BT is None and len(seq.positions_BT) == 1:
@@ -92,10 +95,10 @@ class SlidingWindow(GroupedQuery):
         return WindowCache(self.window, batch_size, max_length, like, k=column, v=column)
 
     def mixing_flops(self, length: int) -> float:
-        """Scores and weighted sum: 4 * seen * dim, with the average number of positions that are seen."""
+        """Scores and weighted sum: 4 * seen * H * E, with the average number of positions that are seen."""
         near = min(length, self.window)
         side = near - near * near / (2 * length)  # shorter at the beginning of the row
-        return 4.0 * self.dim * side * (1 if self.role == "causal" else 2)
+        return 4.0 * self.num_heads * self.head_dim * side * (1 if self.role == "causal" else 2)
 
     def _blocks(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, seq: Sequence) -> Tensor:
         """Let blocks of one window look at themselves and the block before; when bidirectional, at the next one too."""

@@ -16,7 +16,7 @@ from llmkit.errors import UserError, unknown
 from llmkit.ops.metrics import MeanLoss
 from llmkit.sequence import DecodingOptions, moved
 from llmkit_plugins.head.labels import ClassNumbers, class_name, count_classes, refuse_scores
-from llmkit_plugins.head.pooled import Pooled
+from llmkit_plugins.head.pooled import Pool, Pooled
 
 
 class Classification(Pooled):
@@ -29,6 +29,9 @@ class Classification(Pooled):
             ``balanced``: inversely to how often each label occurs, 1 on average, so that all labels count the same.
         topology: ``encoder``, or ``decoder``: a causal network, whose state at the last token is used. It takes all
             weights of a language model (``model.init_from``) and any causal variant.
+        pool: which vector of an encoder's states is read: their ``mean``, the ``first`` (that of ``[CLS]``), or the
+            first through BERT's ``pooler``, a linear layer and tanh.
+        pair: whether a row has a second text, in the field ``text_pair``.
     """
 
     targets = ("label",)
@@ -41,8 +44,10 @@ class Classification(Pooled):
         label_smoothing: float = 0.0,
         class_weights: dict[str, float] | Literal["balanced"] | None = None,
         topology: Literal["encoder", "decoder"] = "encoder",
+        pool: Pool = "mean",
+        pair: bool = False,
     ) -> None:
-        super().__init__(dropout, topology)
+        super().__init__(dropout, topology, pool, pair)
         for label, weight in ({} if class_weights == "balanced" else class_weights or {}).items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise UserError(f"class_weights: the weight of '{label}' must be 0 or more, got {weight}")
@@ -93,7 +98,7 @@ class Classification(Pooled):
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``ids`` (cut to the context), ``length``, ``truncated`` and, when it is known, ``label``."""
-        features = self._encode(rows["text"], tokenizer, max_length)
+        features = self._encode(rows, tokenizer, max_length)
         if "label" in rows:
             numbers = ClassNumbers(self.labels)
             features["label"] = [numbers[label] for label in rows["label"]]

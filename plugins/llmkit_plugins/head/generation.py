@@ -35,7 +35,7 @@ class Generation(Head):
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return ids and next-token targets, (B, T), of separate texts."""
-        rows = [feature["ids"] for feature in features]
+        rows = [[*tokenizer.around[0], *feature["ids"]] for feature in features]
         if not all(rows):
             raise UserError("the prompt has no tokens: give at least one character of text")
         batch = {"ids": padded(rows, tokenizer.pad_id), "targets": padded([[*row[1:], IGNORE] for row in rows], IGNORE)}
@@ -45,7 +45,8 @@ class Generation(Head):
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed next-token cross-entropy."""
         hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), net.output_weight_VD, batch["targets"].flatten())
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
+        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, perplexity, bits per byte and the share of unknown tokens among the targets."""
@@ -95,7 +96,7 @@ class Generation(Head):
             seq = Sequence.of(ids_BT.to(device), None if segments_BT is None else segments_BT.to(device))
             hidden_BTD = net.decode(ids_BT.to(device), seq)
             for (row, *_), hidden_TD, targets_T in zip(group, hidden_BTD, targets_BT.to(device), strict=True):
-                loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+                loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T, bias_V=net.output_bias_V)
                 totals[row] += float(loss.total)
                 counts[row] += int(loss.count)
         return [scored(total, count) for total, count in zip(totals, counts, strict=True)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Batch, Head, Loss, Network, Stage, Tokenizer
@@ -35,6 +36,9 @@ class MaskedLM(Head):
 
     Args:
         mask_rate: share of the tokens that are chosen.
+        transform: whether states go through a linear layer, GELU and a layer norm before they are scored (the paper's
+            code does that).
+        norm_eps: added to the variance in that layer norm.
     """
 
     topology = "encoder"
@@ -48,11 +52,21 @@ class MaskedLM(Head):
     special_ids: Tensor
     text_ids: Tensor
 
-    def __init__(self, mask_rate: float = 0.15) -> None:
+    def __init__(self, mask_rate: float = 0.15, transform: bool = False, norm_eps: float = 1e-12) -> None:
         super().__init__()
         if not 0 < mask_rate <= 1:
             raise UserError(f"masked_lm: mask_rate must be above 0 and at most 1, got {mask_rate}")
         self.mask_rate = self.scored_share = mask_rate
+        self.transform, self.norm_eps = transform, norm_eps
+        self.dense: nn.Module = nn.Identity()
+
+    def build(self, dim: int, vocab_size: int) -> None:
+        """Create the layers between states and scores."""
+        if self.transform:
+            linear = nn.Linear(dim, dim)
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            self.dense = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(dim, self.norm_eps))
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take the ids of the mask, of padding, of all special tokens, and of all others."""
@@ -73,7 +87,8 @@ class MaskedLM(Head):
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         """Return ids (B, T) of separate texts and segments (B, T) where padded."""
-        rows = [feature["ids"] for feature in features]
+        before, _, after = tokenizer.around
+        rows = [[*before, *feature["ids"], *after] for feature in features]
         batch = {"ids": padded(rows, tokenizer.pad_id)}
         segments = segments_of([len(row) for row in rows])
         return batch if segments is None else {**batch, "segments": segments}
@@ -81,7 +96,7 @@ class MaskedLM(Head):
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed cross-entropy of the chosen tokens."""
         hidden_ND, tokens_N = self._chosen(net, batch)
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, tokens_N)
+        return linear_cross_entropy(hidden_ND, net.output_weight_VD, tokens_N, bias_V=net.output_bias_V)
 
     def _chosen(self, net: Network, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hide tokens; return the network's states at the chosen places, (N, D), and the tokens there, (N,)."""
@@ -93,7 +108,7 @@ class MaskedLM(Head):
         given_BT, chosen_BT = self.hide(ids_BT, draws_3BT)
         # Only chosen places are multiplied with the vocabulary, which is worth waiting for their number on a GPU.
         places_N = chosen_BT.flatten().nonzero()[:, 0]
-        return net.encode(given_BT, seq).x_BSD.flatten(0, 1)[places_N], ids_BT.flatten()[places_N]
+        return self.dense(net.encode(given_BT, seq).x_BSD.flatten(0, 1)[places_N]), ids_BT.flatten()[places_N]
 
     def hide(self, ids_BT: Tensor, draws_3BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids with chosen tokens hidden, and which were chosen, both (B, T).
@@ -123,14 +138,14 @@ class MaskedLM(Head):
         """Update the metrics with a batch."""
         hidden_ND, tokens_N = self._chosen(net, batch)
         weight_VD = net.output_weight_VD
-        loss = linear_cross_entropy(hidden_ND, weight_VD, tokens_N)
+        loss = linear_cross_entropy(hidden_ND, weight_VD, tokens_N, bias_V=net.output_bias_V)
         metrics["loss"].update(loss)
         metrics["perplexity"].update(loss)
         ids_BT = batch["ids"]
         metrics["unknown_share"].update((ids_BT == tokenizer.unk_id).sum(), (ids_BT != self.pad_id).sum())
         rows = rows_at_once(weight_VD)
         for states, tokens in zip(hidden_ND.split(rows), tokens_N.split(rows), strict=True):
-            best = (states @ weight_VD.to(states.dtype).T).argmax(-1)
+            best = _scores(net, states).argmax(-1)
             metrics["accuracy"].update((best == tokens).sum(), len(tokens))
 
     def predict(
@@ -149,8 +164,8 @@ class MaskedLM(Head):
                 f"masked_lm: there is no {MASK} in the text (its first {net.max_length} tokens): {text[:60]!r}. "
                 f"Write {MASK} for each token to guess."
             )
-        states_ND = net.encode(ids_BT, self._sequence(batch)).x_BSD[mask_BT]
-        scores_NV = (states_ND @ net.output_weight_VD.to(states_ND.dtype).T).float()
+        states_ND = self.dense(net.encode(ids_BT, self._sequence(batch)).x_BSD[mask_BT])
+        scores_NV = _scores(net, states_ND).float()
         scores_NV[:, self.special_ids] = -torch.inf
         best = scores_NV.softmax(-1).topk(min(max(1, options.top_k), len(self.text_ids)))
         names = tokenizer.decode_batch(best.indices.reshape(-1, 1).tolist())
@@ -184,6 +199,12 @@ class MaskedLM(Head):
         given: Batch = {"ids": torch.where(mask_BT, self.mask_id, ids_BT)}
         answer = self.predict(net, given, tokenizer, self.decoding)[0]
         return f"{tokenizer.decode(ids_BT[0].tolist())}\n  -> {answer['text']}"
+
+
+def _scores(net: Network, states_ND: Tensor) -> Tensor:
+    """Return the scores over the vocabulary, (N, V)."""
+    bias_V, dtype = net.output_bias_V, states_ND.dtype
+    return F.linear(states_ND, net.output_weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
 
 
 def fixed_draws(ids_BT: Tensor, seq: Sequence) -> Tensor:

@@ -15,7 +15,7 @@ from llmkit.errors import UserError
 from llmkit.ops.metrics import MeanLoss, MeanScore
 from llmkit.sequence import DecodingOptions
 from llmkit_plugins.head.labels import ClassNumbers, accepted, count_classes
-from llmkit_plugins.head.pooled import Pooled
+from llmkit_plugins.head.pooled import Pool, Pooled
 
 
 class MultiLabel(Pooled):
@@ -29,6 +29,9 @@ class MultiLabel(Pooled):
         threshold: a label is predicted when its probability is above this.
         topology: ``encoder``, or ``decoder``: a causal network, whose state at the last token is used. It takes all
             weights of a language model (``model.init_from``) and any causal variant.
+        pool: which vector of an encoder's states is read: their ``mean``, the ``first`` (that of ``[CLS]``), or the
+            first through BERT's ``pooler``, a linear layer and tanh.
+        pair: whether a row has a second text, in the field ``text_pair``.
     """
 
     targets = ("labels",)
@@ -41,8 +44,10 @@ class MultiLabel(Pooled):
         separator: str | None = None,
         threshold: float = 0.5,
         topology: Literal["encoder", "decoder"] = "encoder",
+        pool: Pool = "mean",
+        pair: bool = False,
     ) -> None:
-        super().__init__(dropout, topology)
+        super().__init__(dropout, topology, pool, pair)
         if separator == "":
             raise UserError("multi_label: separator must not be empty")
         if not 0 < threshold < 1:
@@ -84,7 +89,7 @@ class MultiLabel(Pooled):
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``ids`` (cut to the context), ``length``, ``truncated`` and, when they are known, ``labels``."""
-        features = self._encode(rows["text"], tokenizer, max_length)
+        features = self._encode(rows, tokenizer, max_length)
         if "labels" in rows:
             numbers = ClassNumbers(self.labels)
             features["labels"] = [sorted({numbers[label] for label in self._split(row)}) for row in rows["labels"]]

@@ -16,7 +16,7 @@ from llmkit.errors import UserError
 from llmkit.ops.metrics import EXACT, MeanLoss
 from llmkit.sequence import DecodingOptions, moved
 from llmkit_plugins.head.labels import accepted
-from llmkit_plugins.head.pooled import Pooled
+from llmkit_plugins.head.pooled import Pool, Pooled
 
 BITS = torch.int64 if torch.float64 == EXACT else torch.int32
 """Integers of the size of an exact number."""
@@ -43,13 +43,22 @@ class Regression(Pooled):
         dropout: dropout before the linear layer.
         topology: ``encoder``, or ``decoder``: a causal network, whose state at the last token is used. It takes all
             weights of a language model (``model.init_from``) and any causal variant.
+        pool: which vector of an encoder's states is read: their ``mean``, the ``first`` (that of ``[CLS]``), or the
+            first through BERT's ``pooler``, a linear layer and tanh.
+        pair: whether a row has a second text, in the field ``text_pair``.
     """
 
     targets = ("score",)
     monitor = ("mse", "min")
 
-    def __init__(self, dropout: float = 0.1, topology: Literal["encoder", "decoder"] = "encoder") -> None:
-        super().__init__(dropout, topology)
+    def __init__(
+        self,
+        dropout: float = 0.1,
+        topology: Literal["encoder", "decoder"] = "encoder",
+        pool: Pool = "mean",
+        pair: bool = False,
+    ) -> None:
+        super().__init__(dropout, topology, pool, pair)
         self.mean, self.deviation = 0.0, 1.0
 
     def learn(self, columns: Mapping[str, Iterable[Any]]) -> None:
@@ -78,7 +87,7 @@ class Regression(Pooled):
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
         """Return ``ids`` (cut to the context), ``length``, ``truncated`` and, when it is known, ``score`` as text."""
-        features = self._encode(rows["text"], tokenizer, max_length)
+        features = self._encode(rows, tokenizer, max_length)
         if "score" in rows:
             features["score"] = [repr(_number(score)) for score in rows["score"]]
         return features

@@ -82,7 +82,7 @@ class SequenceToSequence(Head):
         seq = Sequence.dense(batch["ids"].shape[1], batch["ids"].device)
         hidden_BTD = net.decode(batch["ids"], seq, memory=memory)
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, smoothing)
+        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, smoothing, net.output_bias_V)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss and perplexity (not smoothed), the share of unknown tokens among the targets, and on the test
@@ -136,7 +136,8 @@ class SequenceToSequence(Head):
         seq = Sequence.dense(batch["ids"].shape[1], batch["ids"].device)
         hidden_BTD = net.decode(batch["ids"], seq, memory=self._memory(net, batch))
         both = zip(hidden_BTD, batch["targets"], strict=True)
-        losses = [linear_cross_entropy(hidden_TD, net.output_weight_VD, targets_T) for hidden_TD, targets_T in both]
+        weight_VD, bias_V = net.output_weight_VD, net.output_bias_V
+        losses = [linear_cross_entropy(states, weight_VD, targets, bias_V=bias_V) for states, targets in both]
         return [scored(float(loss.total), int(loss.count)) for loss in losses]
 
     def sample(self, net: Network, batch: Batch, tokenizer: Tokenizer) -> str | None:

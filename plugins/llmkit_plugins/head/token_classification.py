@@ -112,20 +112,22 @@ class TokenClassification(Head):
         as running ``text``, the ``spans`` of all its words in it and, where they are known, the ``tags`` of all of
         them, one a line.
         """
+        before, _, after = tokenizer.around
+        room = max(max_length - len(before) - len(after), 1)
         found = [_text(tokens, characters if self.by_character else words) for tokens in rows["tokens"]]
         features: dict[str, list[Any]] = {name: [] for name in ("ids", "sizes", "text", "spans", "length", "truncated")}
         for (text, spans), ids in zip(found, encode(tokenizer, [pieces(*sentence) for sentence in found]), strict=True):
             sizes: list[int] = []
             for piece in ids:
-                if sum(sizes) + len(piece) > max_length:
+                if sum(sizes) + len(piece) > room:
                     break
                 sizes.append(len(piece))
             kept = [token for piece in ids[: len(sizes)] for token in piece] or [tokenizer.unk_id]
-            features["ids"].append(kept)
+            features["ids"].append([*before, *kept, *after])
             features["sizes"].append(sizes)
             features["text"].append(text)
             features["spans"].append([place for span in spans for place in span])
-            features["length"].append(len(kept))
+            features["length"].append(len(features["ids"][-1]))
             features["truncated"].append(int(len(sizes) < len(ids)))
         if "tags" in rows:
             features["tags"] = []
@@ -143,11 +145,15 @@ class TokenClassification(Head):
         and those of the words that fit as ``targets``, (B, W).
         """
         rows = [feature["ids"] for feature in features]
+        before = [-1] * len(tokenizer.around[0])
         owners = [[w for w, size in enumerate(feature["sizes"]) for _ in range(size)] for feature in features]
+        owners = [
+            [*before, *owner, *[-1] * (len(row) - len(before) - len(owner))]
+            for owner, row in zip(owners, rows, strict=True)
+        ]
         batch: Batch = {
             "ids": padded(rows, tokenizer.pad_id),
-            # A sentence without words still has one token.
-            "words": padded([owner or [-1] for owner in owners], -1),
+            "words": padded(owners, -1),
             "spans": padded([feature["spans"] for feature in features], -1),
             "text": [feature["text"] for feature in features],
         }

@@ -88,6 +88,30 @@ def check_ids(hf: HFTokenizer, what: str) -> None:
         raise UserError(f"{what}: its largest id is {largest:,}, and it has only {len(ids):,} tokens")
 
 
+def shown(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``tokenizer.json`` whose special tokens have their names without what hides them.
+
+    A name that a piece of text has gets other brackets. In models that look up whole pieces it stays hidden, since a
+    text that spells it would be that token.
+    """
+    model = data["model"]
+    if model["type"] in ("WordLevel", "Unigram"):
+        return data
+    names = {token["content"] for token in data["added_tokens"] if token["special"]}
+    pieces = model["vocab"].keys() - names
+
+    def plain(name: str) -> str:
+        found = name.removesuffix(hidden(""))
+        return found if found not in pieces else f"<|{found.strip('<>[]|')}|>"
+
+    model["vocab"] = {plain(piece) if piece in names else piece: number for piece, number in model["vocab"].items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = plain(model["unk_token"])
+    for token in data["added_tokens"]:
+        token["content"] = plain(token["content"]) if token["content"] in names else token["content"]
+    return data
+
+
 class Stateful(Tokenizer):
     """A tokenizer whose state is a JSON object that names its class."""
 
@@ -151,6 +175,10 @@ class HuggingFace(Stateful):
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
         return self._ready().decode_batch(ids, skip_special_tokens=True)
+
+    def published(self) -> dict[str, Any]:
+        """Return this tokenizer as the content of a ``tokenizer.json``: special tokens have names that people know."""
+        return shown(json.loads(self._ready().to_str()))
 
     def to_state(self) -> str:
         return self._pack(model=json.loads(self._ready().to_str()))

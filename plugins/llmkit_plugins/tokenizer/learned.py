@@ -155,6 +155,13 @@ class WordPiece(_Learned):
         data["added_tokens"] = data["added_tokens"][: len(ROLES)]
         return parse(data, "tokenizer WordPiece")
 
+    def published(self) -> dict[str, Any]:
+        """Return the content of a ``tokenizer.json`` whose decoder leaves out surplus spaces too."""
+        data = super().published()
+        replace = {"type": "Replace", "pattern": {"Regex": _SURPLUS_SPACE.pattern}, "content": ""}
+        data["decoder"] = {"type": "Sequence", "decoders": [data["decoder"], {"type": "Fuse"}, replace]}
+        return data
+
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
         return [_SURPLUS_SPACE.sub("", text) for text in super().decode_batch(ids)]
 

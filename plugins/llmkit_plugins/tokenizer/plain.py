@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
-from .base import ROLES, Own, checked, valid
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from .base import ROLES, SPECIALS, Own, checked, shown, valid
 
 
 class Char(Own):
@@ -63,6 +68,14 @@ class Char(Own):
             raise self._broken()
         self._set(characters)
 
+    def published(self) -> dict[str, Any]:
+        """Return this tokenizer as the content of a ``tokenizer.json``."""
+        vocab = {piece: number for number, piece in enumerate([*SPECIALS, *self._characters])}
+        hf = HFTokenizer(models.WordLevel(vocab, unk_token=SPECIALS[self.unk_id]))
+        hf.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        hf.decoder = decoders.Fuse()
+        return _with_specials(hf)
+
     def _set(self, characters: str) -> None:
         self._characters = characters
         self._ids = {character: i for i, character in enumerate(characters, len(ROLES))}
@@ -93,8 +106,28 @@ class Byte(Own):
         first, size = len(ROLES), self.vocab_size
         return [bytes([i - first for i in row if first <= i < size]).decode("utf-8", "replace") for row in ids]
 
+    def published(self) -> dict[str, Any]:
+        """Return this tokenizer as the content of a ``tokenizer.json``."""
+        vocab = {piece: number for number, piece in enumerate([*SPECIALS, *_bytes()])}
+        hf = HFTokenizer(models.BPE(vocab, []))
+        hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        hf.decoder = decoders.ByteLevel()
+        return _with_specials(hf)
+
     def to_state(self) -> str:
         return self._pack()
 
     def from_state(self, state: str) -> None:
         self._unpack(state)
+
+
+def _with_specials(hf: HFTokenizer) -> dict[str, Any]:
+    hf.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIALS])
+    return shown(json.loads(hf.to_str()))
+
+
+def _bytes() -> list[str]:
+    """Return the character that byte-level models write for each byte, in order (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 
@@ -23,6 +24,8 @@ KNOWN = {
     "sep": ("[SEP]", "<sep>", "</s>"),
 }
 """Names that special tokens have in published tokenizers, the preferred ones first."""
+MAX_AROUND = 64
+"""Ids that may stand around a text."""
 
 
 class Pretrained(HuggingFace):
@@ -34,12 +37,16 @@ class Pretrained(HuggingFace):
 
     Args:
         path: file, folder or hub name such as ``gpt2``.
+        as_published: use it as its model was trained with it. What its post-processor puts around a text
+            (``[CLS] x [SEP]``) is put there by heads that read whole texts; ``tokenizer_config.json`` next to it says
+            which token has which role, if it is there; a role without a token shares the id of another one, since the
+            model has no embedding for ids after the last.
     """
 
     lossless = False  # it depends on the file
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, as_published: bool = False) -> None:
+        self.path, self.as_published = path, as_published
 
     def __getattr__(self, name: str) -> Any:
         # Only asked for what is not there yet: the special ids before the first use.
@@ -63,7 +70,8 @@ class Pretrained(HuggingFace):
     def to_state(self) -> str:
         model = json.loads(self._ready().to_str())
         ids = {role: getattr(self, f"{role}_id") for role in ROLES}
-        return self._pack(model=model, vocab_size=self._vocab_size, special_ids=ids)
+        around = {"around": self.around} if any(self.around) else {}
+        return self._pack(model=model, vocab_size=self._vocab_size, special_ids=ids, **around)
 
     def _ready(self) -> HFTokenizer:
         if self._hf is None:
@@ -71,9 +79,34 @@ class Pretrained(HuggingFace):
             hf = self._read()
             check_ids(hf, what)
             data = json.loads(hf.to_str())
-            ids, size = _hide_specials(data)
+            ids, size = _hide_specials(data, self._named() if self.as_published else {})
+            if self.as_published:
+                last = max(hf.get_vocab().values(), default=-1) + 1
+                ids, size = shared(ids, last, what), last
+                self.around = around(hf, what)
             self._set(parse(data, what), ids, size)
         return super()._ready()
+
+    def _named(self) -> dict[str, str]:
+        """Return the token of each role, as far as a tokenizer_config.json next to the tokenizer.json says."""
+        path = Path(self.path).expanduser()
+        file = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+        if not path.exists():
+            try:
+                file = Path(hf_hub_download(self.path, file.name))
+            except Exception:  # it is optional, and tokenizer.json was there
+                return {}
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            tokens = {key: config.get(f"{key}_token") for key in (*ROLES, "cls")}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} is not a mapping in JSON: {line(error)}") from error
+        texts = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
+        named = {key: text for key, text in texts.items() if isinstance(text, str)}
+        other = {"bos": "cls", "eos": "sep", "sep": "eos"}
+        return {role: named.get(role) or named.get(other.get(role, ""), "") for role in ROLES}
 
     def _read(self) -> HFTokenizer:
         path = Path(self.path).expanduser()
@@ -110,6 +143,16 @@ class Pretrained(HuggingFace):
             or not all(type(ids.get(role)) is int and 0 <= ids[role] < size for role in ROLES)
         ):
             raise self._broken()
+        around = data.get("around", ([], [], []))
+        if (
+            not (
+                isinstance(around, list | tuple) and len(around) == 3 and all(isinstance(part, list) for part in around)
+            )
+            or sum(map(len, around)) > MAX_AROUND
+            or not all(type(number) is int and 0 <= number < size for part in around for number in part)
+        ):
+            raise self._broken()
+        self.around = (around[0], around[1], around[2])
         self._set(hf, ids, size)
         return hf
 
@@ -119,8 +162,39 @@ class Pretrained(HuggingFace):
             setattr(self, f"{role}_id", ids[role])
 
 
-def _hide_specials(data: dict[str, Any]) -> tuple[dict[str, int], int]:
+def around(hf: HFTokenizer, what: str) -> tuple[list[int], list[int], list[int]]:
+    """Return the ids that a post-processor puts before a text, between the two of a pair, and at the end.
+
+    Nothing stands between the two where it treats a pair in another way than a text. Raises UserError for one that does
+    more than put ids around a text.
+    """
+    hf.no_padding()
+    hf.no_truncation()
+    a, b = (hf.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
+    one, two = hf.encode("a").ids, hf.encode("a", "b").ids
+    start = next((place for place in range(len(one)) if one[place : place + len(a)] == a), len(one))
+    before, after = one[:start], one[start + len(a) :]
+    if [*before, *a, *after] != one:
+        raise UserError(f"{what}: what its post-processor does with a text is not supported")
+    between = two[start + len(a) : len(two) - len(b) - len(after)]
+    return before, between if [*before, *a, *between, *b, *after] == two else [], after
+
+
+def shared(ids: dict[str, int], size: int, what: str) -> dict[str, int]:
+    """Return the id of each role below ``size``: a role without a token shares that of another one."""
+    found = {role: number for role, number in ids.items() if number < size}
+    instead = next((found[role] for role in ("eos", "bos", "sep", "pad", "unk") if role in found), None)
+    if instead is None:
+        raise UserError(f"{what}: it has no special token")
+    return {role: found.get(role, instead) for role in ROLES}
+
+
+def _hide_specials(data: dict[str, Any], named: dict[str, str]) -> tuple[dict[str, int], int]:
     """Rename the special tokens of a ``tokenizer.json`` in place, so that no text equals them.
+
+    Args:
+        data: the parsed file.
+        named: the token of a role, where it is known for certain.
 
     Returns the id of each role, and the number of ids with those added for roles that the tokenizer lacks.
     """
@@ -135,11 +209,11 @@ def _hide_specials(data: dict[str, Any]) -> tuple[dict[str, int], int]:
 
     # Without a flag (a bare vocab.json) the name decides, unless the model builds it from ordinary pieces.
     names = {unknown, *(name for known in KNOWN.values() for name in known)} - {"".join(pair) for pair in merges}
-    names |= {token["content"] for token in added if token["special"]}
+    names |= {token["content"] for token in added if token["special"]} | set(named.values())
     specials = {name: ids[name] for name in names if name in ids}
     roles: dict[str, int] = {}
     for role in ROLES:
-        known = (unknown, *KNOWN[role]) if role == "unk" else KNOWN[role]
+        known = (named.get(role), *((unknown, *KNOWN[role]) if role == "unk" else KNOWN[role]))
         found = [specials[name] for name in known if name in specials]
         roles[role] = found[0] if found else size
         size += not found

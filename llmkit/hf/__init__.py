@@ -1,0 +1,1 @@
+"""Models of Hugging Face: read without running anything of theirs, and written in their format."""

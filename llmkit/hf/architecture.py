@@ -1,0 +1,83 @@
+"""What an architecture of Hugging Face is in our parts: the settings, the weights, and the heads that come with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from llmkit.hf.folder import Config
+from llmkit.hf.mapping import Weight
+
+Settings = dict[str, Any]
+"""Keys below ``model``."""
+
+ACTIVATIONS: dict[str, Settings] = {
+    "gelu": {"name": "gelu"},
+    "gelu_new": {"name": "gelu", "approximate": "tanh"},
+    "gelu_pytorch_tanh": {"name": "gelu", "approximate": "tanh"},
+    "relu": {"name": "relu"},
+    "silu": {"name": "silu"},
+    "swish": {"name": "silu"},
+    "relu2": {"name": "squared_relu"},
+}
+"""Their activation functions, and the feedforward of ours that has each."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The head that a model was published with."""
+
+    head: Settings
+    """Its name and arguments."""
+    settings: Settings = field(default_factory=dict)
+    """What the head needs of the network."""
+    weights: tuple[Weight, ...] = ()
+    """Its weights; ours begin with ``head.`` or ``net.``."""
+    info: Settings = field(default_factory=dict)
+    """What the head learned before: the names of its labels."""
+
+
+class Architecture(ABC):
+    """One architecture. Names of theirs are those without the prefix that models with a head put before them."""
+
+    prefix: ClassVar[str]
+    """What stands before the names of the network's weights in a model with a head."""
+    unused: ClassVar[str] = r"(?!)"
+    """A regular expression of names that hold no weights: masks and positions."""
+    copies: ClassVar[dict[str, str]] = {}
+    """Weights of a head that are another weight once more, where embeddings are tied."""
+    of_heads: ClassVar[str] = r"(?!)"
+    """A regular expression of names that belong to heads, and are left out where another head is asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def settings(self) -> Settings:
+        """Return the settings of the network. Raises UserError for what our parts cannot be."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[Weight]:
+        """Yield the weights of the network."""
+
+    @abstractmethod
+    def tasks(self) -> dict[str, Task]:
+        """Return the heads that this architecture is published with, by the name of their class."""
+
+    def task(self) -> Task | None:
+        """Return the head that this model was published with, or None."""
+        names = self.config.get("architectures")
+        known = self.tasks()
+        return next((known[name] for name in names if name in known), None) if isinstance(names, list) else None
+
+    def feedforward(self, activation: str, hidden: int, bias: bool, gated: bool = False) -> Settings:
+        """Return the settings of a feedforward. Raises UserError for an unknown activation."""
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise self.config.refuse(f"with the activation {activation!r:.60} is not supported; these are: {known}")
+        found = {**ACTIVATIONS[activation], "hidden": hidden, "bias": bias}
+        if gated:
+            found = {**found, "name": "swiglu"} if found["name"] == "silu" else {**found, "gated": True}
+        return found
