@@ -126,11 +126,6 @@ class LanguageModel(Answers):
                 self._initial, self.tokenizer = starting_point(init_from)
         self.parts.try_out(self.head.topology)
 
-    @property
-    def context(self) -> int:
-        """Most positions of one sequence."""
-        return int(self.spec["context"])
-
     # Construction
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -195,23 +190,11 @@ class LanguageModel(Answers):
         head.build(self.spec["dim"], self._vocab_size)
 
     @property
-    def _trained_tokenizer(self) -> Tokenizer:
-        assert self.tokenizer is not None, "no tokenizer yet: setup takes it from the data, load from a checkpoint"
-        return self.tokenizer
-
-    @property
     def size(self) -> str:
         """The size of the vocabulary and the number of parameters, in words, once they are known."""
         if self.net is None or self.tokenizer is None:
             return ""
         return f", vocabulary {self.tokenizer.vocab_size:,}, {self.net.num_parameters()['total']:,} parameters"
-
-    @property
-    def network(self) -> Backbone:
-        """The network; raises UserError before it is built."""
-        if self.net is None:
-            raise UserError("the network is not built yet: fit the model, or load a checkpoint with llmkit.load")
-        return self.net
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the tensors of a batch; Lightning's own way takes 3 us for each string in it."""

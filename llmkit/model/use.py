@@ -72,6 +72,9 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
 class Answers(pl.LightningModule):
     """A model that is evaluated in a run, and asked from outside of one."""
 
+    spec: dict[str, Any]
+    net: Backbone | None
+    tokenizer: Tokenizer | None
     head: Head
     val_metrics: nn.ModuleDict
     test_metrics: nn.ModuleDict
@@ -79,17 +82,20 @@ class Answers(pl.LightningModule):
 
     @property
     def network(self) -> Backbone:
-        """The network."""
-        raise NotImplementedError
+        """The network; raises UserError before it is built."""
+        if self.net is None:
+            raise UserError("the network is not built yet: fit the model, or load a checkpoint with llmkit.load")
+        return self.net
 
     @property
     def context(self) -> int:
         """Most positions of one sequence."""
-        raise NotImplementedError
+        return int(self.spec["context"])
 
     @property
     def _trained_tokenizer(self) -> Tokenizer:
-        raise NotImplementedError
+        assert self.tokenizer is not None, "no tokenizer yet: setup takes it from the data, load from a checkpoint"
+        return self.tokenizer
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics."""
