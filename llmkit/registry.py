@@ -186,9 +186,8 @@ def _unnamed(family: str, name: str, known: Mapping[str, Entry]) -> str:
         if here and f"{module}:{cls.__qualname__}" not in named and not inspect.isabstract(cls):
             found.append(cls)
     by_name = {cls.__name__.lower(): cls for cls in found}
-    near = difflib.get_close_matches(
-        name.replace("_", "").lower(), by_name, n=1, cutoff=0.8 if nearest(name, known) else 0.0
-    )
+    spelled, cutoff = name.replace("_", "").lower(), 0.8 if nearest(name, known) else 0.0
+    near = difflib.get_close_matches(spelled, by_name, n=1, cutoff=cutoff)
     if not near:
         return ""
     cls = by_name[near[0]]
@@ -355,9 +354,9 @@ def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return {}
+    takes = ", ".join(name for name in parameters if name not in PASSED) or "(no arguments)"
     return {
-        str(name): f"{cls.__name__} has no argument '{name}'.{nearest(str(name), parameters)} "
-        f"It takes: {_arguments(cls)}."
+        str(name): f"{cls.__name__} has no argument '{name}'.{nearest(str(name), parameters)} It takes: {takes}."
         for name in given
         if name not in parameters
     }
@@ -365,11 +364,6 @@ def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
 
 PASSED = {"dim", "role", "max_length", "layer", "params", "optimizer"}
 """Arguments that the framework passes by itself."""
-
-
-def _arguments(cls: type) -> str:
-    """Return the names a config may set."""
-    return ", ".join(name for name in inspect.signature(cls).parameters if name not in PASSED) or "(no arguments)"
 
 
 def missing_arguments(factory: functools.partial[Any]) -> list[str]:
