@@ -69,8 +69,7 @@ class Entry:
 
     family: str
     name: str
-    target: str
-    """``module:Class``."""
+    target: str  # module:Class
     distribution: str
 
     @property
