@@ -166,7 +166,7 @@ def test_a_win_by_one_cost_alone_is_said_to_depend_on_it() -> None:
     results["also"] = "time"
     for name, variant in results["variants"].items():
         variant["runs"]["time"] = other["variants"][name]["runs"]["base"]
-        variant["also"] = {"matched": {"trainer.max_steps": 480} if name == "lstm" else {}, "left": 0.001}
+        variant["also"] = {"matched": {"trainer.max_steps": 480} if name == "lstm" else {}, "left": 0.001, "notes": []}
         variant["costs"]["time"] = 0.02 if name == "lstm" else 0.016
     found = verdicts.everything(results)
     assert [[row.word for row in rows] for rows in found.values()] == [["better", "worse"], ["worse", "worse"]]
