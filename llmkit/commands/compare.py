@@ -130,10 +130,8 @@ def describe(plan: StudyPlan) -> str:
     lines.append(f"\n{count} ({done} done), matched by {matched}; compared: {plan.metric} at the last step")
     if facts["steps"] is not None:
         each, which = facts["tokens_per_step"], " of the baseline" if study.match == "time" else ""
-        steps = {name: variant.matched.get(STEPS, facts["steps"]) for name, variant in plan.variants.items()}
-        flops = (
-            sum(variant.costs["flops"] * steps[name] for name, variant in plan.variants.items()) * each * study.seeds
-        )
+        runs = [(one.costs["flops"], one.matched.get(STEPS, facts["steps"])) for one in plan.variants.values()]
+        flops = each * study.seeds * sum(cost * steps for cost, steps in runs)
         tokens = f"{facts['steps'] * each:,} tokens a cell{which}"
         lines.append(f"{tokens}; {flops:.2g} FLOPs in all final cells of one setting")
     if study.seeds > 1:
@@ -142,11 +140,6 @@ def describe(plan: StudyPlan) -> str:
             f"{study.seeds} seeds see differences of {least:.2g} standard deviations of the paired difference, or more"
         )
     return "\n".join(lines)
-
-
-def _step_flops(steps: int, variant: Variant) -> float:
-    """Return the FLOPs of one token a step, in all steps of a run."""
-    return variant.costs["flops"] * variant.matched.get(STEPS, steps)
 
 
 def _row(title: str, variant: Variant, study: Study) -> list[str]:
