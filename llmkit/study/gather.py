@@ -50,7 +50,7 @@ def _variant(plan: StudyPlan, name: str) -> dict[str, Any]:
         "left": variant.left,
         "costs": variant.costs,
         "notes": variant.notes,
-        "also": variant.also and {name: getattr(variant.also, name) for name in ("matched", "left", "notes")},
+        "also": variant.also and {name: getattr(variant.also, name) for name in ("matched", "left", "notes", "costs")},
         "base_value": base_value(variant, tune) if tune else None,
         "tuning": [{"value": v, "results": plan.tried(name, v)} for v in plan.values(name)] if tune else None,
         "chosen": chosen,
