@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from study_results import study
 
-from llmkit.study import drawing, figures, report, sentences, statistics, verdicts
+from llmkit.study import drawing, figures, report, sentences, statistics, tables, verdicts
 
 pytest.importorskip("scipy")
 ELEVEN = [
@@ -166,7 +166,8 @@ def test_a_win_by_one_cost_alone_is_said_to_depend_on_it() -> None:
     results["also"] = "time"
     for name, variant in results["variants"].items():
         variant["runs"]["time"] = other["variants"][name]["runs"]["base"]
-        variant["also"] = {"matched": {"trainer.max_steps": 480} if name == "lstm" else {}, "left": 0.001}
+        variant["also"] = {"matched": {"trainer.max_steps": 480} if name == "lstm" else {}, "left": 0.001, "notes": []}
+        variant["also"]["costs"] = {"params": 2e6}
         variant["costs"]["time"] = 0.02 if name == "lstm" else 0.016
     found = verdicts.everything(results)
     assert [[row.word for row in rows] for rows in found.values()] == [["better", "worse"], ["worse", "worse"]]
@@ -178,6 +179,8 @@ def test_a_win_by_one_cost_alone_is_said_to_depend_on_it() -> None:
     text = "\n".join([*sentences.unequal(results, found), *sentences.methods(results, found)])
     assert "lstm, at equal training time: trainer.max_steps = 480; +0.10 % training time.\n" in text
     assert "verdicts at equal training time are those of further runs: the numbers of steps were set for" in text
+    table = list(csv.DictReader(tables.as_csv(results, found).splitlines()))
+    assert [(row["setting"], row["params"]) for row in table[2:4]] == [("base", "1704000.0"), ("time", "2000000.0")]
     with drawing.style():
         drawn = figures.draw(results, found)
     assert drawn["curves_seconds"].axes[0].get_lines()[1].get_xdata()[-1] == 12.0

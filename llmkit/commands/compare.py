@@ -145,22 +145,25 @@ def describe(plan: StudyPlan) -> str:
     """Return what a study is going to do: the variants with their costs, the cells, and what it could see."""
     study = plan.study
     rows = [["variant", "parameters", "MFLOPs a token", "cache KiB", "matched by", "difference"]]
-    for variant in plan.variants.values():
-        rows.append(_row(variant, study))
+    rows += [_row(variant.name, variant, study) for variant in plan.variants.values()]
+    also = [variant.also for variant in plan.variants.values() if variant.also and variant.also.tree != variant.tree]
+    rows += [_row(f"{variant.name}, by {study.also}", variant, study) for variant in also]
     lines = columns(rows)
     lines += [f"  {variant.name}: {text}" for variant in plan.variants.values() for text in variant.notes]
     cells = plan.cells()
     done = sum(plan.outcome(cell) is not None for cell in cells)
     facts = plan.variants[study.baseline].facts
-    other = sum(variant.also is not None and variant.also.tree == variant.tree for variant in plan.variants.values())
-    final = study.seeds * (len(plan.variants) * len(plan.settings()) - other)
+    settings = len(plan.settings()) - (study.also is not None)
+    final = study.seeds * (len(plan.variants) * settings + len(also))
     count = f"{final} final cells" if not study.tune else f"{len(cells)} cells so far, then {final} final ones"
     matched = f"{study.match}, then by {study.also}" if study.also else study.match
     lines.append(f"\n{count} ({done} done), matched by {matched}; compared: {plan.metric} at the last step")
     if facts["steps"] is not None:
-        tokens = facts["steps"] * facts["tokens_per_step"]
-        flops = sum(variant.costs["flops"] for variant in plan.variants.values()) * tokens * study.seeds
-        lines.append(f"{tokens:,} tokens a cell; {flops:.2g} FLOPs in all final cells of one setting")
+        each, which = facts["tokens_per_step"], " of the baseline" if study.match == "time" else ""
+        runs = [(one.costs["flops"], one.matched.get(STEPS, facts["steps"])) for one in plan.variants.values()]
+        flops = each * study.seeds * sum(cost * steps for cost, steps in runs)
+        tokens = f"{facts['steps'] * each:,} tokens a cell{which}"
+        lines.append(f"{tokens}; {flops:.2g} FLOPs in all final cells of one setting")
     if study.seeds > 1:
         least = smallest_difference(study.seeds, len(plan.variants) - 1)
         lines.append(
@@ -169,10 +172,10 @@ def describe(plan: StudyPlan) -> str:
     return "\n".join(lines)
 
 
-def _row(variant: Variant, study: Study) -> list[str]:
+def _row(title: str, variant: Variant, study: Study) -> list[str]:
     costs: dict[str, Any] = variant.costs
     cache = f"{costs['cache'] / 1024:,.3g}" if costs.get("cache") else "-"
     how = {WIDTH: "feedforward x{:.3g}", STEPS: "{:,} steps"}
     width = next((how[key].format(value) for key, value in variant.matched.items()), "as is")
     left = "baseline" if variant.name == study.baseline else f"{variant.left:+.2%}"
-    return [variant.name, f"{costs['params']:,.0f}", f"{costs['flops'] / 1e6:.3g}", cache, width, left]
+    return [title, f"{costs['params']:,.0f}", f"{costs['flops'] / 1e6:.3g}", cache, width, left]

@@ -7,7 +7,7 @@ from typing import Any
 
 import llmkit
 from llmkit.study.cells import StudyPlan, base_value, tuning_seeds
-from llmkit.study.outcomes import Cell
+from llmkit.study.outcomes import Cell, Outcome
 
 
 def gather(plan: StudyPlan, failed: dict[str, str]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def gather(plan: StudyPlan, failed: dict[str, str]) -> dict[str, Any]:
 
 def _variant(plan: StudyPlan, name: str) -> dict[str, Any]:
     variant, tune = plan.variants[name], plan.study.tune
-    finals = {setting: plan.final(name, setting) for setting in plan.settings()}
+    finals = {setting: _ended(plan, plan.final(name, setting)) for setting in plan.settings()}
     chosen, at_edge = plan.chosen(name)
     return {
         "overrides": plan.study.variants[name],
@@ -50,21 +50,17 @@ def _variant(plan: StudyPlan, name: str) -> dict[str, Any]:
         "left": variant.left,
         "costs": variant.costs,
         "notes": variant.notes,
-        "also": {"matched": variant.also.matched, "left": variant.also.left} if variant.also else None,
+        "also": variant.also and {name: getattr(variant.also, name) for name in ("matched", "left", "notes", "costs")},
         "base_value": base_value(variant, tune) if tune else None,
         "tuning": [{"value": v, "results": plan.tried(name, v)} for v in plan.values(name)] if tune else None,
         "chosen": chosen,
         "at_edge": at_edge,
-        "runs": {setting: _values(plan, cells) for setting, cells in finals.items()},
-        "curves": {setting: _curves(plan, cells) for setting, cells in finals.items()},
+        "runs": {setting: {seed: run.value for seed, run in runs.items()} for setting, runs in finals.items()},
+        "curves": {setting: {seed: run.curve for seed, run in runs.items()} for setting, runs in finals.items()},
     }
 
 
-def _values(plan: StudyPlan, cells: dict[int, Cell]) -> dict[str, float | None]:
+def _ended(plan: StudyPlan, cells: dict[int, Cell]) -> dict[str, Outcome]:
+    """Return what became of those cells that have ended, by seed."""
     outcomes = {str(seed): plan.outcome(cell) for seed, cell in cells.items()}
-    return {seed: outcome.value for seed, outcome in outcomes.items() if outcome is not None}
-
-
-def _curves(plan: StudyPlan, cells: dict[int, Cell]) -> dict[str, list[tuple[int, float]]]:
-    outcomes = {str(seed): plan.outcome(cell) for seed, cell in cells.items()}
-    return {seed: outcome.curve for seed, outcome in outcomes.items() if outcome is not None}
+    return {seed: outcome for seed, outcome in outcomes.items() if outcome is not None}

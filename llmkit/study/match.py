@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from llmkit import registry
 from llmkit.config.plan import plan
+from llmkit.contracts import Head
 from llmkit.errors import Problem, UserError, unknown
 from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
@@ -117,10 +118,9 @@ def _look(study: Study, variant: Variant, goals: dict[Match, float], calibration
             if not first:
                 _match_steps(each, size, timing.ratio)
         else:
-            measure = _size(model, match)
-            size = measure(None)
-            if not first and match != "none":
-                _match(each, model, measure, goals[match], match)
+            size = _cost(model, _network(model, None), match)
+            if not first and match != "none" and size != goals[match]:
+                _match(each, model, goals[match], match)
         goals.setdefault(match, size)
         each.costs = _costs(model, each.matched.get(WIDTH))
         if timing is not None:
@@ -182,24 +182,18 @@ def _network(model: LanguageModel, multiple: float | None) -> Backbone:
         factories["feedforward"] = before
 
 
-def _size(model: LanguageModel, match: Match) -> Callable[[float | None], float]:
-    head = sum(parameter.numel() for parameter in model.head.parameters())
-
-    def size(multiple: float | None) -> float:
-        net = _network(model, multiple)
-        if match == "flops":
-            return 3 * net.flops_per_position(model.context, model.head.scored_share)
-        return float(net.num_parameters()["non_embedding"] + head)
-
-    return size
+def _cost(model: LanguageModel, net: Backbone, match: Match) -> float:
+    if match == "flops":
+        return 3 * net.flops_per_position(model.context, model.head.scored_share)
+    return float(net.num_parameters()["non_embedding"] + _num_parameters(model.head))
 
 
-def _match(
-    variant: Variant, model: LanguageModel, size: Callable[[float | None], float], goal: float, match: Match
-) -> None:
-    """Set the feedforward's width so that ``size`` comes as close to ``goal`` as it can."""
-    if size(None) == goal:
-        return
+def _num_parameters(head: Head) -> int:
+    return sum(parameter.numel() for parameter in head.parameters())
+
+
+def _match(variant: Variant, model: LanguageModel, goal: float, match: Match) -> None:
+    """Set the feedforward's width so that the cost comes as close to ``goal`` as it can."""
     cls = registry.target_of(model.parts.factories["feedforward"])
     if "hidden_multiple" not in inspect.signature(cls).parameters:
         raise UserError(
@@ -207,13 +201,17 @@ def _match(
             "set match: none"
         )
     dim = model.spec["dim"]
+
+    def size(hidden: int) -> float:
+        return _cost(model, _network(model, hidden / dim), match)
+
     low, high = 1, 64 * dim  # the hidden width, which the size grows with
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(middle / dim) <= goal else (low, middle)
+        low, high = (middle, high) if size(middle) <= goal else (low, middle)
     # A width that is rounded up, SwiGLU's, takes the nearest of the sizes that there are.
-    best = min((low, high), key=lambda hidden: abs(size(hidden / dim) - goal))
-    variant.left = size(best / dim) / goal - 1
+    best = min((low, high), key=lambda hidden: abs(size(hidden) - goal))
+    variant.left = size(best) / goal - 1
     if abs(variant.left) > CLOSE:
         raise UserError(
             f"variant {variant.name}: cannot be matched in {match}: even at a feedforward of width {best} it has "
@@ -226,12 +224,10 @@ def _match(
 
 def _costs(model: LanguageModel, multiple: float | None) -> dict[str, float]:
     net = _network(model, multiple)
-    head = sum(parameter.numel() for parameter in model.head.parameters())
-    counts = net.num_parameters()
     costs = {
-        "params": float(counts["non_embedding"] + head),
-        "total_params": float(counts["total"] + head),
-        "flops": 3 * net.flops_per_position(model.context, model.head.scored_share),
+        "params": _cost(model, net, "params"),
+        "total_params": float(net.num_parameters()["total"] + _num_parameters(model.head)),
+        "flops": _cost(model, net, "flops"),
     }
     if net.topology != "encoder":
         costs["cache"] = _cache(net, model.context)

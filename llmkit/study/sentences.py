@@ -145,7 +145,7 @@ def unequal(results: Results, found: Mapping[str, list[Verdict]]) -> list[str]:
     for name, variant in results["variants"].items():
         parts = _matched(variant, results["match"])
         lines += [f"{name}: {'; '.join([*parts, *variant['notes']])}."] if parts or variant["notes"] else []
-        if results.get("also") and (parts := _matched(variant["also"], results["also"])):
+        if results.get("also") and (parts := [*_matched(variant["also"], results["also"]), *variant["also"]["notes"]]):
             lines.append(f"{name}, {EQUAL[results['also']]}: {'; '.join(parts)}.")
     for key in base["costs"]:
         gaps = {name: _ratio(variant, base, key) for name, variant in results["variants"].items()}

@@ -70,7 +70,8 @@ def as_csv(results: Results, found: Mapping[str, list[Verdict]]) -> str:
                 numbers = [row.pairs, row.difference, *ends, row.sd, row.p, row.p_equivalent]
                 numbers += [row.p_sign_flip, row.correlation, row.visible]
             chosen = variant["chosen"] if setting != "base" else None
-            table.writerow([setting, name, *words, *numbers, chosen, *(variant["costs"].get(key) for key in costs)])
+            own = verdicts.costs(results, name, setting)
+            table.writerow([setting, name, *words, *numbers, chosen, *(own.get(key) for key in costs)])
     return buffer.getvalue()
 
 
@@ -95,10 +96,18 @@ def as_latex(results: Results, found: Mapping[str, list[Verdict]], decimals: int
         lines.append(r"\midrule")
         if len(found) > 1:
             lines += [rf"\multicolumn{{7}}{{l}}{{\emph{{{label(results, setting)}}}}} \\"]
-        for name, variant in results["variants"].items():
+        for name in results["variants"]:
             one = verdicts.sample(results, name, setting)
             mean = number(one.mean, decimals) + (f" ± {number(one.sd, decimals)}" if one.sd is not None else "")
-            cells = [name, size(variant["costs"].get("params")), mean or "diverged", "", "", "", ""]
+            cells = [
+                name,
+                size(verdicts.costs(results, name, setting).get("params")),
+                mean or "diverged",
+                "",
+                "",
+                "",
+                "",
+            ]
             if row := by_name.get(name):
                 gap = "" if row.difference is None else signed(row.difference, decimals)
                 words = verdicts.sentence(row, results["margin"], decimals)

@@ -88,6 +88,13 @@ def sample(results: Results, variant: str, setting: str) -> Sample:
     return Sample({s: worst if v is None or not math.isfinite(v) else float(v) for s, v in values.items()})
 
 
+def costs(results: Results, variant: str, setting: str) -> dict[str, float]:
+    """Return what a variant costs in a setting."""
+    one = results["variants"][variant]
+    found: dict[str, float] = (one["also"] if setting == results.get("also") else one)["costs"]
+    return found
+
+
 def of(results: Results, setting: str) -> list[Verdict]:
     """Compare every other variant with the baseline, in the order of the results."""
     names = [name for name in results["variants"] if name != results["baseline"]]
