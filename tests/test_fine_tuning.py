@@ -11,6 +11,7 @@ from torch import nn
 
 from llmkit import LanguageModel, plugin
 from llmkit.model.groups import parameter_groups, parameter_kinds
+from llmkit.model.use import batch_of
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,33 @@ def test_nothing_changes_without_them() -> None:
         ("embedding", 1),
         ("vector", 1),
     ]
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "translation"])
+def test_gradient_checkpointing_changes_no_number(head: str) -> None:
+    """Losses and gradients are equal to the bit, with dropout on; far fewer bytes are kept for the gradient."""
+    found, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        parts = {"head": plugin("head", head), "dim": 16, "num_layers": 4, "context": 32}
+        model = LanguageModel(**parts, dropout=0.2, gradient_checkpointing=again)  # type: ignore[arg-type]
+        model.tokenizer = plugin("tokenizer", "byte")()
+        model.configure_model()
+        model.train()
+        rows = [{"text": "a text of some length", "source": "a text", "target": "another"}] * 3
+        fields = (*model.head.inputs, *model.head.targets)
+        batch = batch_of(model.head, model.tokenizer, 32, rows, fields)
+        saved: dict[int, int] = {}
+
+        def pack(value: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            torch.manual_seed(1)
+            loss = model.head.loss(model.network, batch)
+        kept.append(sum(saved.values()))
+        loss.total.backward()
+        found.append([loss.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20 and all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]

@@ -61,6 +61,7 @@ class LanguageModel(Answers):
         token_types: how many types of tokens have an embedding (2: which text of a pair a token is in); 0: none.
         output_bias: a learned number is added to the score of each token.
         vocab_size: rows of the embedding; None: as many as the tokenizer has ids, which is the least.
+        gradient_checkpointing: compute each layer again for its gradient: less memory, about a third more time.
         compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
         optimizer: builds the optimizer from parameter groups; None: AdamW.
         scheduler: builds the schedule from the optimizer, stepped every optimizer step; None: warmup and cosine. An
@@ -96,6 +97,7 @@ class LanguageModel(Answers):
         token_types: int = 0,
         output_bias: bool = False,
         vocab_size: int | None = None,
+        gradient_checkpointing: bool = False,
         compile: bool | Literal["reduce-overhead"] = False,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,

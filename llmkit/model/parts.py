@@ -22,7 +22,10 @@ from llmkit.sequence import Sequence
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
-SHAPE = ("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias")
+SHAPE = (
+    *("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias"),
+    "gradient_checkpointing",
+)
 """The plain arguments of a model that its network takes under the same name."""
 SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "layer_decay", "max_bad_steps")
 """The plain arguments of a model that its checkpoints describe."""
