@@ -50,11 +50,8 @@ def run(command: str, argv: list[str]) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, title in {"uid": "paradigm", "term": "phenomenon"}.items():
-        rows = [
-            [one.name, f"{one.share:.3f}", "{:.3f} to {:.3f}".format(*one.interval), f"{one.count:,}"]
-            for one in by[name]
-        ]
-        print("\n".join(columns([[title, "accuracy", "95 % interval", "pairs"], *rows])), end="\n\n")
+        rows = [[title, "accuracy", "95 % interval", "pairs"], *map(_row, by[name])]
+        print("\n".join(columns(rows)), end="\n\n")
     print(f"mean over paradigms: {mean:.3f}")
     return 0
 
