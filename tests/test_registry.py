@@ -32,7 +32,7 @@ NAMES = {
     "feedforward": ["gelu", "relu", "silu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [
-        *("classification", "generation", "masked_lm", "multi_label", "question_answering", "regression"),
+        *("classification", "completion", "generation", "masked_lm", "multi_label", "question_answering", "regression"),
         *("summarization", "token_classification", "translation"),
     ],
 }
