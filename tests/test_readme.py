@@ -76,6 +76,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "letters.en").write_text("Good morning.\nGood night.\n" * 20)
     (tmp_path / "letters.de").write_text("Guten Morgen.\nGute Nacht.\n" * 20)
     hf_folder.write(tmp_path / "gpt2")
+    (tmp_path / "pairs.jsonl").write_text('{"sentence_good": "A b", "sentence_bad": "B a"}\n' * 3)
     (tmp_path / "notes.txt").write_text("Once upon a time there was a note. " * 60)
     for block in blocks(README, "yaml"):
         file = re.match(r"# (\w+\.yaml)\n", block.text)

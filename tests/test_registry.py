@@ -32,8 +32,8 @@ NAMES = {
     "feedforward": ["gelu", "relu", "silu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [
-        *("classification", "generation", "masked_lm", "multi_label", "probe", "question_answering", "regression"),
-        *("summarization", "token_classification", "translation"),
+        *("classification", "completion", "generation", "masked_lm", "multi_label", "probe", "question_answering"),
+        *("regression", "summarization", "token_classification", "translation"),
     ],
     "dataset": [
         *("compression", "fuzzy_recall", "in_context_recall", "induction", "memorization", "mqar", "noisy_recall"),

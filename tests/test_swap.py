@@ -23,7 +23,7 @@ HEADS = ("generation", "classification", "translation")
 FILES = {
     **{"generation": "text.txt", "masked_lm": "text.txt", "classification": "labels.csv", "translation": "pairs.tsv"},
     **{"summarization": "summaries.csv", "token_classification": "tags.conll", "question_answering": "questions.squad"},
-    **{"multi_label": "scored.jsonl", "regression": "scored.jsonl", "probe": "probe.csv"},
+    **{"multi_label": "scored.jsonl", "regression": "scored.jsonl", "probe": "probe.csv", "completion": "prompts.csv"},
 }
 PROMPTS = ("word 3", "line 12 of")
 
@@ -37,6 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "labels.csv").write_text("text,label\n" + "".join(f"{w},{'ab'[i % 2]}\n" for i, w in enumerate(words)))
     (folder / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{word}\t{word[::-1]}\n" for word in words))
     (folder / "summaries.csv").write_text("document,summary\n" + "".join(f"{w},{w[:6]}\n" for w in words))
+    (folder / "prompts.csv").write_text("prompt,completion\n" + "".join(f"{w},{w[:6]}\n" for w in words))
     tagged = ["".join(f"{part}\t{'B-N' if part.isdigit() else 'O'}\n" for part in w.split()) for w in words]
     (folder / "tags.conll").write_text("\n".join(tagged))
     answer = {"text": "word", "answer_start": 0}

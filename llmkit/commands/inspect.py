@@ -94,7 +94,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
         "flops_per_token": {"forward": forward, "training": 3 * forward},
         "memory_bytes": {
             "weights": weights,
-            "gradients": weights,
+            "gradients": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
             "optimizer": state,
             "activations": activations,
             "peak": None if held is None else weights + state + held,

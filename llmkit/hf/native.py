@@ -66,7 +66,7 @@ def _settings(architecture: Architecture) -> dict[str, Any]:
 
 def _content(facts: Facts, head: str, given: Mapping[str, Any]) -> Content:
     sizes = facts.sizes
-    if head == "generation":
+    if head in ("generation", "completion"):
         if not sizes["norm_first"] or any(sizes[key] for key in ("embedding_norm", "token_types", "output_bias")):
             raise NoCounterpartError("post-norms, embedding_norm, token_types or output_bias in a decoder")
         return _gpt2(facts) if facts.position == "learned" else _llama(facts)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
 from llmkit.errors import Problem, UserError, blame, returned
@@ -95,6 +96,8 @@ class Backbone(nn.Module, Network):
         embedding_norm: a norm after the embeddings and positions (Devlin et al. 2018, arXiv:1810.04805).
         token_types: rows of a table of token types added to the embeddings (the same source); 0: no table.
         output_bias: a learned number is added to the score of each id.
+        gradient_checkpointing: in training keep the input of each layer alone, and compute the layer again for its
+            gradient (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def __init__(
@@ -116,10 +119,12 @@ class Backbone(nn.Module, Network):
         embedding_norm: bool = False,
         token_types: int = 0,
         output_bias: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         draws = Draws()
         self.topology, self._max_length = topology, max_length
+        self.gradient_checkpointing = gradient_checkpointing
         factories: dict[str, Callable[..., Any]] = {
             **{"attention": attention, "cross_attention": cross_attention, "feedforward": feedforward},
             **{"position": position, "norm": norm},
@@ -215,7 +220,10 @@ class Backbone(nn.Module, Network):
         layers, norm = self._stack(stack)
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
-            x_BTD = layer(x_BTD, seq, memory, own, cross)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, seq, memory, own, cross, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, seq, memory, own, cross)
         return _like(x_BTD, norm, norm(x_BTD))
 
     @property

@@ -22,9 +22,12 @@ from llmkit.sequence import Sequence
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
-SHAPE = ("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias")
+SHAPE = (
+    *("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias"),
+    "gradient_checkpointing",
+)
 """The plain arguments of a model that its network takes under the same name."""
-SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "max_bad_steps")
+SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "layer_decay", "max_bad_steps")
 """The plain arguments of a model that its checkpoints describe."""
 
 
@@ -49,6 +52,8 @@ class Parts:
                 raise UserError(Problem(f"model.{name}", f"must be at least {least}, got {sizes[name]}"))
         if sizes["token_types"] < 0:
             raise UserError(Problem("model.token_types", f"must be 0 or more, got {sizes['token_types']}"))
+        if not 0 < sizes["layer_decay"] <= 1:
+            raise UserError(Problem("model.layer_decay", f"must be above 0 and at most 1, got {sizes['layer_decay']}"))
         if not 0 <= sizes["dropout"] < 1:
             raise UserError(Problem("model.dropout", f"must be at least 0 and below 1, got {sizes['dropout']}"))
         keys = {key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key.startswith("model.")}
@@ -86,6 +91,13 @@ class Parts:
             text = f"must be at least {tokenizer.vocab_size}, the ids of the tokenizer, got {rows}"
             raise UserError(Problem("model.vocab_size", text))
         return tokenizer.vocab_size if rows is None else int(rows)
+
+    def optimizer(self, groups: Iterable[Any]) -> Optimizer:
+        """Return the optimizer; a group that says its ``lr_scale`` gets the learning rate times that."""
+        optimizer: Optimizer = self.build("optimizer", groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        return optimizer
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Return the schedule; an argument called ``total_steps`` that was left open is filled in."""

@@ -45,6 +45,10 @@ def stored_settings(trainer: pl.Trainer, spec: Mapping[str, Any], checkpoint: di
             f"that begins with these weights, use model.init_from instead of --ckpt_path"
         )
         raise UserError(Problem("model.optimizer", text))
+    for name, default in {"freeze": None, "layer_decay": 1.0}.items():  # they decide what the optimizer's groups are
+        if spec[name] != (before := checkpoint["llmkit"]["model"].get(name, default)):
+            text = f"is {spec[name]}, but the checkpoint has {before}: a resumed run keeps its parameter groups"
+            raise UserError(Problem(f"model.{name}", text))
     if _class_name(spec["scheduler"]) != _class_name(stored["scheduler"]):
         checkpoint["lr_schedulers"] = []
     return stored
@@ -87,7 +91,7 @@ def apply_changes(trainer: pl.Trainer, parts: Parts, stored: Mapping[str, Any], 
 
 def _replay(parts: Parts, groups: Settings, total_steps: int, step: int) -> tuple[Settings, dict[str, Any]]:
     """Return the groups' settings and the schedule's state that a run has after so many steps."""
-    optimizer = parts.build("optimizer", [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups])
+    optimizer = parts.optimizer([{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups])
     schedule = parts.schedule(optimizer, total_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the optimizer has taken no step

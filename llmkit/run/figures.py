@@ -70,3 +70,18 @@ def confusion_matrix(counts: list[list[int]], labels: list[str], png_file: Path)
                 colour = "white" if shares[row][column] > 0.5 else "black"
                 axes.text(column, row, counts[row][column], ha="center", va="center", color=colour, fontsize=9)
     figure.savefig(png_file, dpi=150)
+
+
+def accuracy_bars(rows: list[tuple[str, float, tuple[float, float]]], png_file: Path) -> None:
+    """Draw accuracies with their intervals, one line each, and the line of guessing between two."""
+    figure, axes = _axes(7.0, max(1.8, 0.26 * len(rows) + 1))
+    places = range(len(rows))[::-1]
+    shares = [share for _, share, _ in rows]
+    errors = [[share - low for _, share, (low, _) in rows], [high - share for _, share, (_, high) in rows]]
+    axes.errorbar(shares, places, xerr=errors, fmt="o", markersize=4, capsize=2, linewidth=1.2)
+    axes.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_yticks(places, [name for name, *_ in rows], parse_math=False)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("accuracy, with its 95 % interval; dotted: guessing")
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(png_file, dpi=150)

@@ -18,6 +18,8 @@ FIELDS: dict[str, list[Any]] = {
     "score": [0.5, -1.25, 3, "2.5", 0.5],
     "source": ["a b", "c d", "ein Schritt", "我爱学习", "ein Satz, länger als alle anderen"],
     "target": ["A B", "C D", "a step", "I love to learn", "one sentence, longer than all others"],
+    "prompt": ["a b", "c d", "Zähle: eins", "我爱", "a prompt that is longer than all the others are"],
+    "completion": ["A B", "C D", " zwei", "学习", " and its completion"],
     "document": [
         "a b. c",
         "d e. f",

@@ -1,0 +1,102 @@
+"""Completing prompts: what a language model is taught when it is tuned to follow instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
+from llmkit.ops.losses import linear_cross_entropy
+from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
+from llmkit.ops.writing import answer, scored, shown, write
+from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+
+
+class Completion(Head):
+    """Causal language model that reads a ``prompt`` and writes its ``completion``, the only part that has a loss.
+
+    Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; for instructions Wei et al.
+    2021, arXiv:2109.01652. Prompt and completion are encoded one by one, and a completion is followed by the token that
+    ends a text: what stands between the two, a blank or a line end, belongs to one of them. Of a row that is longer
+    than the context the beginning of the prompt is left out, of a completion that is as long as that its end.
+    """
+
+    topology = "decoder"
+    inputs = ("prompt",)
+    targets = ("completion",)
+    texts = ("prompt", "completion")
+    kept = "end"
+    decoding = DecodingOptions(max_new_tokens=200, temperature=0.0)
+
+    def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
+        """Return ``ids`` of the prompt and, where it is known, ``target`` ids of the completion, ended by eos."""
+        before = tokenizer.around[0]
+        prompts = [[*before, *row] or [tokenizer.bos_id] for row in tokenizer.encode_batch(rows["prompt"])]
+        if "completion" not in rows:
+            cut = [int(len(row) > max_length) for row in prompts]
+            return {"ids": prompts, "length": [min(len(row), max_length) for row in prompts], "truncated": cut}
+        features: dict[str, list[Any]] = {name: [] for name in ("ids", "target", "length", "truncated")}
+        for prompt, completion in zip(prompts, tokenizer.encode_batch(rows["completion"]), strict=True):
+            target = [*completion, tokenizer.eos_id][:max_length]
+            kept = prompt[-(max_length - len(target) + 1) :]  # the last target is not read
+            features["ids"].append(kept)
+            features["target"].append(target)
+            features["length"].append(len(kept) + len(target) - 1)
+            features["truncated"].append(int(len(kept) < len(prompt) or len(target) <= len(completion)))
+        return features
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
+        """Return ids and, where completions are known, targets, (B, T), and segments (B, T) where padded."""
+        targets = [feature.get("target", []) for feature in features]
+        rows = [[*feature["ids"], *target[:-1]] for feature, target in zip(features, targets, strict=True)]
+        batch: Batch = {"ids": padded(rows, tokenizer.pad_id)}
+        segments = segments_of([len(row) for row in rows])
+        if segments is not None:
+            batch["segments"] = segments
+        if "target" in features[0]:
+            both = zip(features, targets, strict=True)
+            batch["targets"] = padded([[*[IGNORE] * (len(f["ids"]) - 1), *target] for f, target in both], IGNORE)
+        return batch
+
+    def loss(self, net: Network, batch: Batch) -> Loss:
+        """Return the summed cross-entropy of the completions' tokens."""
+        hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
+        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
+
+    def metrics(self, stage: Stage) -> dict[str, nn.Module]:
+        """Return loss and perplexity of the completions, and the share of unknown tokens in them."""
+        return {"loss": MeanLoss(), "perplexity": Perplexity(), "unknown_share": Mean()}
+
+    def evaluate(self, net: Network, batch: Batch, metrics: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Update the metrics with a batch."""
+        loss = self.loss(net, batch)
+        metrics["loss"].update(loss)
+        metrics["perplexity"].update(loss)
+        metrics["unknown_share"].update((batch["targets"] == tokenizer.unk_id).sum(), loss.count)
+
+    def predict(
+        self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
+    ) -> list[dict[str, Any]]:
+        """Return ``prompt`` and ``text``, what was written, of each row; several ``candidates`` if asked for."""
+        ids, segments = batch["ids"], batch.get("segments")
+        lengths = [ids.shape[1]] * len(ids) if segments is None else (segments > 0).sum(1).tolist()
+        if "targets" in batch:  # the prompt ends where the first target is
+            lengths = [int((row != IGNORE).int().argmax()) + 1 for row in batch["targets"]]
+        prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        found = write(net, prompts, tokenizer, options, rows=batch.get("rows"), device=ids.device)
+        return [{"prompt": texts[0].prompt, **answer(texts, options)} for texts in found]
+
+    def show(self, answer: dict[str, Any]) -> str:
+        """Return what was written, or a line for each candidate."""
+        return shown(answer)
+
+    def score(self, net: Network, batch: Batch) -> list[dict[str, Any]]:
+        """Return the log probability of each completion given its prompt, its number of tokens and its perplexity."""
+        hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
+        weight_VD, bias_V = net.output_weight_VD, net.output_bias_V
+        both = zip(hidden_BTD, batch["targets"], strict=True)
+        losses = [linear_cross_entropy(states, weight_VD, targets, bias_V=bias_V) for states, targets in both]
+        return [scored(float(loss.total), int(loss.count)) for loss in losses]
