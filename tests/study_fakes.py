@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,18 @@ def count(folder: Path, cell: Cell, threads: int, pause: float = 0.01) -> int:
     part.write_text(json.dumps({"diverged": cell.variant == "bad", "run": "version_0", "metrics": ["val_loss"]}))
     part.replace(folder / OUTCOME)
     return 0
+
+
+def patient(folder: Path, cell: Cell, threads: int) -> int:
+    """Take a while to stop, like a cell with a long step, and write how often it was asked to."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    (folder / "begun.txt").touch()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(cell.seed)
+    (folder / "asked.txt").write_text(str(len(asked)))
+    return 128 + signal.SIGTERM
 
 
 def where(folder: Path, cell: Cell, threads: int) -> int:

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 from llmkit.commands import compare
 from llmkit.commands.cell import devices, one_device
 from llmkit.commands.fit import run_instead
-from llmkit.errors import UserError
+from llmkit.errors import Stopped, UserError
 from llmkit.main import main
 from llmkit.registry import entries
 from llmkit.study import calibrate
@@ -147,6 +148,21 @@ def test_a_failed_cell_is_named_and_the_rest_go_on(tmp_path: Path, capsys: pytes
     assert "final/broken/seed0-0 failed: nothing to count" in capsys.readouterr().err
     assert outcome_of(tmp_path / wanted[0].name, "val_loss") == (0.1, [(STEPS, 0.1)])
     assert outcome_of(tmp_path / wanted[1].name, "val_loss") is None
+
+
+def test_cells_are_asked_once_to_stop(tmp_path: Path) -> None:
+    """A second signal would stop them at once, without saving."""
+    wanted = cells("a", seeds=2)
+
+    def interrupt() -> None:
+        while len(list(tmp_path.rglob("begun.txt"))) < len(wanted):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Stopped):
+        Local(tmp_path, 2, 1, study_fakes.patient, ["study_fakes"])(wanted, len(wanted))
+    assert [(tmp_path / cell.name / "asked.txt").read_text() for cell in wanted] == ["1", "1"]
 
 
 def test_a_study_runs_once(tmp_path: Path) -> None:

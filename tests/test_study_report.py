@@ -6,6 +6,7 @@ import copy
 import csv
 import html.parser
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,16 @@ def test_a_figure_is_valid_xml_by_itself() -> None:
         root = ElementTree.fromstring(drawing.svg(picture, "seeds", "Seeds"))
     assert root.get("aria-label") == "Seeds"
     assert all(element.get("id", "seeds-").startswith("seeds-") for element in root.iter())
+
+
+def test_tuning_panels_leave_room_for_their_labels() -> None:
+    """Seven values, a factor of 3 apart, that are not round."""
+    results = study({"multi_head": 0, "lstm": 0.1, "gru": -0.1}, tuned=True)
+    for variant in results["variants"].values():
+        variant["tuning"] = [{"value": 0.001 / 3 * 3**k, "results": [3 - 0.3 * k]} for k in range(7)]
+    with drawing.style(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a figure that could not be laid out
+        figure = figures._tuning(results)
+        figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["0.00033", "0.009", "0.24"]

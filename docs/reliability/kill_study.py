@@ -22,20 +22,21 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from llmkit.study.outcomes import Outcome, outcome_of
+
 HERE = Path(__file__).resolve().parent
 WORDS = ("river", "stone", "house", "green", "walk", "small", "light", "water", "seven", "bright", "corner")
 STUDY = """\
 base: experiment.yaml
 variants: {multi_head: {}, min_gru: {model.attention: min_gru}}
-tune: {model.optimizer.lr: {points: 3, factor: 3}}
-seeds: 3
+seeds: 4
 margin: 0.05
 workers: 2
 """
 EXPERIMENT = """\
 data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 8}
 model: {dim: 32, num_layers: 1, context: 32, attention: {name: multi_head, num_heads: 4}, dropout: 0.1}
-trainer: {max_steps: 30, val_check_interval: 10, accelerator: cpu, enable_progress_bar: false}
+trainer: {max_steps: 120, val_check_interval: 40, accelerator: cpu, enable_progress_bar: false}
 checkpoint: {every_n_steps: 5}
 """
 
@@ -68,13 +69,17 @@ def report_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if "cells" not in path.parts}
 
 
-def curves(folder: Path) -> dict[str, bytes]:
-    """Return the last metrics of each cell."""
-    found = {}
-    for outcome in folder.glob("cells/*/*/*/outcome.json"):
-        run = json.loads(outcome.read_text())["run"]
-        found[outcome.parent.name] = (outcome.parent / run / "metrics.csv").read_bytes()
-    return found
+def curves(folder: Path) -> dict[str, Outcome | None]:
+    """Return what became of each cell."""
+    cells = [path.parent for path in folder.glob("cells/*/*/*/outcome.json")]
+    return {cell.name: outcome_of(cell, "val_loss") for cell in cells}
+
+
+def saved_since(folder: Path, moment: float) -> bool:
+    """Return whether a cell has written a checkpoint since."""
+    with suppress(FileNotFoundError):  # one is just being replaced
+        return any(path.stat().st_mtime > moment for path in folder.glob("cells/*/*/*/version_*/checkpoints/last.ckpt"))
+    return False
 
 
 def main() -> None:
@@ -100,9 +105,10 @@ def main() -> None:
             process.wait()
             continue
         kind = chance.choice(("command", "fork server", "cell", "cell"))
-        until = time.monotonic() + chance.uniform(0.2, 4)
-        while process.poll() is None and (time.monotonic() < until or not processes(process.pid)["cell"]):
+        last = time.time()
+        while process.poll() is None and not saved_since(folder / "killed" / "study", last):
             time.sleep(0.05)
+        time.sleep(chance.uniform(0, 1.5))
         victims = processes(process.pid)[kind] if process.poll() is None else []
         if victims:
             os.kill(chance.choice(victims), signal.SIGKILL)

@@ -245,9 +245,11 @@ def _tuning(results: Results) -> Any:
         axes.plot(x, y, color=colour, linestyle=line, marker=marker)
         lost = [value for value, mean in means if mean is None]
         worst = 1.0 if results["better"] == "min" else 0.0
-        axes.plot(lost, [worst] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+        if lost:  # an empty line counts as a point at the figure's corner, for which the layout makes room
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(lost, [worst] * len(lost), "x", color=colour, **edge)
         if chosen in x and math.isfinite(y[x.index(chosen)]):
-            ring = {"markerfacecolor": "none", "markeredgecolor": drawing.BLACK, "markersize": 9}
+            ring = {"markerfacecolor": "none", "markeredgecolor": drawing.BLACK, "markersize": 9, "clip_on": False}
             axes.plot(chosen, y[x.index(chosen)], "o", **ring)
         axes.set_title(name)
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -256,7 +258,7 @@ def _tuning(results: Results) -> Any:
     panels[0].set_xscale("log")
     panels[0].xaxis.set_major_locator(FixedLocator(values[:: max(1, math.ceil((len(values) - 1) / 2))]))
     panels[0].xaxis.set_minor_locator(NullLocator())
-    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     figure.supxlabel(results["tuned"]["key"] if results["tuned"] else "value", fontsize=8)
     figure.supylabel(results["metric"], fontsize=8)
     return figure
