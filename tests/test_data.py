@@ -825,6 +825,7 @@ def test_file_digest_is_remembered_but_never_stale(tmp_path: Path) -> None:
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore:.*does not have many workers",
+    "ignore:.*srun. command is available",
     "ignore:.*This process.*is multi-threaded",
 )
 def test_all_stages_of_a_trainer(tmp_path: Path, num_workers: int) -> None:

@@ -61,7 +61,7 @@ def test_rates_by_depth() -> None:
     model = LanguageModel(**parts, dim=8, num_layers=2, context=8, layer_decay=0.5)  # type: ignore[arg-type]
     model.tokenizer = plugin("tokenizer", "byte")()
     model.configure_model()
-    optimizer = model.parts.optimizer(model._groups())
+    optimizer = model.parts.optimizer(model.groups())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == set(names.values())
