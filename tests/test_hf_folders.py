@@ -8,17 +8,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hf_folder
 import pytest
 import torch
 import yaml
 from command import Result, done, llmkit
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from llmkit import LanguageModel, UserError, load, plugin
 from llmkit.checkpoint.content import section
 from llmkit.hf.export import export
+from llmkit.hf.folder import Source
 
 SMALL = (
     *("--data.batch_size", "2", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"),
@@ -270,6 +273,16 @@ def test_bin_files_and_parts(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     result = llmkit("import", f"hf:{tmp_path}/none", tmp_path / "out.ckpt")
     assert result.code == 2 and "there is no such folder, and it is not a name on the Hugging Face hub" in result.err
+
+
+def test_what_the_hub_does_not_have_and_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, text in (
+        (EntryNotFoundError("404"), "it has no config.json"),
+        (LocalEntryNotFoundError("no network"), "could not be downloaded from the Hugging Face hub (no network)"),
+    ):
+        monkeypatch.setattr("llmkit.hf.folder.hf_hub_download", mock.Mock(side_effect=error))
+        with pytest.raises(UserError, match=re.escape(text)):
+            Source.of("hf:some/model").config()
 
 
 def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:

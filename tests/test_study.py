@@ -96,6 +96,8 @@ def test_a_study_without_a_file(experiment: Path) -> None:
     assert study.variants == {"16": {"model.dim": 16}, "32": {"model.dim": 32}}
     assert (study.baseline, study.seeds, study.name) == ("16", 3, "compare")
     assert study.base == ("--config=experiment.yaml", "--data.batch_size=2")
+    with pytest.raises(UserError, match="^command line: match: unknown match 'flop'"):
+        read("experiment.yaml", "model.dim=16,32", {"match": "flop"}, [])
     for vary in (None, "model.dim", "model.dim=16"):
         with pytest.raises(UserError, match="KEY="):
             read("experiment.yaml", vary, {}, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from llmkit.checkpoint import archive
@@ -50,9 +50,9 @@ class Source:
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, revision=self.revision))
-        except EntryNotFoundError:
-            return None
         except Exception as error:  # a dozen kinds: no network, no such model, no permission
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None
             cause = " ".join(str(error).split())[:200]
             text = f"there is no such folder here, and it could not be downloaded from the Hugging Face hub ({cause})"
             raise UserError(f"{self.text}: {text}") from error

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from llmkit.check import Raw
 from llmkit.config.argv import raw
 from llmkit.config.files import read_yaml
-from llmkit.config.layers import Layer
+from llmkit.config.layers import COMMAND_LINE, Layer
 from llmkit.config.stored import is_below
 from llmkit.errors import Problem, UserError, unknown
 
@@ -114,7 +114,7 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     Raises:
         UserError: everything that is wrong, with its place.
     """
-    layer = read_yaml(file) if file else Layer({}, "command line")
+    layer = read_yaml(file) if file else Layer({}, COMMAND_LINE)
     is_study = bool({"variants", "base"} & layer.tree.keys())
     if is_study and vary:
         raise UserError(f"{file} names its variants: --vary is for the config of an experiment")
@@ -139,8 +139,8 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     values["executor"] = _executor(values["executor"], problems)
     _check(values, problems)
     if problems:
-        places = {problem: layer.places.get(problem.place_of or problem.key, layer.source) for problem in problems}
-        raise UserError(*(f"{place}: {problem}" for problem, place in places.items()))
+        places = {**layer.places, **dict.fromkeys(given, COMMAND_LINE)}
+        raise UserError(*(f"{places.get(one.place_of or one.key, layer.source)}: {one}" for one in problems))
     return Study(**values)
 
 
