@@ -94,30 +94,24 @@ class Calibration:
     def __init__(self, folder: Path, threads: int) -> None:
         self.file, self.threads = folder / FILE, threads
         self._base: Step | None = None
-        self._base_tree: Mapping[str, Any] = {}
+        self._first: tuple[CLI, Mapping[str, Any]] | None = None
 
     def of(self, cli: CLI, tree: Mapping[str, Any]) -> Timing:
         """Return the timing of a variant, the first of which is the baseline; measured unless it is known."""
+        self._first = self._first or (cli, tree)
+        base, base_tree = self._first
         device = cli.trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._base_tree = self._base_tree or tree
-        trees = [{group: each[group] for group in ("model", "data", "trainer")} for each in (self._base_tree, tree)]
+        trees = [{group: each[group] for group in ("model", "data", "trainer")} for each in (base_tree, tree)]
         text = json.dumps([trees, name, self.threads], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-        step = stepper(cli) if self._base is None or key not in known else None
-        self._base = self._base or step
         if key not in known:
-            assert self._base is not None and step is not None
             with _threads(self.threads):
-                known[key] = compared(self._base, step)._asdict() if step is not self._base else _alone(step)
+                self._base = self._base or stepper(base)
+                known[key] = compared(self._base, self._base if cli is base else stepper(cli))._asdict()
             write_text(self.file, json.dumps(known, indent=1) + "\n")
         return Timing(**known[key])
-
-
-def _alone(step: Step) -> dict[str, float]:
-    """Return the timing of the baseline itself."""
-    return {"ratio": 1.0, "seconds": compared(step, lambda: step()).seconds}
 
 
 @contextmanager
