@@ -78,8 +78,8 @@ def kill_study(found: dict[str, Any]) -> str:
     return (
         f"{sum(kills.values())} kills ({victims}) in a study of {found['runs']} real runs, {found['resumed']} of which "
         f"were resumed from a checkpoint: {same} of {found['files']} files of the report have the same bytes as "
-        f"without kills. In another study, which ran in the same output folder at the same time, {len(found['other'])} of "
-        f"{found['runs']} results differ."
+        f"without kills. In another study, which ran in the same output folder at the same time, "
+        f"{len(found['other'])} of {found['runs']} results differ."
     )
 
 
