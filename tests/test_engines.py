@@ -156,8 +156,8 @@ def test_slurm(slurm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     said = capfd.readouterr().err
     assert "the jobs stay in the queue" in said
     assert submitted[:-1] in (root.parent / "slurm" / "jobs.json").read_text()  # none was submitted twice
-    assert list(again.failed) == [BROKEN.name]
-    assert again.failed[BROKEN.name].startswith("nothing to count (job ")
+    assert again.failed == {BROKEN.name: "nothing to count"}
+    assert f"{BROKEN.name} failed: nothing to count (job " in said
     assert len(begun(root / BROKEN.name)) == 1
     assert [len(begun(root / cell.name)) for cell in CELLS] == [2, 2, 2, 2]
     assert everything(root) == undisturbed(tmp_path / "undisturbed")

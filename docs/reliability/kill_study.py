@@ -1,6 +1,6 @@
 """Kill a real study with SIGKILL at random moments, start it again, and compare its report with one left alone.
 
-    python docs/reliability/kill_study.py                 # 12 kills, about five minutes
+    python docs/reliability/kill_study.py                 # 12 kills, a few minutes on an idle machine
 
 The victims are the command, the fork server and the cells. Another study runs in the same output folder at the same
 time. Writes ``kill_study.json`` next to this file, from which ``table.py`` makes a sentence of ``docs/reliability.md``.

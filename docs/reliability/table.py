@@ -71,9 +71,29 @@ def configs(found: dict[str, Any]) -> str:
     )
 
 
+def kill_study(found: dict[str, Any]) -> str:
+    """Return the sentence on the study that was killed."""
+    kills, same = found["kills"], found["files"] - len(found["differences"])
+    victims = ", ".join(f"{kind} {number}" for kind, number in sorted(kills.items()))
+    return (
+        f"{sum(kills.values())} kills ({victims}) in a study of {found['runs']} real runs, {found['resumed']} of which "
+        f"were resumed from a checkpoint: {same} of {found['files']} files of the report have the same bytes as "
+        f"without kills. In another study, which ran in the same output folder at the same time, "
+        f"{len(found['other'])} of {found['runs']} results differ."
+    )
+
+
+def same(found: dict[str, Any]) -> str:
+    """Return the sentence on experiments in which nothing differs."""
+    return (
+        f"{found['experiments']} real experiments of two arms with {found['seeds']} seeds each, in which nothing but "
+        f"the seeds differed (standard deviation of a run {found['deviation']}): {found['false']} claimed a difference."
+    )
+
+
 WRITERS: dict[str, Callable[[Any], str]] = {
     **{"kills": kills, "soak": soak, "soak_multi30k": soak},
-    **{"fuzz": fuzz, "configs": configs},
+    **{"fuzz": fuzz, "configs": configs, "kill_study": kill_study, "same": same},
 }
 
 

@@ -122,8 +122,8 @@ class Slurm:
                 progress.show(running, len(self.failed))
 
     def _fail(self, name: str, job: str, progress: Progress) -> None:
-        self.failed[name] = f"{failure(self.root / name)} (job {job}, see {self.folder / 'jobs'})"
-        progress.say(f"{name} failed: {self.failed[name]}")
+        self.failed[name] = failure(self.root / name)
+        progress.say(f"{name} failed: {self.failed[name]} (job {job}, see {self.folder / 'jobs'})")
 
     def _jobs(self) -> dict[str, str]:
         """Return the number of each cell's last job."""
