@@ -91,6 +91,7 @@ ROWS: dict[str, Row] = {
         ("--model.init_from", "null", "--data.tokenizer", WORDS),
         test=True,
     ),
+    "sst2_bert": Row(CLS, "configs/classification/sst2_bert.yaml", test=True),
     **{name: Row(NER, f"configs/token_classification/{name}.yaml", test=True) for name in ("wnut17", "weibo_ner")},
     "jaquad": Row(QA, "configs/question_answering/jaquad.yaml", test=True),
     **{name: Row(QA, f"configs/question_answering/{name}.yaml") for name in ("xquad", "cmrc2018")},

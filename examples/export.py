@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -42,9 +43,10 @@ class Scores(nn.Module):
         seq = llmkit.Sequence.from_segments(segments_BT)
         if self.head.topology == "encoder":
             hidden_BTD = self.net.encode(ids_BT, seq).x_BSD
+            hidden_BTD = self.head.get_submodule("dense")(hidden_BTD)  # of masked_lm: the layers before the scores
         else:
             hidden_BTD = self.net.decode(ids_BT, seq)
-        return hidden_BTD @ self.net.output_weight_VD.T
+        return F.linear(hidden_BTD, self.net.output_weight_VD, self.net.output_bias_V)
 
 
 def export(model: llmkit.LanguageModel) -> ExportedProgram:

@@ -53,9 +53,9 @@ def build(name: str, role: Role = "causal", **kwargs: Any) -> Attention:
     """Build a variant whose scale of queries and keys is not all ones."""
     variant, args = ALL[name]
     module = variant(DIM, role, **args, **kwargs)
-    scale = getattr(module, "qk_scale", None)
-    if scale is not None:
-        nn.init.uniform_(scale, 0.5, 2.0)
+    for scale in (getattr(module, name, None) for name in ("qk_scale", "k_scale")):
+        if scale is not None:
+            nn.init.uniform_(scale, 0.5, 2.0)
     return module.eval()
 
 
@@ -95,12 +95,13 @@ def written_out(m: GroupedQuery, x: Tensor, seq: Sequence, mem: Tensor, mem_seq:
     key_segments = torch.ones(mem.shape[:2]) if mem_seq.segments_BT is None else mem_seq.segments_BT
 
     def head(weight: Tensor, vector: Tensor, number: int, place: int, is_value: bool = False) -> list[float]:
+        scales = m.k_scale if weight is wk and m.k_scale is not None else m.qk_scale
         values = [float(weight[number * E + e] @ vector) for e in range(E)]
         if is_value:
             return values
-        if m.qk_scale is not None:
+        if scales is not None:
             size = math.sqrt(sum(value * value for value in values) / E + 1e-6)
-            values = [value / size * float(scale) for value, scale in zip(values, m.qk_scale, strict=True)]
+            values = [value / size * float(scale) for value, scale in zip(values, scales, strict=True)]
         return turned(values, place) if position == "rotary" and not cross else values
 
     for b in range(x.shape[0]):
@@ -128,7 +129,7 @@ def written_out(m: GroupedQuery, x: Tensor, seq: Sequence, mem: Tensor, mem_seq:
     return out
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True, "separate"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("kind", ["dense", "middle", "packed"])
 @pytest.mark.parametrize("role", ["causal", "bidirectional"])
@@ -362,6 +363,15 @@ def test_heads_that_do_not_fit(args: tuple[int, int, int], message: str) -> None
     with pytest.raises(UserError) as error:
         GroupedQuery(args[0], "causal", args[1], args[2])
     assert str(error.value) == message
+
+
+def test_a_width_of_the_heads_and_a_bias_without_that_of_the_output() -> None:
+    wide = GroupedQuery(10, "causal", 4, 2, bias="qkv", head_dim=6)
+    assert wide.qkv.weight.shape == (48, 10) and wide.out.weight.shape == (10, 24)
+    assert wide.qkv.bias is not None and wide.out.bias is None
+    assert wide.mixing_flops(8) == 4 * 8 * 24 * 0.5
+    with pytest.raises(UserError, match="head_dim must be at least 1, got 0"):
+        GroupedQuery(10, "causal", 4, 2, head_dim=0)
 
 
 def test_odd_width_for_two_directions() -> None:

@@ -80,6 +80,8 @@ def test_rates_by_depth() -> None:
         ("freeze", "[embeding]", "model.freeze: unknown part 'embeding'. Did you mean 'embedding'?"),
         ("freeze", "[encoder.2-7]", "model.freeze: unknown part 'encoder.3'"),
         ("freeze", "[embedding, encoder, encoder_norm, head]", "model.freeze: leaves nothing to train"),
+        ("vocab_size", "5", "model.vocab_size: must be at least "),
+        ("token_types", "-1", "model.token_types: must be 0 or more, got -1"),
         ("layer_decay", "0", "model.layer_decay: must be above 0 and at most 1, got 0"),
     ],
 )

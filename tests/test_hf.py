@@ -186,6 +186,11 @@ TEXTS = [
 def test_tokenizers_give_the_same_ids_and_texts(name: str, tmp_path: Path) -> None:
     if name == "pretrained":
         write_tokenizer(tmp_path, "bert")
+        published = plugin("tokenizer", name, path=str(tmp_path), as_published=True)
+        again = plugin("tokenizer", name, path="gone")()
+        again.from_state(published().to_state())
+        assert published().around == again.around == ([1], [2], [2])
+        assert plugin("tokenizer", name, path=str(tmp_path))().around == ([], [], [])
     sizes = {"bpe": 300, "unigram": 120, "wordpiece": 160, "word": 20, "char": 40}
     given: dict[str, Any] = {"vocab_size": sizes[name]} if name in sizes else {}
     given |= {"path": str(tmp_path)} if name == "pretrained" else {}

@@ -227,6 +227,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (set_config(n_embd="8"), "n_embd should be a whole number from 1 to 2147483648, got '8'"),
         (set_config(n_embd=10**8), "says 60 ids of width 100000000, not (60, 8)"),
         (set_config(n_inner=10**9), "of another shape: net.decoder.0.feedforward.inner.weight"),
+        (set_config(n_layer=10**9), "n_layer is 1000000000, and the most is 4096"),
         (set_config(n_layer=3), "weights are missing: h.2.ln_1.weight"),
         (set_config(n_layer=1), "weights that nothing takes: h.1."),
         (set_config(vocab_size=59), "says 59 ids of width 8, not (60, 8)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,26 @@ def test_rotary_is_complex_multiplication(width: int, base: float) -> None:
         torch.testing.assert_close(seq.rotate(x).double(), expected, atol=2e-4, rtol=0)
         torch.testing.assert_close(seq.rotate(x[:, :1]).double(), expected[:, :1], atol=2e-4, rtol=0)  # from the memo
         assert seq.rotate(x.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ({"factor": 2.0}, "scaling: unknown rope_type 'None'. Allowed: linear, llama3, yarn."),
+        ({"rope_type": "lineer", "factor": 2.0}, "Did you mean 'linear'?"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+            "llama3 needs high_freq_factor, original_max_",
+        ),
+        ({"rope_type": "linear", "factor": 0}, "scaling: factor must be a number above 0, got 0"),
+        ({"rope_type": "linear", "factor": "2"}, "scaling: factor must be a number above 0, got '2'"),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "scaling: unknown number 'mscale'"),
+    ],
+)
+def test_a_scaling_is_checked(scaling: dict[str, Any], says: str) -> None:
+    """What scalings compute is compared with transformers in test_hf.py."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        Rotary(8, 16, scaling=scaling)
 
 
 def test_rotary_scores_depend_on_distance() -> None:

@@ -22,7 +22,7 @@ def run(command: str, argv: list[str]) -> int:
     """Answer each text; returns the exit code."""
     parser = Parser(command, "Run a checkpoint on texts: generate, classify, translate or tag them.")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, or a run folder: its best one")
+    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, a run folder: its best one, or hf:NAME_OR_FOLDER")
     add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object if the head reads several fields")
     add("--input", metavar="FILE", help="a file with one text (or JSON object) per line; -: standard input")
     add("--json", action="store_true", help="print one JSON object per line")

@@ -32,7 +32,7 @@ class GPT2(Architecture):
             "norm": {"name": "layer", "eps": c.number("layer_norm_epsilon", 1e-5), "bias": True},
             "norm_first": True,
             "dim": dim,
-            "num_layers": c.size("n_layer"),
+            "num_layers": c.layers("n_layer"),
             "vocab_size": c.size("vocab_size"),
             "tie_embeddings": c.flag("tie_word_embeddings", True),
             "context": c.size("n_positions"),
@@ -42,7 +42,7 @@ class GPT2(Architecture):
         """Yield the weights of the network."""
         yield Weight("embedding.weight", ("wte.weight",))
         yield Weight("position.table.weight", ("wpe.weight",))
-        for i in range(self.config.size("n_layer")):
+        for i in range(self.config.layers("n_layer")):
             ours, theirs = f"decoder.{i}", f"h.{i}"
             yield from linear(f"{ours}.attention_norm", f"{theirs}.ln_1")
             yield from linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", transposed=True)
@@ -99,7 +99,7 @@ class Llama(Architecture):
             "norm": {"name": "rms", "eps": eps},
             "norm_first": True,
             "dim": dim,
-            "num_layers": c.size("num_hidden_layers"),
+            "num_layers": c.layers("num_hidden_layers"),
             "vocab_size": c.size("vocab_size"),
             "tie_embeddings": c.flag("tie_word_embeddings"),
             "context": c.size("max_position_embeddings"),
@@ -108,7 +108,7 @@ class Llama(Architecture):
     def _windows(self) -> list[Settings]:
         """Return for each layer what a window adds to the attention's settings: nothing where it sees everything."""
         c = self.config
-        number, types = c.size("num_hidden_layers"), c.get("layer_types")
+        number, types = c.layers("num_hidden_layers"), c.get("layer_types")
         if c.model_type == "mistral":
             windowed = [c.get("sliding_window") is not None] * number
         elif isinstance(types, list) and set(map(str, types)) <= {"sliding_attention", "full_attention"}:
@@ -149,7 +149,7 @@ class Llama(Architecture):
         windows = self._windows()
         attention = "attention" if all(window == windows[0] for window in windows) else "attention.variant"
         yield Weight("embedding.weight", ("embed_tokens.weight",))
-        for i in range(c.size("num_hidden_layers")):
+        for i in range(c.layers("num_hidden_layers")):
             ours, theirs = f"decoder.{i}", f"layers.{i}"
             yield from linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", bias=False)
             projections = (f"{theirs}.self_attn.{name}_proj" for name in "qkv")

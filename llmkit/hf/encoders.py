@@ -47,7 +47,7 @@ class Bert(Architecture):
             "embedding_norm": True,
             "token_types": c.size("type_vocab_size", 2),
             "dim": c.size("hidden_size"),
-            "num_layers": c.size("num_hidden_layers"),
+            "num_layers": c.layers("num_hidden_layers"),
             "vocab_size": c.size("vocab_size"),
             "tie_embeddings": True,
             "context": c.size("max_position_embeddings") - self.skip,
@@ -59,7 +59,7 @@ class Bert(Architecture):
         yield Weight("position.table.weight", ("embeddings.position_embeddings.weight",), skip=self.skip)
         yield Weight("token_types.weight", ("embeddings.token_type_embeddings.weight",))
         yield from linear("embedding_norm", "embeddings.LayerNorm")
-        for i in range(self.config.size("num_hidden_layers")):
+        for i in range(self.config.layers("num_hidden_layers")):
             ours, theirs = f"encoder.{i}", f"encoder.layer.{i}"
             projections = (f"{theirs}.attention.self.{name}" for name in ("query", "key", "value"))
             yield from linear(f"{ours}.attention.qkv", *projections)
@@ -140,7 +140,7 @@ class DistilBert(Bert):
             "norm_first": False,
             "embedding_norm": True,
             "dim": c.size("dim"),
-            "num_layers": c.size("n_layers"),
+            "num_layers": c.layers("n_layers"),
             "vocab_size": c.size("vocab_size"),
             "tie_embeddings": True,
             "context": c.size("max_position_embeddings"),
@@ -151,7 +151,7 @@ class DistilBert(Bert):
         yield Weight("embedding.weight", ("embeddings.word_embeddings.weight",))
         yield Weight("position.table.weight", ("embeddings.position_embeddings.weight",))
         yield from linear("embedding_norm", "embeddings.LayerNorm")
-        for i in range(self.config.size("n_layers")):
+        for i in range(self.config.layers("n_layers")):
             ours, theirs = f"encoder.{i}", f"transformer.layer.{i}"
             yield from linear(f"{ours}.attention.qkv", *(f"{theirs}.attention.{name}_lin" for name in "qkv"))
             yield from linear(f"{ours}.attention.out", f"{theirs}.attention.out_lin")

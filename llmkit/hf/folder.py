@@ -18,6 +18,7 @@ from llmkit.errors import UserError
 
 PREFIX = "hf:"
 """What a name of a published model begins with, where a checkpoint could be meant."""
+MOST_LAYERS = 4096
 LARGEST = 2**31
 """Of numbers in a config.json."""
 
@@ -161,6 +162,13 @@ class Config:
         if type(value) is not int or not 0 < value <= LARGEST:
             raise UserError(f"{self.where}: {name} should be a whole number from 1 to {LARGEST}, got {value!r:.60}")
         return value
+
+    def layers(self, name: str) -> int:
+        """Return a number of layers. Raises UserError for anything else; each has weights that are listed by name."""
+        number = self.size(name)
+        if number > MOST_LAYERS:
+            raise UserError(f"{self.where}: {name} is {number}, and the most is {MOST_LAYERS}")
+        return number
 
     def number(self, name: str, default: float) -> float:
         """Return a number above zero. Raises UserError for anything else."""

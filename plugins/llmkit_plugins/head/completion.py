@@ -31,13 +31,16 @@ class Completion(Head):
     decoding = DecodingOptions(max_new_tokens=200, temperature=0.0)
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Return ``ids`` of the prompt and, where it is known, ``target`` ids of the completion, ended by eos."""
+        """Return ``prompt``, its ids, and where the completion is known ``target``, its ids, ended by eos.
+
+        ``ids`` are those of the prompt's end that are read before the target.
+        """
         before = tokenizer.around[0]
         prompts = [[*before, *row] or [tokenizer.bos_id] for row in tokenizer.encode_batch(rows["prompt"])]
         if "completion" not in rows:
-            cut = [int(len(row) > max_length) for row in prompts]
-            return {"ids": prompts, "length": [min(len(row), max_length) for row in prompts], "truncated": cut}
-        features: dict[str, list[Any]] = {name: [] for name in ("ids", "target", "length", "truncated")}
+            lengths = [min(len(row), max_length) for row in prompts]
+            return {"prompt": prompts, "length": lengths, "truncated": [int(len(row) > max_length) for row in prompts]}
+        features: dict[str, list[Any]] = {"prompt": prompts, "ids": [], "target": [], "length": [], "truncated": []}
         for prompt, completion in zip(prompts, tokenizer.encode_batch(rows["completion"]), strict=True):
             target = [*completion, tokenizer.eos_id][:max_length]
             kept = prompt[-(max_length - len(target) + 1) :]  # the last target is not read
@@ -48,17 +51,18 @@ class Completion(Head):
         return features
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
-        """Return ids and, where completions are known, targets, (B, T), and segments (B, T) where padded."""
-        targets = [feature.get("target", []) for feature in features]
-        rows = [[*feature["ids"], *target[:-1]] for feature, target in zip(features, targets, strict=True)]
-        batch: Batch = {"ids": padded(rows, tokenizer.pad_id)}
+        """Return prompts (B, P), padded by -1, and where completions are known ids and targets, (B, T).
+
+        Segments, (B, T), are there where the ids are padded.
+        """
+        batch: Batch = {"prompt": padded([feature["prompt"] for feature in features], -1)}
+        if "target" not in features[0]:
+            return batch
+        rows = [[*feature["ids"], *feature["target"][:-1]] for feature in features]
+        targets = [[*[IGNORE] * (len(feature["ids"]) - 1), *feature["target"]] for feature in features]
+        batch |= {"ids": padded(rows, tokenizer.pad_id), "targets": padded(targets, IGNORE)}
         segments = segments_of([len(row) for row in rows])
-        if segments is not None:
-            batch["segments"] = segments
-        if "target" in features[0]:
-            both = zip(features, targets, strict=True)
-            batch["targets"] = padded([[*[IGNORE] * (len(f["ids"]) - 1), *target] for f, target in both], IGNORE)
-        return batch
+        return batch if segments is None else {**batch, "segments": segments}
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed cross-entropy of the completions' tokens."""
@@ -81,12 +85,8 @@ class Completion(Head):
         self, net: Network, batch: Batch, tokenizer: Tokenizer, options: DecodingOptions
     ) -> list[dict[str, Any]]:
         """Return ``prompt`` and ``text``, what was written, of each row; several ``candidates`` if asked for."""
-        ids, segments = batch["ids"], batch.get("segments")
-        lengths = [ids.shape[1]] * len(ids) if segments is None else (segments > 0).sum(1).tolist()
-        if "targets" in batch:  # the prompt ends where the first target is
-            lengths = [int((row != IGNORE).int().argmax()) + 1 for row in batch["targets"]]
-        prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-        found = write(net, prompts, tokenizer, options, rows=batch.get("rows"), device=ids.device)
+        prompts = [row[row >= 0].tolist() for row in batch["prompt"]]
+        found = write(net, prompts, tokenizer, options, rows=batch.get("rows"), device=batch["prompt"].device)
         return [{"prompt": texts[0].prompt, **answer(texts, options)} for texts in found]
 
     def show(self, answer: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ class Pretrained(HuggingFace):
 
     def __init__(self, path: str, as_published: bool = False) -> None:
         self.path, self.as_published = path, as_published
+        self._around: tuple[list[int], list[int], list[int]] = ([], [], [])
 
     def __getattr__(self, name: str) -> Any:
         # Only asked for what is not there yet: the special ids before the first use.
@@ -59,6 +60,12 @@ class Pretrained(HuggingFace):
     def vocab_size(self) -> int:
         self._ready()
         return self._vocab_size
+
+    @property
+    def around(self) -> tuple[list[int], list[int], list[int]]:  # type: ignore[override]
+        """What its post-processor puts around a text, if it is used as published."""
+        self._ready()
+        return self._around
 
     @property
     def trained(self) -> bool:
@@ -83,7 +90,7 @@ class Pretrained(HuggingFace):
             if self.as_published:
                 last = max(hf.get_vocab().values(), default=-1) + 1
                 ids, size = shared(ids, last, what), last
-                self.around = around(hf, what)
+                self._around = around(hf, what)
             self._set(parse(data, what), ids, size)
         return super()._ready()
 
@@ -152,7 +159,7 @@ class Pretrained(HuggingFace):
             or not all(type(number) is int and 0 <= number < size for part in around for number in part)
         ):
             raise self._broken()
-        self.around = (around[0], around[1], around[2])
+        self._around = (around[0], around[1], around[2])
         self._set(hf, ids, size)
         return hf
 

@@ -27,12 +27,13 @@ class Template(Attention):
     Shapes: B batch, T positions of the layer's input, S positions attended to, D model width, H heads of E channels.
 
     Args:
-        dim: model width; must be divisible by ``num_heads``.
+        dim: model width; must be divisible by ``num_heads`` unless ``head_dim`` is given.
         role: ``causal``, ``bidirectional`` or ``cross``.
         num_heads: number of heads.
         qk_norm: whether each head's queries and keys are normalised, which keeps the scores bounded.
         bias: whether the linear maps have biases.
         dropout: probability that an attention weight is dropped in training.
+        head_dim: width of a head; None: ``dim / num_heads``.
 
     Raises:
         UserError: when the heads do not divide the width, or ``dropout`` is not a probability below one.
@@ -48,20 +49,22 @@ class Template(Attention):
         qk_norm: bool = True,
         bias: bool = False,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__(dim, role)
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise UserError(f"dim {dim} is not divisible by num_heads {num_heads}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
+        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim or dim // num_heads, dropout
+        inner = num_heads * self.head_dim
         # Maps computed as one are marked: the optimizer Muon has to treat each by itself.
         if role == "cross":
-            self.q = nn.Linear(dim, dim, bias=bias)
-            self.kv = fused(nn.Linear(dim, 2 * dim, bias=bias), [dim] * 2)
+            self.q = nn.Linear(dim, inner, bias=bias)
+            self.kv = fused(nn.Linear(dim, 2 * inner, bias=bias), [inner] * 2)
         else:
-            self.qkv = fused(nn.Linear(dim, 3 * dim, bias=bias), [dim] * 3)
-        self.out = nn.Linear(dim, dim, bias=bias)  # a layer named `out` starts small, as residual outputs should
+            self.qkv = fused(nn.Linear(dim, 3 * inner, bias=bias), [inner] * 3)
+        self.out = nn.Linear(inner, dim, bias=bias)  # a layer named `out` starts small, as residual outputs should
         self.qk_scale = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
 
     def forward(
@@ -109,8 +112,8 @@ class Template(Attention):
         return State(k=nothing_BH0E, v=nothing_BH0E, positions=numbers_B0, segments=numbers_B0)
 
     def mixing_flops(self, length: int) -> float:
-        """Scores and weighted sum: 4 * length * dim; half of that if causal, on average over the positions."""
-        return 4.0 * length * self.dim * (0.5 if self.role == "causal" else 1.0)
+        """Scores and weighted sum: 4 * length * H * E; half of that if causal, on average over the positions."""
+        return 4.0 * length * self.num_heads * self.head_dim * (0.5 if self.role == "causal" else 1.0)
 
     def _split(self, x_BTD: Tensor) -> Tensor:
         """Return the channels of each head, (B, H, T, E)."""
