@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,6 @@ def main() -> None:
         results: dict[str, Any] = {"baseline": ARMS[0], "better": "min", "margin": None, "seeds": list(range(seeds))}
         results["variants"] = variants
         words += [verdict.word for verdict in verdicts.of(results, "base")]
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {
         "experiments": len(plan),
         "seeds": seeds,
@@ -84,7 +82,7 @@ def main() -> None:
         "deviation": round(math.sqrt(statistics.mean(value**2 for value in deviations)), 4),
         "failed": local.failed,
     }
-    print(json.dumps(found), f"{used.ru_utime + used.ru_stime:.0f} CPU s of this call's runs")
+    print(json.dumps(found))
     (HERE / "same.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
