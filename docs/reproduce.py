@@ -231,7 +231,8 @@ figures with a lower rate had been measured before. XQuAD and CMRC are one file 
 tenth of its paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of
 its validation split. No row was repeated with other seeds: differences between variants of about a point may be chance.
 
-**All rows are from before these changes, and a row trained today differs**: batches by length mix rows in each epoch
+**All rows but sst2_bert are from before these changes, and a row trained today differs**: batches by length mix rows in
+each epoch
 (every row but those of language modelling), Muon takes fused maps by their parts (tinyshakespeare, multi30k, tatoeba,
 masked words, dialogsum), LSTM and GRU run in single precision, WikiText-2 keeps its blank lines, bits per byte charge
 unknown tokens for the bytes they hide and count the newlines of single lines, and BLEU of Chinese is no longer `13a`.
