@@ -51,9 +51,27 @@ def blame(key: str) -> Iterator[None]:
         raise UserError(Problem(key, str(error))) from error
 
 
+_noted: set[str] | None = None
+
+
 def note(message: str) -> None:
     """Print something worth knowing that is not an error."""
+    if _noted is not None:
+        if message in _noted:
+            return
+        _noted.add(message)
     print(f"llmkit: note: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def each_note_once() -> Iterator[None]:
+    """Print a note that comes again and again in the block the first time only."""
+    global _noted
+    before, _noted = _noted, set()
+    try:
+        yield
+    finally:
+        _noted = before
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -455,6 +455,14 @@ def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert "18 final cells (0 done)" in capsys.readouterr().out
 
 
+def test_notes_on_the_base_config_come_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with each_note_once():
+        for text in ("a", "b", "a"):
+            note(text)
+    note("a")
+    assert capsys.readouterr().err.split() == "llmkit: note: a llmkit: note: b llmkit: note: a".split()
+
+
 def curve(folder: Path) -> list[tuple[str, float]]:
     """Return the steps and validation losses of a run."""
     with (folder / "metrics.csv").open(newline="") as file:

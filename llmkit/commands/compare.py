@@ -11,7 +11,7 @@ from typing import Any
 from llmkit.commands import Parser, at_least, columns
 from llmkit.commands.cell import devices, fit_cell, one_device
 from llmkit.commands.fit import run_instead
-from llmkit.errors import Problem, UserError, note
+from llmkit.errors import Problem, UserError, each_note_once, note
 from llmkit.run.cli import CLI
 from llmkit.run.saving import write_text
 from llmkit.study import report
@@ -59,7 +59,7 @@ def run(command: str, argv: list[str]) -> int:
     given = {name: value for name, value in vars(options).items() if name not in other and value is not None}
     special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
-    with one_device():
+    with one_device(), each_note_once():  # the base config is read once for each variant
         plan = StudyPlan(study, variants(study, lambda work, words: run_instead(_single(work), words, command)))
     if not plan.variants[study.baseline].facts["has_validation"]:
         raise UserError("compare needs validation data: see data.validation and data.validation_share")
