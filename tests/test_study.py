@@ -25,7 +25,7 @@ from torch import nn
 from llmkit.commands import compare
 from llmkit.commands.cell import devices, one_device
 from llmkit.commands.fit import run_instead
-from llmkit.errors import Stopped, UserError
+from llmkit.errors import Stopped, UserError, each_note_once, note
 from llmkit.main import main
 from llmkit.registry import entries
 from llmkit.study import calibrate
@@ -460,7 +460,7 @@ def test_notes_on_the_base_config_come_once(capsys: pytest.CaptureFixture[str]) 
         for text in ("a", "b", "a"):
             note(text)
     note("a")
-    assert capsys.readouterr().err.split() == "llmkit: note: a llmkit: note: b llmkit: note: a".split()
+    assert capsys.readouterr().err.splitlines() == [f"llmkit: note: {text}" for text in "aba"]
 
 
 def curve(folder: Path) -> list[tuple[str, float]]:
