@@ -42,7 +42,7 @@ def stepper(cli: CLI) -> Step:
     model, trainer = cli.model, cli.trainer
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     precision.convert_module(model.to(device)).train()
-    optimizer = model.parts.build("optimizer", model.groups())
+    optimizer = model.parts.optimizer(model.groups())
     loader = cli.datamodule.train_dataloader()
     batches = [on_device(batch, device) for batch in islice(loader, trainer.accumulate_grad_batches)]
 

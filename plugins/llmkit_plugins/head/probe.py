@@ -34,7 +34,7 @@ class Probe(Head):
 
     Args:
         from_last: give all answers from the hidden state at the last symbol alone, by a network of two layers that is
-            told the position; everything has to be compressed into that state (Poli et al. 2024, arXiv:2403.17844).
+            aware of the position; everything has to be compressed into that state (Poli et al. 2024, arXiv:2403.17844).
     """
 
     topology = "decoder"
