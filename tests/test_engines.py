@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import signal
 import sys
@@ -116,10 +116,10 @@ def check_real_cell(execute: Callable[[Path], Executor], monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def slurm(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    reason = slurm_cluster.missing()
-    if not importlib.util.find_spec("submitit"):
-        reason = "needs submitit: pip install 'llmkit[slurm]'"
-    if reason:
+    # It closes the handlers of all loggers when it is imported, and absl's closes a stream that is not stderr just now:
+    # pytest's own, if a test had its output captured apart.
+    pytest.importorskip("submitit", reason="needs submitit: pip install 'llmkit[slurm]'")
+    if reason := slurm_cluster.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
     with slurm_cluster.cluster(folder):
