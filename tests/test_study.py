@@ -25,6 +25,7 @@ from torch import nn
 from llmkit.commands import compare
 from llmkit.commands.cell import devices, one_device
 from llmkit.commands.fit import run_instead
+from llmkit.config.plan import plan
 from llmkit.errors import Stopped, UserError, each_note_once, note
 from llmkit.main import main
 from llmkit.registry import entries
@@ -34,7 +35,7 @@ from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Local, locked
 from llmkit.study.match import Variant, better_side, variants
 from llmkit.study.outcomes import OUTCOME, outcome_of
-from llmkit.study.spec import Study, Tune, read
+from llmkit.study.spec import Study, Tune, read, words
 from llmkit.testing.invariance import build
 
 ROOT = Path(__file__).parent.parent
@@ -453,6 +454,14 @@ def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--plan"]) == 0
     assert "18 final cells (0 done)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_recorded_studies(file: Path) -> None:
+    study = read(str(file), None, {}, [])
+    for keys in study.variants.values():
+        config = plan("fit", [*study.base, *words(keys)], "compare").config.tree
+        assert config["model"]["dim"] == 64 and config["trainer"]["max_steps"] == 300
 
 
 def test_notes_on_the_base_config_come_once(capsys: pytest.CaptureFixture[str]) -> None:
