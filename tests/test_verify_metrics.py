@@ -38,6 +38,7 @@ FILES = {
     "labels": ("several.jsonl", "auto"),
     "score": ("scores.csv", "auto"),
     "expected": ("probe.csv", "auto"),
+    "completion": ("completions.csv", "auto"),
 }
 
 
@@ -59,6 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "summaries.csv").write_text(
         "document,summary\n" + "".join(f"{t},{t[: i + 2]}\n" for i, t in enumerate(TEXTS))
     )
+    completions = "".join(f"{t},{t[: i + 2]}\n" for i, t in enumerate(TEXTS))
+    (folder / "completions.csv").write_text(f"prompt,completion\n{completions}")
     tagged = ["".join(f"{word}\t{'B-N' if word.isdigit() else 'O'}\n" for word in t.split()) for t in TEXTS]
     (folder / "tags.conll").write_text("\n".join(tagged))
     asked = [
