@@ -12,6 +12,7 @@ from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
+from llmkit_plugins.head.generation import causal_loss
 
 
 class Completion(Head):
@@ -66,9 +67,7 @@ class Completion(Head):
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed cross-entropy of the completions' tokens."""
-        hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
+        return causal_loss(net, batch)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss and perplexity of the completions, and the share of unknown tokens in them."""

@@ -15,6 +15,13 @@ from llmkit.ops.writing import OnText, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
+def causal_loss(net: Network, batch: Batch) -> Loss:
+    """Return the summed cross-entropy of a decoder's ``ids`` and ``targets``, (B, T)."""
+    hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
+    return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
+
+
 class Generation(Head):
     """Causal language model: predicts the next token, continues a prompt.
 
@@ -44,9 +51,7 @@ class Generation(Head):
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed next-token cross-entropy."""
-        hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
+        return causal_loss(net, batch)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, perplexity, bits per byte and the share of unknown tokens among the targets."""
