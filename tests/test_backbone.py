@@ -167,7 +167,7 @@ def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBac
 @pytest.mark.parametrize(
     ("topology", "variant", "backend"),
     [
-        ("decoder", "multi_head", "inductor"),
+        pytest.param("decoder", "multi_head", "inductor", marks=pytest.mark.slow),
         ("decoder", "multi_head", "aot_eager"),
         ("decoder", "sliding_window", "aot_eager"),
         ("decoder", "linear", "aot_eager"),

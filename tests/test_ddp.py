@@ -22,6 +22,8 @@ from small_networks import decided
 from llmkit import UserError, load, plugin
 from llmkit.model.sharding import shard
 
+pytestmark = pytest.mark.slow  # two processes each
+
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
 FSDP2 = json.dumps({"class_path": SHARDED, "init_args": SIZES})

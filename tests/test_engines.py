@@ -25,6 +25,8 @@ from llmkit.study.outcomes import Cell
 from llmkit.study.ray import Ray
 from llmkit.study.slurm import Slurm
 
+pytestmark = pytest.mark.slow
+
 SLOW = partial(count, pause=0.4)
 """A cell of five seconds."""
 CELLS = cells("a", "bb", seeds=2)

@@ -23,6 +23,8 @@ from llmkit import LanguageModel, plugin, registry
 from llmkit.sequence import Sequence, padded, segments_of
 from llmkit_plugins.tokenizer import Byte
 
+pytestmark = pytest.mark.slow  # each example is a program of its own
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = (
     *("--data.tokenizer.vocab_size", "300", "--model.dim", "16", "--model.num_layers", "1", "--model.context", "16"),

@@ -23,6 +23,7 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
     return Fuzz(tmp_path_factory.mktemp("fuzz"), 1, ["generation", "token_classification"])
 
 
+@pytest.mark.slow
 def test_damaged_files_load_or_are_refused(fuzz: Fuzz) -> None:
     found = list(results(fuzz, 150, workers=1))
     assert sorted(result.number for result in found) == list(range(150))

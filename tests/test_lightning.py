@@ -107,6 +107,7 @@ def test_the_corners_are_what_they_are_taken_for(tmp_path: Path, monkeypatch: py
     check_all(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_corners_of_the_oldest_lightning(tmp_path: Path) -> None:
     """The oldest that pyproject.toml allows, in a process of its own."""
     match = re.search(r'"lightning>=([\d.]+)', (ROOT / "pyproject.toml").read_text())

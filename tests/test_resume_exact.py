@@ -37,6 +37,8 @@ def campaign() -> Any:
 
 KILL = campaign()
 NAMES = list(KILL.configs(Path("data")))
+QUICK = ("packed", "epochs, muon", "classification, stream", "translation")
+"""Both kinds of data and both moments; the others are slow together."""
 STEPS, INTERVAL = 12, 5
 
 
@@ -76,7 +78,9 @@ def lines(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     """Within a step, and within a validation or a checkpoint; nothing is tidied up, as with SIGKILL."""
     words = fit_words(folder, name, tmp_path)

@@ -152,6 +152,7 @@ def test_a_signal_during_compilation_stops_at_once(words: list[str], monkeypatch
     assert "stopped by SIGTERM during the compilation, before the first step; nothing more is saved" in err
 
 
+@pytest.mark.slow
 def test_signals_to_a_process_group_during_compilation(words: list[str], tmp_path: Path) -> None:
     """The real compiler, with processes of its own, of which none may be left; what Ctrl-C and ``timeout`` send."""
     plain = [word for word in words if word not in ("--imports", "faults")]

@@ -295,34 +295,36 @@ def test_a_missing_metric_is_refused(tmp_path: Path) -> None:
 # Variants
 
 
-@pytest.mark.parametrize("match", ["params", "flops"])
-def test_all_variants_cost_the_same(match: Any, experiment: Path) -> None:
+def test_all_variants_cost_the_same(experiment: Path) -> None:
     """Counted on networks that were built, not by the formula that matched them."""
     names = [name for name, entry in entries("attention").items() if entry.distribution == "llmkit"]
     vary = f"model.attention={','.join(['multi_head', *(name for name in names if name != 'multi_head')])}"
-    study = read("experiment.yaml", vary, {"match": match}, ["--model.dim=64", "--model.num_layers=1"])
+    given = {"match": "params", "also": "flops"}
+    study = read("experiment.yaml", vary, given, ["--model.dim=64", "--model.num_layers=1"])
     found = variants(study, lambda work, argv: run_instead(work, argv, "compare"))
-    sizes = {name: size_of(variant.words, match) for name, variant in found.items()}
-    for name, size in sizes.items():
-        assert size == pytest.approx(sizes["multi_head"], rel=0.01), name
-        assert size / sizes["multi_head"] - 1 == pytest.approx(found[name].left, abs=1e-9)
+    base = sizes_of(found["multi_head"].words)
+    for name, variant in found.items():
+        assert variant.also is not None
+        for match, one in (("params", variant), ("flops", variant.also)):
+            ratio = sizes_of(one.words)[match] / base[match]
+            assert ratio == pytest.approx(1, rel=0.01), name
+            assert ratio - 1 == pytest.approx(one.left, abs=1e-9)
 
 
-def size_of(argv: list[str], match: str) -> float:
-    """Return the parameters outside of tables, or three times torch's count of a forward pass's FLOPs a token."""
-    found: list[float] = []
+def sizes_of(argv: list[str]) -> dict[str, float]:
+    """Return the parameters outside of tables, and three times torch's count of a forward pass's FLOPs a token."""
+    found: dict[str, float] = {}
 
     def look(cli: Any) -> int:
         build(cli.model, cli.datamodule)
         net = cli.model.net
         tables = {id(p) for module in net.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-        found.append(float(sum(p.numel() for p in net.parameters() if id(p) not in tables)))
-        if match == "flops":
-            found[0] = 3 * net.flops_per_position(cli.model.context)  # held to torch's counter by test_inspect
+        found["params"] = float(sum(p.numel() for p in net.parameters() if id(p) not in tables))
+        found["flops"] = 3 * net.flops_per_position(cli.model.context)  # held to torch's counter by test_inspect
         return 0
 
     run_instead(look, argv, "compare")
-    return found[0]
+    return found
 
 
 def test_equal_time_by_the_number_of_steps(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +452,7 @@ def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "4 final cells (0 done)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--plan"]) == 0
