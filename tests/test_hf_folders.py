@@ -318,11 +318,13 @@ def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:
         ({"head": "translation"}, "the head translation as it is here"),
     ],
 )
-def test_what_transformers_does_not_have(parts: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_what_transformers_does_not_have_is_an_architecture_of_our_own(
+    parts: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     model = LanguageModel(**{"head": plugin("head", "generation"), "dim": 16, "num_layers": 2, "context": 16, **parts})
     model.tokenizer = plugin("tokenizer", "byte")()
     model.configure_model()
     part = section(model.spec, model.tokenizer, model.head, {})
-    with pytest.raises(UserError, match=re.escape(f"transformers has no architecture with {says}")):
-        export(tmp_path / "out", part, model.state_dict(), model.tokenizer, "")
-    assert not (tmp_path / "out").exists()
+    written = export(tmp_path / "out", part, model.state_dict(), model.tokenizer, "")
+    assert written.reason is not None and written.reason.startswith(f"transformers has no architecture with {says}")
+    assert written.architecture.startswith("LlmkitFor") and written.reason in (tmp_path / "out/README.md").read_text()

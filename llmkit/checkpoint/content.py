@@ -79,8 +79,11 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, not ours, of a newer format, or claims more than it holds.
     """
-    checkpoint = archive.read(Path(path))
-    where = f"checkpoint {path}"
+    return checked(archive.read(Path(path)), f"checkpoint {path}")
+
+
+def checked(checkpoint: Any, where: str) -> dict[str, Any]:
+    """Return the content of a checkpoint, with the class paths of now. Raises UserError as ``read``."""
     part = check_section(checkpoint, where)
     missing = [name for name in PARTS if name not in part]
     if missing:
@@ -95,8 +98,7 @@ def read(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"its {name} should be {'text' if kind is str else 'a mapping'}")
         _check_limits(part["model"], weights)
         _check_paths(checkpoint.get("callbacks"))
-    checkpoint["llmkit"] = _moved(part)
-    return checkpoint  # type: ignore[no-any-return]
+    return {**checkpoint, "llmkit": _moved(part)}
 
 
 @contextmanager

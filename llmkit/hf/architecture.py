@@ -25,6 +25,19 @@ ACTIVATIONS: dict[str, Settings] = {
 """Their activation functions, and the feedforward of ours that has each."""
 
 
+def classes(head: str, labels: list[str]) -> Settings:
+    """Return what a config.json says of the outputs of a classifier.
+
+    Args:
+        head: the head's name.
+        labels: the names of its labels; for other heads none.
+    """
+    kinds = {"multi_label": "multi_label_classification", "regression": "regression"}
+    labels = ["score"] if head == "regression" else labels
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return (names if labels else {}) | ({"problem_type": kinds[head]} if head in kinds else {})
+
+
 @dataclass(frozen=True)
 class Task:
     """The head that a model was published with."""

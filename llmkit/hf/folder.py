@@ -58,13 +58,21 @@ class Source:
             text = f"there is no such folder here, and it could not be downloaded from the Hugging Face hub ({cause})"
             raise UserError(f"{self.text}: {text}") from error
 
+    def text_of(self, name: str) -> str | None:
+        """Return the text of a file; None: there is no such file. Raises UserError for one that is not UTF-8."""
+        path = self.file(name)
+        try:
+            return None if path is None else path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.text}: {name} is not UTF-8") from error
+
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the mapping in a JSON file; None: there is no such file. Raises UserError for anything else."""
-        path = self.file(name)
-        if path is None:
+        text = self.text_of(name)
+        if text is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.text}: {name} is not JSON") from error
         if not isinstance(content, dict):
@@ -76,7 +84,7 @@ class Source:
         content = self.json("config.json")
         if content is None:
             raise UserError(f"{self.text}: it has no config.json")
-        if content.get("auto_map"):
+        if content.get("auto_map") and content.get("model_type") != "llmkit":  # whose code is installed here
             raise UserError(f"{self.text}: its config.json names code of its own (auto_map), which llmkit does not run")
         if content.get("quantization_config"):
             raise UserError(f"{self.text}: its weights are quantised, which is not supported")

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkit.errors import UserError
-from llmkit.hf.architecture import Architecture
+from llmkit.hf.architecture import Architecture, classes
 from llmkit.hf.facts import Facts, NoCounterpartError, facts_of, part
 from llmkit.hf.folder import Config
 from llmkit.hf.mapping import Weight, give
@@ -29,18 +28,15 @@ def native(
         state: its weights: ``net.`` and ``head.``.
         labels: the names of a classifier's labels.
 
-    Raises UserError, with the reason, when its parts or its head are not those of an architecture of transformers.
+    Raises NoCounterpartError, with the reason, when parts or head are not those of an architecture of transformers.
     """
     head, given = part("head", spec["head"])
     try:
         facts = facts_of(spec, state)
         content = _content(facts, head, given)
     except NoCounterpartError as error:
-        raise UserError(f"transformers has no architecture with {error}") from error
-    if labels:
-        content |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if head == "multi_label":
-        content["problem_type"] = "multi_label_classification"
+        raise NoCounterpartError(f"transformers has no architecture with {error}") from error
+    content |= classes(head, labels)
     rate = spec["dropout"]
     content |= dict.fromkeys(_DROPOUT[content["model_type"]], rate)
     architecture = architecture_of(Config("the export", content))

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from llmkit import registry
-from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.content import Stored, restore_tokenizer
 from llmkit.checkpoint.weights import initial, take_weights
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
-from llmkit.hf.architecture import Architecture, Settings, Task
+from llmkit.hf.architecture import Architecture, Settings
 from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
 from llmkit.hf.folder import PREFIX, Config, Source
 from llmkit.hf.mapping import Weight, listed, take
+from llmkit.hf.own import OWN, STATE, own_settings, own_stored
 
 KEY = "model.init_from"
 
@@ -72,23 +73,28 @@ def settings_of(init_from: str, head: Any) -> tuple[Settings, str]:
     Raises UserError when there is no config.json, it cannot be taken, or it has no head and none is asked for.
     """
     config = Source.of(init_from).config()
+    if config.model_type == OWN:
+        found = own_settings(config)
+        if not _same_head(head, found["head"]):
+            del found["head"]
+        return found, config.where
     architecture = architecture_of(config)
     task = architecture.task()
     if task is None and head is None:
         names = config.get("architectures") or "(none)"
         raise UserError(Problem("model.head", f"must be set: {init_from} has no head that is known ({names})"))
     found = architecture.settings()
-    if task is not None and _same_head(head, task):
+    if task is not None and _same_head(head, task.head):
         found = {**found, **task.settings, "head": task.head}
     return found, config.where
 
 
-def _same_head(head: Any, task: Task) -> bool:
+def _same_head(head: Any, published: Any) -> bool:
     """Return whether a head that is asked for is the published one, perhaps with other arguments."""
     if head is None or (isinstance(head, Mapping) and not {"name", "class_path"} & head.keys()):
         return True
     try:
-        return bool(registry.expand("head", head)["class_path"] == registry.expand("head", task.head)["class_path"])
+        return bool(registry.expand("head", head)["class_path"] == registry.expand("head", published)["class_path"])
     except UserError:  # the check of the whole config reports it
         return False
 
@@ -110,6 +116,9 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     """
     source = Source.of(init_from)
     config = source.config()
+    if config.model_type == OWN:
+        own = _own(source, config)
+        return Published(own.path, own.content), restore_tokenizer(own.part, source.text)
     architecture = architecture_of(config)
     settings, task = architecture.settings(), architecture.task()
     theirs = _network_names(architecture, source.weights())
@@ -133,6 +142,20 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
         "config": {},
     }
     return Published(Path(init_from), {"llmkit": part, "state_dict": state}), tokenizer
+
+
+def own_checkpoint(name: str) -> Stored | None:
+    """Return a folder of llmkit's own as the checkpoint that it was made from; None: it is of another architecture.
+
+    Raises UserError when a file is missing or damaged.
+    """
+    source = Source.of(name)
+    config = source.config()
+    return _own(source, config) if config.model_type == OWN else None
+
+
+def _own(source: Source, config: Config) -> Stored:
+    return own_stored(source, config, None if source.file(STATE) else _tokenizer(source))
 
 
 def _plain(key: str, value: Any) -> Any:

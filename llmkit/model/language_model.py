@@ -22,7 +22,15 @@ from llmkit.checkpoint.content import Stored, check_classes, check_section, read
 from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.hf.start import Published, begin, check_fits_network, is_published, settings_of, starting_point
+from llmkit.hf.start import (
+    Published,
+    begin,
+    check_fits_network,
+    is_published,
+    own_checkpoint,
+    settings_of,
+    starting_point,
+)
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone
 from llmkit.model.groups import freeze as freeze_parts
@@ -278,21 +286,32 @@ class LanguageModel(Answers):
         if is_published(path):
             return cls.published(str(path)).to(device).eval()
         path = file_of(path, "best.ckpt", "last.ckpt")
-        stored = Stored(path, read(path))
-        where = f"checkpoint {path}"
-        check_classes(stored.part, where)
-        spec = {**stored.part["model"], "compile": False}
+        return cls.of_checkpoint(Stored(path, read(path))).to(device).eval()
+
+    @classmethod
+    def of_checkpoint(cls, stored: Stored) -> LanguageModel:
+        """Return the model of a checkpoint that was read. Raises UserError as ``load``."""
+        model = cls.described(stored.part, f"checkpoint {stored.path}")
+        model.restore(stored)
+        with refusing(f"checkpoint {stored.path} describes no model"):
+            model.configure_model()
+        model.load_state_dict(stored.content["state_dict"])
+        return model
+
+    @classmethod
+    def described(cls, part: Mapping[str, Any], where: str) -> LanguageModel:
+        """Return a model as llmkit's section of a checkpoint describes it, not yet built.
+
+        Raises UserError, which begins with ``where``, for a description that is damaged or needs other plugins.
+        """
+        check_classes(part, where)
+        spec = {**part["model"], "compile": False}
         if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
             if spec.get("init_from") is not None or spec.get("word_vectors") is not None:
                 raise UserError("a checkpoint begins with its own weights, it has no init_from")
-            model = cls(**spec)
-        model.restore(stored)
-        with refusing(f"{where} describes no model"):
-            model.configure_model()
-        model.load_state_dict(stored.content["state_dict"])
-        return model.to(device).eval()
+            return cls(**spec)
 
     @classmethod
     def published(cls, name: str, head: Mapping[str, Any] | str | None = None) -> LanguageModel:
@@ -304,6 +323,8 @@ class LanguageModel(Answers):
 
         Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
         """
+        if head is None and (stored := own_checkpoint(name)) is not None:
+            return cls.of_checkpoint(stored)
         settings, _ = settings_of(name, head)
         model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
         assert model._initial is not None
