@@ -34,7 +34,8 @@ def classes(head: str, labels: list[str]) -> Settings:
     """
     kinds = {"multi_label": "multi_label_classification", "regression": "regression"}
     labels = ["score"] if head == "regression" else labels
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    numbers = {label: number for number, label in enumerate(labels)}
+    names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
     return (names if labels else {}) | ({"problem_type": kinds[head]} if head in kinds else {})
 
 
@@ -83,7 +84,8 @@ class Architecture(ABC):
         """Return the head that this model was published with, or None."""
         names = self.config.get("architectures")
         known = self.tasks()
-        return next((known[name] for name in names if name in known), None) if isinstance(names, list) else None
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        return next((known[name] for name in names if name in known), None)
 
     def feedforward(self, activation: str, hidden: int, bias: bool, gated: bool = False) -> Settings:
         """Return the settings of a feedforward. Raises UserError for an unknown activation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Source:
         """Return a file of it, downloaded if it is on the hub; None: there is none. Raises UserError."""
         if Path(self.name).is_dir():
             path = Path(self.name, name)
+            if path.is_file() and not _stays(path):
+                raise UserError(f"{self.text}: {name} is a link that leads out of the folder")
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, revision=self.revision))
@@ -124,6 +127,13 @@ class Source:
         return files
 
 
+def _stays(path: Path) -> bool:
+    """Return whether a file is in its folder; a snapshot in the hub's cache is a folder of links to the blobs there."""
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return target.is_relative_to(folder) or target.is_relative_to(blobs)
+
+
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError
@@ -181,7 +191,7 @@ class Config:
     def number(self, name: str, default: float) -> float:
         """Return a number above zero. Raises UserError for anything else."""
         value = self.content.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
             raise UserError(f"{self.where}: {name} should be a number above 0, got {value!r:.60}")
         return float(value)
 
@@ -198,7 +208,9 @@ class Config:
         return UserError(f"{self.source}: {self.model_type} {text}")
 
     def labels(self) -> Iterator[str]:
-        """Yield the names of its labels in order."""
+        """Yield the names of its labels in order. Raises UserError when they are not numbered from 0 on."""
         names = self.content.get("id2label")
         if isinstance(names, dict):
-            yield from (str(names[number]) for number in sorted(names, key=lambda text: int(text)))
+            if names.keys() != {str(number) for number in range(len(names))}:
+                raise UserError(f"{self.where}: id2label should be names by number, from 0 on")
+            yield from (str(names[str(number)]) for number in range(len(names)))

@@ -127,9 +127,10 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     if state["net.embedding.weight"].shape != (settings["vocab_size"], settings["dim"]):
         shape = tuple(state["net.embedding.weight"].shape)
         raise UserError(f"{config.where} says {settings['vocab_size']} ids of width {settings['dim']}, not {shape}")
-    for known in architecture.tasks().values():
+    state |= take(task.weights, theirs, source.text) if task else {}
+    for known in architecture.tasks().values():  # other heads are taken as far as they are there
         there = [weight for weight in known.weights if all(part in theirs for part in weight.theirs)]
-        state |= take(known.weights if known is task else there, theirs, source.text)
+        state |= take(there, theirs, source.text)
     if left := [name for name in theirs if not re.fullmatch(architecture.of_heads, name)]:
         raise UserError(f"{source.text}: weights that nothing takes: {listed(left)}")
     tokenizer = _tokenizer(source)
