@@ -258,7 +258,8 @@ def own(*keys: str, value: Any, remove: str = "") -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         shutil.rmtree(folder)
-        model = LanguageModel(head="generation", dim=8, num_layers=1, context=16, attention="gru")
+        parts = {"head": plugin("head", "generation"), "attention": plugin("attention", "gru")}
+        model = LanguageModel(**parts, dim=8, num_layers=1, context=16)
         model.tokenizer = plugin("tokenizer", "byte")()
         model.configure_model()
         export(folder, section(model.spec, model.tokenizer, model.head, {}), model.state_dict(), model.tokenizer, "")
