@@ -22,7 +22,15 @@ from llmkit.checkpoint.content import Stored, check_classes, check_section, read
 from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.hf.start import Published, begin, check_fits_network, is_published, settings_of, starting_point
+from llmkit.hf.start import (
+    Published,
+    begin,
+    check_fits_network,
+    is_published,
+    settings_of,
+    starting_point,
+    with_arguments,
+)
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone
 from llmkit.model.groups import freeze as freeze_parts
@@ -53,6 +61,7 @@ class LanguageModel(Answers):
         norm: the normalisation.
         dim: width.
         num_layers: depth; in an encoder-decoder, of each side.
+        decoder_layers: depth of the decoder of an encoder-decoder; None: ``num_layers``.
         context: most positions of one sequence.
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
@@ -60,6 +69,9 @@ class LanguageModel(Answers):
         embedding_norm: a norm after the embeddings and positions.
         token_types: how many types of tokens have an embedding (2: which text of a pair a token is in); 0: none.
         output_bias: a learned number is added to the score of each token.
+        separate_positions: each side of an encoder-decoder has positions of its own, and its own norm after them.
+        embedding_scale: what the embeddings are multiplied by before positions are added.
+        output_scale: what the last hidden states are multiplied by before they are scored.
         vocab_size: rows of the embedding; None: as many as the tokenizer has ids, which is the least.
         gradient_checkpointing: compute each layer again for its gradient: less memory, about a third more time.
         compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
@@ -89,6 +101,7 @@ class LanguageModel(Answers):
         norm: Callable[[int], Norm] | None = None,
         dim: int = 256,
         num_layers: int = 4,
+        decoder_layers: int | None = None,
         context: int = 256,
         dropout: float = 0.0,
         norm_first: bool = True,
@@ -96,6 +109,9 @@ class LanguageModel(Answers):
         embedding_norm: bool = False,
         token_types: int = 0,
         output_bias: bool = False,
+        separate_positions: bool = False,
+        embedding_scale: float = 1.0,
+        output_scale: float = 1.0,
         vocab_size: int | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["reduce-overhead"] = False,
@@ -189,7 +205,7 @@ class LanguageModel(Answers):
             return self._new_network()
 
     def _new_network(self) -> Backbone:
-        return self.parts.backbone(self.head.topology, self._vocab_size, self.spec["num_layers"])
+        return self.parts.backbone(self.head.topology, self._vocab_size)
 
     @property
     def _vocab_size(self) -> int:
@@ -305,9 +321,10 @@ class LanguageModel(Answers):
         Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
         """
         settings, _ = settings_of(name, head)
-        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
+        same = "head" in settings
+        model = cls(**{**settings, "head": with_arguments(settings["head"], head) if same else head}, init_from=name)
         assert model._initial is not None
-        if model.spec["head"]["class_path"] == model._initial.part["model"].get("head", {}).get("class_path"):
+        if same:
             model.head.set_info(model._initial.part["head_info"])
         elif type(model.head).learn is not Head.learn:
             text = f"{type(model.head).__name__} learns from training data: use model.init_from {name} of a fit"
