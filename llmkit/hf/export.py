@@ -11,7 +11,9 @@ from torch import Tensor
 
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
+from llmkit.hf.facts import part as part_of
 from llmkit.hf.native import native
+from llmkit.hf.native_pairs import start_of
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
 
@@ -44,7 +46,8 @@ def export(folder: Path, part: Mapping[str, Any], state: Mapping[str, Tensor], t
     content, weights = native(spec, state, list(part["head_info"].get("labels", [])))
     if not isinstance(tokenizer, Publishable):
         raise UserError(f"the tokenizer {type(tokenizer).__name__} cannot be written as a tokenizer.json")
-    packed = bool((part["config"].get("data") or {}).get("pack"))
+    translates = bool(content.get("is_encoder_decoder"))
+    packed = translates or bool((part["config"].get("data") or {}).get("pack"))
     # Without packing no text of the training data began with bos, while eos stood before each.
     numbers = {
         "pad": tokenizer.pad_id,
@@ -54,14 +57,17 @@ def export(folder: Path, part: Mapping[str, Any], state: Mapping[str, Tensor], t
     if tokenizer.around[0]:
         numbers["bos"] = tokenizer.around[0][0]
     ids = {f"{role}_token_id": number for role, number in numbers.items()}
+    if translates:
+        ids |= start_of(tokenizer, list(part_of("head", spec["head"])[1]["start"]))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
     _write(folder / "config.json", {**content, **ids, "dtype": "float32"})
-    _write_tokenizer(folder, tokenizer, tokenizer.published(), int(spec["context"]))
-    if content["architectures"][0].endswith(("LMHeadModel", "ForCausalLM")):
-        _write(folder / "generation_config.json", {**ids, **_generation(spec["decoding"], tokenizer)})
+    _write_tokenizer(folder, tokenizer, tokenizer.published(), int(spec["context"]), translates)
+    if translates or content["architectures"][0].endswith(("LMHeadModel", "ForCausalLM")):
+        how = _generation(spec["decoding"], tokenizer, ids, int(spec["context"]))
+        _write(folder / "generation_config.json", {**ids, **how})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
     return str(content["architectures"][0])
@@ -71,23 +77,32 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(decoding: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation(
+    decoding: Mapping[str, Any], tokenizer: Tokenizer, ids: Mapping[str, int], context: int
+) -> dict[str, Any]:
     """Return how text is generated, and the tokens that never are: special ones but the end."""
     special = {getattr(tokenizer, f"{role}_id") for role in ROLES} - {tokenizer.eos_id}
     sampled = bool(decoding["temperature"]) and decoding["num_beams"] == 1
     how = {"temperature": decoding["temperature"], "top_k": decoding["top_k"], "top_p": decoding["top_p"]}
+    limit = {"max_new_tokens": decoding["max_new_tokens"]}
+    forced = ids.get("forced_bos_token_id")
+    if "decoder_start_token_id" in ids:
+        limit = {"max_length": context, **({} if limit["max_new_tokens"] is None else limit)}
+    # transformers suppresses tokens after it has forced one, and bans them before.
+    banned = {} if forced is None else {"bad_words_ids": [[forced]]}
     return {
         "do_sample": sampled,
         **(how if sampled else {}),
         "num_beams": decoding["num_beams"],
-        "max_new_tokens": decoding["max_new_tokens"],
-        "suppress_tokens": sorted(special),
+        **limit,
+        **banned,
+        "suppress_tokens": sorted(special - {forced}),
     }
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, data: dict[str, Any], context: int) -> None:
-    if not any(tokenizer.around):
-        data["post_processor"] = None
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, data: dict[str, Any], context: int, translates: bool = False
+) -> None:
     names = {token["id"]: token["content"] for token in data["added_tokens"]}
     roles = {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
     for role, number in roles.items():
@@ -95,6 +110,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, data: dict[str, Any], c
             names[number] = f"<llmkit_{role}>"
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             data["added_tokens"].append({"id": number, "content": names[number], **flags, "special": True})
+    if not any(tokenizer.around):
+        data["post_processor"] = _ended(names[roles["eos"]], roles["eos"]) if translates else None
     _write(folder / "tokenizer.json", data)
     settings = {
         **{f"{role}_token": names[number] for role, number in roles.items()},
@@ -105,3 +122,16 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, data: dict[str, Any], c
         "split_special_tokens": True,  # a text that spells the name of a special token is text
     }
     _write(folder / "tokenizer_config.json", settings)
+
+
+def _ended(name: str, number: int) -> dict[str, Any]:
+    """Return the post-processor that puts a token at the end of a text."""
+    end = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, end],
+        "pair": [first, second, end],
+        "special_tokens": tokens,
+    }
