@@ -258,7 +258,7 @@ def own(*keys: str, value: Any, remove: str = "") -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         shutil.rmtree(folder)
-        parts = {"head": plugin("head", "generation"), "attention": plugin("attention", "gru")}
+        parts: dict[str, Any] = {"head": plugin("head", "generation"), "attention": plugin("attention", "gru")}
         model = LanguageModel(**parts, dim=8, num_layers=1, context=16)
         model.tokenizer = plugin("tokenizer", "byte")()
         model.configure_model()
@@ -434,7 +434,12 @@ def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:
         ),
         ({"position": "learned"}, "learned positions and this attention (GPT-2 has multi_head without qk_norm)"),
         ({"head": "masked_lm"}, "these norms or positions in an encoder"),
-        ({"head": "translation"}, "the head translation as it is here"),
+        ({"head": "regression"}, "the head regression as it is here"),
+        ({"head": "translation"}, "the position rotary with the norm rms"),
+        (
+            {"attention": {"name": "multi_head", "qk_norm": False, "scale": 1.0}, "feedforward": "swiglu"},
+            "a scale of scores, embedding_scale or output_scale in a network with one stack",
+        ),
     ],
 )
 def test_what_transformers_does_not_have_is_an_architecture_of_our_own(

@@ -115,7 +115,7 @@ def _check_limits(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     """Refuse sizes that could keep a computer busy before the weights contradict them. Raises UserError."""
     sizes = {**spec, **(spec["decoding"] if isinstance(spec.get("decoding"), dict) else {})}
     widest = max((side for weight in weights.values() for side in weight.shape), default=0)
-    for name, most in {**LIMITS, "num_layers": len(weights), "dim": widest}.items():
+    for name, most in {**LIMITS, "num_layers": len(weights), "decoder_layers": len(weights), "dim": widest}.items():
         value = sizes.get(name)
         if type(value) is int and value > most:
             raise UserError(f"its model has {name} {value}, and the most that its weights allow is {most}")

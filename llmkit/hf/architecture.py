@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from llmkit.hf.folder import Config
 from llmkit.hf.mapping import Weight
 
@@ -51,6 +53,8 @@ class Task:
     """Its weights; ours begin with ``head.`` or ``net.``."""
     info: Settings = field(default_factory=dict)
     """What the head learned before: the names of its labels."""
+    others: tuple[Settings, ...] = ()
+    """Further heads that the same network and weights are right for."""
 
 
 class Architecture(ABC):
@@ -60,8 +64,10 @@ class Architecture(ABC):
     """What stands before the names of the network's weights in a model with a head."""
     unused: ClassVar[str] = r"(?!)"
     """A regular expression of names that hold no weights: masks and positions."""
+    outside: ClassVar[frozenset[str]] = frozenset({"lm_head.weight"})
+    """Weights of the network that have no such prefix."""
     copies: ClassVar[dict[str, str]] = {}
-    """Weights of a head that are another weight once more, where embeddings are tied."""
+    """Weights that are another weight once more; ``lm_head.weight`` only where embeddings are tied."""
     of_heads: ClassVar[str] = r"(?!)"
     """A regular expression of names that belong to heads, and are left out where another head is asked for."""
 
@@ -79,6 +85,9 @@ class Architecture(ABC):
     @abstractmethod
     def tasks(self) -> dict[str, Task]:
         """Return the heads that this architecture is published with, by the name of their class."""
+
+    def complete(self, weights: dict[str, Tensor]) -> None:  # noqa: B027 (most have nothing to add)
+        """Add weights that a folder may leave out, by their names without the prefix."""
 
     def task(self) -> Task | None:
         """Return the head that this model was published with, or None."""

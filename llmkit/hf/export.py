@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,7 +13,9 @@ from llmkit import registry
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
 from llmkit.hf.facts import NoCounterpartError
+from llmkit.hf.facts import part as part_of
 from llmkit.hf.native import native
+from llmkit.hf.native_pairs import start_of
 from llmkit.hf.own import CODE, OWN, STATE, code, own_config
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
@@ -72,7 +73,7 @@ def export(
         numbers["bos"] = tokenizer.around[0][0]
     ids = {f"{role}_token_id": number for role, number in numbers.items()}
     if translates:
-        ids["decoder_start_token_id"] = tokenizer.bos_id
+        ids |= start_of(tokenizer, list(part_of("head", spec["head"])[1]["start"]))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -83,9 +84,9 @@ def export(
         (folder / CODE).write_text(code(architecture), encoding="utf-8")
         (folder / STATE).write_text(part["tokenizer_state"], encoding="utf-8")
     _write_tokenizer(folder, tokenizer, data, int(spec["context"]), translates, bool(spec.get("token_types")))
-    if architecture.endswith(("LMHeadModel", "ForCausalLM", "ForSeq2SeqLM")):
-        most = None if reason and not translates else int(spec["context"])
-        _write(folder / "generation_config.json", {**ids, **_generation(spec["decoding"], tokenizer, most)})
+    if translates or architecture.endswith(("LMHeadModel", "ForCausalLM")):
+        longest = None if reason and not translates else int(spec["context"])
+        _write(folder / "generation_config.json", {**ids, **_generation(spec["decoding"], tokenizer, ids, longest)})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(f"{card}{_use(folder.name, content, reason)}", encoding="utf-8")
     return Exported(architecture, reason)
@@ -93,12 +94,12 @@ def export(
 
 def _use(name: str, content: Mapping[str, Any], reason: str | None) -> str:
     """Return the passage of a model card that says how the model is used."""
-    kind = re.split("For|LMHeadModel", content["architectures"][0])[1] or "CausalLM"
-    loader = f"AutoModelFor{kind}"
+    kind = content["architectures"][0].partition("For")[2]
+    loader = f"AutoModelFor{'Seq2SeqLM' if content.get('is_encoder_decoder') else kind or 'CausalLM'}"
     lines = ["## Use", "", "```python", f"from transformers import {loader}, AutoTokenizer"]
     if reason is not None:
         packages = sorted({"llmkit", *_packages(content[OWN]["model"])})
-        needs = f"It needs {' and '.join(packages)}, installed, and transformers 5: {reason}."
+        needs = f"It needs the packages {', '.join(packages)} and transformers, version 5: {reason}."
         lines = [
             lines[0],
             "",
@@ -134,16 +135,22 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(decoding: Mapping[str, Any], tokenizer: Tokenizer, longest: int | None) -> dict[str, Any]:
+def _generation(
+    decoding: Mapping[str, Any], tokenizer: Tokenizer, ids: Mapping[str, int], longest: int | None
+) -> dict[str, Any]:
     """Return how text is generated, and the tokens that never are: special ones but the end.
 
     Args:
         decoding: the options of the model.
         tokenizer: its tokenizer.
+        ids: of the special tokens, by transformers' names.
         longest: most tokens of a text, prompt included; None: one that outgrows the context goes on.
     """
     new = decoding["max_new_tokens"]
     limit = {"max_new_tokens": new} if new and (longest is None or new < longest) else {"max_length": longest}
+    forced = ids.get("forced_bos_token_id")
+    # transformers suppresses tokens after it has forced one, and bans them before.
+    banned = {} if forced is None else {"bad_words_ids": [[forced]]}
     special = {getattr(tokenizer, f"{role}_id") for role in ROLES} - {tokenizer.eos_id}
     sampled = bool(decoding["temperature"]) and decoding["num_beams"] == 1
     how = {"temperature": decoding["temperature"], "top_k": decoding["top_k"], "top_p": decoding["top_p"]}
@@ -152,7 +159,8 @@ def _generation(decoding: Mapping[str, Any], tokenizer: Tokenizer, longest: int 
         **(how if sampled else {}),
         "num_beams": decoding["num_beams"],
         **limit,
-        "suppress_tokens": sorted(special),
+        **banned,
+        "suppress_tokens": sorted(special - {forced}),
     }
 
 

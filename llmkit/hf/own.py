@@ -51,9 +51,11 @@ def own_config(part: Mapping[str, Any], labels: list[str], vocab_size: int) -> d
     Raises UserError for a head that transformers has no class for.
     """
     spec, config = part["model"], part["config"]
-    head, _ = plugin_of("head", spec["head"])
+    head, given = plugin_of("head", spec["head"])
     if head not in HEADS:
         raise UserError(f"transformers has no counterpart of the head {head}; these can be written: {', '.join(HEADS)}")
+    if len(given.get("start", ())) > 2:
+        raise UserError(f"transformers begins a text with at most two tokens, and the head has start {given['start']}")
     name = f"LlmkitFor{HEADS[head]}"
     module = CODE.removesuffix(".py")
     used = {"imports": config.get("imports"), "data": {"pack": (config.get("data") or {}).get("pack")}}

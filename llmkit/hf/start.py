@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from llmkit.hf.architecture import Architecture, Settings
 from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
 from llmkit.hf.folder import PREFIX, Config, Source
-from llmkit.hf.mapping import Weight, listed, take
+from llmkit.hf.mapping import listed, take
 from llmkit.hf.own import OWN, STATE, own_settings, own_stored
+from llmkit.hf.sequence_to_sequence import T5, Bart, Marian, check_start
 
 KEY = "model.init_from"
 
@@ -31,6 +33,9 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "bert": Bert,
     "roberta": Roberta,
     "distilbert": DistilBert,
+    "marian": Marian,
+    "bart": Bart,
+    "t5": T5,
 }
 """Architectures by their model_type."""
 
@@ -43,7 +48,9 @@ REFUSED: dict[str, str] = {
     "albert": "its layers share their weights",
     **dict.fromkeys(("deberta", "deberta-v2"), "its attention has positions of its own"),
     "xlnet": "its attention has positions of its own",
-    **dict.fromkeys(("marian", "bart", "mbart", "t5", "mt5", "whisper"), "encoder-decoders are not read yet"),
+    **dict.fromkeys(("mbart", "m2m_100"), "its texts begin with a token of their language"),
+    "pegasus": "its positions are not those of its family",
+    "whisper": "it reads sound",
 }
 """Well-known architectures that cannot be taken, and why."""
 
@@ -84,12 +91,13 @@ def settings_of(init_from: str, head: Any) -> tuple[Settings, str]:
         names = config.get("architectures") or "(none)"
         raise UserError(Problem("model.head", f"must be set: {init_from} has no head that is known ({names})"))
     found = architecture.settings()
-    if task is not None and _same_head(head, task.head):
-        found = {**found, **task.settings, "head": task.head}
+    if task is not None:
+        same = next((own for own in (task.head, *task.others) if _same_head(head, own)), None)
+        found = found if same is None else {**found, **task.settings, "head": same}
     return found, config.where
 
 
-def _same_head(head: Any, published: Any) -> bool:
+def _same_head(head: Any, published: Settings) -> bool:
     """Return whether a head that is asked for is the published one, perhaps with other arguments."""
     if head is None or (isinstance(head, Mapping) and not {"name", "class_path"} & head.keys()):
         return True
@@ -97,6 +105,15 @@ def _same_head(head: Any, published: Any) -> bool:
         return bool(registry.expand("head", head)["class_path"] == registry.expand("head", published)["class_path"])
     except UserError:  # the check of the whole config reports it
         return False
+
+
+def with_arguments(published: Settings, head: Any) -> Any:
+    """Return a head as it was published, with the arguments that are asked for in the place of its own."""
+    if not isinstance(head, Mapping):
+        return published
+    named = head if {"name", "class_path"} & head.keys() else {**head, "name": published["name"]}
+    whole, asked = (registry.expand("head", item) for item in (published, named))
+    return {**whole, "init_args": {**whole.get("init_args", {}), **asked.get("init_args", {})}}
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     architecture = architecture_of(config)
     settings, task = architecture.settings(), architecture.task()
     theirs = _network_names(architecture, source.weights())
-    weights = [Weight(f"net.{w.ours}", w.theirs, w.transposed, w.skip) for w in architecture.weights()]
+    weights = [dataclasses.replace(weight, ours=f"net.{weight.ours}") for weight in architecture.weights()]
     state = take(weights, theirs, source.text)
     if state["net.embedding.weight"].shape != (settings["vocab_size"], settings["dim"]):
         shape = tuple(state["net.embedding.weight"].shape)
@@ -134,6 +151,7 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     if left := [name for name in theirs if not re.fullmatch(architecture.of_heads, name)]:
         raise UserError(f"{source.text}: weights that nothing takes: {listed(left)}")
     tokenizer = _tokenizer(source)
+    check_start(architecture, {role: getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")})
     head = registry.expand("head", task.head) if task else None
     part = {
         "model": {key: _plain(key, value) for key, value in settings.items()} | ({"head": head} if head else {}),
@@ -170,11 +188,13 @@ def _network_names(architecture: Architecture, weights: dict[str, Tensor]) -> di
     named = {name: value for name, value in named.items() if not re.fullmatch(architecture.unused, name)}
     tied = architecture.settings()["tie_embeddings"]
     for copy, name in architecture.copies.items():
-        if tied and copy in named and name in named:
-            if not torch.equal(named[copy], named[name]):
-                text = f"{copy} is not {name}, though its config.json says that they are tied"
-                raise UserError(f"{architecture.config.source}: {text}")
-            del named[copy]
+        if copy not in named or (copy == "lm_head.weight" and not tied):
+            continue
+        if not torch.equal(named[copy], named.setdefault(name, named[copy])):
+            text = f"{copy} is not {name}, though its config.json says that they are tied"
+            raise UserError(f"{architecture.config.source}: {text}")
+        del named[copy]
+    architecture.complete(named)
     return named
 
 
@@ -213,9 +233,12 @@ def check_fits_network(weights: Mapping[str, Tensor], stored: Published) -> None
         raise UserError(Problem(KEY, f"{stored.path} does not fit this model: {'; '.join(problems)}"))
 
 
+TABLES = ("net.position.table.weight", "net.decoder_position.table.weight")
+
+
 def _fits(name: str, own: Tensor, theirs: Tensor) -> bool:
     """Return whether a weight can be taken: of a table of positions its first rows are enough."""
-    if name == "net.position.table.weight" and own.shape[1:] == theirs.shape[1:]:
+    if name in TABLES and own.shape[1:] == theirs.shape[1:]:
         return len(own) <= len(theirs)
     return own.shape == theirs.shape
 

@@ -145,7 +145,7 @@ class LlmkitModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         part = described(facts)
         with _in_float32():
             model = LanguageModel.described(part, facts.where)
-            self.net = model.parts.backbone(model.head.topology, config.vocab_size, model.spec["num_layers"])
+            self.net = model.parts.backbone(model.head.topology, config.vocab_size)
             self.head: Any = model.head
             self.head.set_info(part["head_info"])
             self.head.build(model.spec["dim"], config.vocab_size)
