@@ -58,6 +58,20 @@ def section(spec: dict[str, Any], tokenizer: Tokenizer, head: Head, config: dict
     }
 
 
+def begins_with(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
+    """Return the id that documents began with in training.
+
+    A stream that is not packed has an end of text between documents, and no beginning.
+
+    Args:
+        tokenizer: the model's.
+        config: of the run that trained it.
+    """
+    if tokenizer.around[0]:
+        return tokenizer.around[0][0]
+    return tokenizer.bos_id if (config.get("data") or {}).get("pack") else tokenizer.eos_id
+
+
 def check_section(checkpoint: Any, where: str) -> dict[str, Any]:
     """Return llmkit's section of a checkpoint. Raises UserError when there is none or it is of a newer format."""
     part = checkpoint.get("llmkit") if isinstance(checkpoint, dict) else None

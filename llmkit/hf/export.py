@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from llmkit import registry
+from llmkit.checkpoint.content import begins_with
 from llmkit.contracts import Tokenizer
 from llmkit.errors import UserError
 from llmkit.hf.facts import NoCounterpartError
@@ -66,12 +67,8 @@ def export(
     if not isinstance(tokenizer, Publishable):
         raise UserError(f"the tokenizer {type(tokenizer).__name__} cannot be written as a tokenizer.json")
     architecture, translates = str(content["architectures"][0]), bool(content.get("is_encoder_decoder"))
-    begun = translates or bool((part["config"].get("data") or {}).get("pack"))
-    # Without packing no text of the training data began with bos, while eos stood before each.
-    numbers = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id if begun else tokenizer.eos_id, "eos": tokenizer.eos_id}
-    if tokenizer.around[0]:
-        numbers["bos"] = tokenizer.around[0][0]
-    ids = {f"{role}_token_id": number for role, number in numbers.items()}
+    bos = tokenizer.bos_id if translates and not tokenizer.around[0] else begins_with(tokenizer, part["config"])
+    ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
     if translates:
         ids |= start_of(tokenizer, list(part_of("head", spec["head"])[1]["start"]))
     try:
@@ -83,10 +80,9 @@ def export(
     if reason is not None:
         (folder / CODE).write_text(code(architecture), encoding="utf-8")
         (folder / STATE).write_text(part["tokenizer_state"], encoding="utf-8")
-    _write_tokenizer(folder, tokenizer, data, int(spec["context"]), translates, bool(spec.get("token_types")))
+    _write_tokenizer(folder, tokenizer, data, int(spec["context"]), bos, translates, bool(spec.get("token_types")))
     if translates or architecture.endswith(("LMHeadModel", "ForCausalLM")):
-        longest = None if reason and not translates else int(spec["context"])
-        _write(folder / "generation_config.json", {**ids, **_generation(spec["decoding"], tokenizer, ids, longest)})
+        _write(folder / "generation_config.json", {**ids, **_generation(spec, tokenizer, ids)})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(f"{card}{_use(folder.name, content, reason)}", encoding="utf-8")
     return Exported(architecture, reason)
@@ -135,19 +131,19 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(
-    decoding: Mapping[str, Any], tokenizer: Tokenizer, ids: Mapping[str, int], longest: int | None
-) -> dict[str, Any]:
+def _generation(spec: Mapping[str, Any], tokenizer: Tokenizer, ids: Mapping[str, int]) -> dict[str, Any]:
     """Return how text is generated, and the tokens that never are: special ones but the end.
 
+    ``max_new_tokens`` is not said: it would overrule a ``max_length`` that is asked for.
+
     Args:
-        decoding: the options of the model.
+        spec: the description of the model.
         tokenizer: its tokenizer.
         ids: of the special tokens, by transformers' names.
-        longest: most tokens of a text, prompt included; None: one that outgrows the context goes on.
     """
-    new = decoding["max_new_tokens"]
-    limit = {"max_new_tokens": new} if new and (longest is None or new < longest) else {"max_length": longest}
+    decoding, longest = spec["decoding"], int(spec["context"])
+    if "decoder_start_token_id" in ids and decoding["max_new_tokens"]:
+        longest = min(longest, decoding["max_new_tokens"] + 1 + ("forced_bos_token_id" in ids))
     forced = ids.get("forced_bos_token_id")
     # transformers suppresses tokens after it has forced one, and bans them before.
     banned = {} if forced is None else {"bad_words_ids": [[forced]]}
@@ -158,7 +154,7 @@ def _generation(
         "do_sample": sampled,
         **(how if sampled else {}),
         "num_beams": decoding["num_beams"],
-        **limit,
+        "max_length": longest,
         **banned,
         "suppress_tokens": sorted(special - {forced}),
     }
@@ -169,6 +165,7 @@ def _write_tokenizer(
     tokenizer: Tokenizer,
     data: dict[str, Any],
     context: int,
+    bos: int | None = None,
     translates: bool = False,
     types: bool = False,
 ) -> None:
@@ -185,6 +182,7 @@ def _write_tokenizer(
     _write(folder / "tokenizer.json", data)
     settings = {
         **{f"{role}_token": names[number] for role, number in roles.items()},
+        **({} if bos is None else {"bos_token": names[bos]}),
         "cls_token": names[roles["bos"]],
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
