@@ -65,7 +65,7 @@ def test_encoder_decoders_equal_transformers(case: str, tmp_path: Path) -> None:
                 assert one == (other[: other.index(2)] if 2 in other else other)
 
     again = exported(ours, tmp_path / "out", "AutoModelForSeq2SeqLM")
-    assert again.config.model_type == theirs.config.model_type
+    assert again.config.model_type == {"mt5": "t5"}.get(case, theirs.config.model_type)
     assert_equal(again(**given, decoder_input_ids=targets).logits, expected, torch.ones_like(targets))
     back = LanguageModel.published(f"hf:{tmp_path / 'out'}")
     assert back.spec == ours.spec

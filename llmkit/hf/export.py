@@ -58,7 +58,7 @@ def export(folder: Path, part: Mapping[str, Any], state: Mapping[str, Tensor], t
         numbers["bos"] = tokenizer.around[0][0]
     ids = {f"{role}_token_id": number for role, number in numbers.items()}
     if translates:
-        ids |= start_of(tokenizer, list(part_of("head", spec["head"])[1]["start"]))
+        ids |= start_of(tokenizer, part_of("head", spec["head"])[1]["start"] or ["bos"])
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -22,7 +22,7 @@ from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
 from llmkit.hf.folder import PREFIX, Config, Source
 from llmkit.hf.mapping import listed, take
-from llmkit.hf.sequence_to_sequence import T5, Bart, Marian, check_start
+from llmkit.hf.sequence_to_sequence import MT5, T5, Bart, Marian, check_start
 
 KEY = "model.init_from"
 
@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "marian": Marian,
     "bart": Bart,
     "t5": T5,
+    "mt5": MT5,
 }
 """Architectures by their model_type."""
 
