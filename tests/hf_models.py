@@ -103,6 +103,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "T5ForConditionalGeneration",
         {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
     ),
+    "mt5": ("MT5ForConditionalGeneration", {**T5, "num_layers": 1}),
 }
 
 
@@ -110,7 +111,8 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     """Return a model of a class, with every parameter scrambled."""
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**settings)).eval()
-    if name.startswith("T5") and not settings.get("tie_word_embeddings", True):  # what transformers 5 does at loading
+    untied = name.startswith("T5") and not settings.get("tie_word_embeddings", True)
+    if untied or name.startswith("MT5"):  # what transformers 5 does at loading
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(1)
     done: set[int] = set()
@@ -172,6 +174,6 @@ def save(folder: Path, name: str, settings: dict[str, Any], **how: Any) -> Any:
     model = build(name, settings)
     model.save_pretrained(folder, **how)
     kinds = {"Bert": "bert", "Dist": "bert", "Robe": "roberta", "GPT2": "gpt2"}
-    kinds |= {"Mari": "t5", "T5Fo": "t5", "Bart": "roberta"}
+    kinds |= {"Mari": "t5", "T5Fo": "t5", "MT5F": "t5", "Bart": "roberta"}
     write_tokenizer(folder, kinds.get(name[:4], "llama"))
     return model

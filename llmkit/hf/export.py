@@ -70,7 +70,7 @@ def export(
     bos = tokenizer.bos_id if translates and not tokenizer.around[0] else begins_with(tokenizer, part["config"])
     ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
     if translates:
-        ids |= start_of(tokenizer, list(part_of("head", spec["head"])[1]["start"]))
+        ids |= start_of(tokenizer, part_of("head", spec["head"])[1]["start"] or ["bos"])
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -67,7 +67,7 @@ def _settings(architecture: Architecture) -> dict[str, Any]:
 def _content(facts: Facts, head: str, given: Mapping[str, Any]) -> Content:
     sizes = facts.sizes
     if head in ("translation", "summarization"):
-        return sequence_to_sequence(facts, list(given["start"]))
+        return sequence_to_sequence(facts, given["start"] or ["bos"])
     if facts.layers[0].scale is not None or sizes["embedding_scale"] != 1 or sizes["output_scale"] != 1:
         raise NoCounterpartError("a scale of scores, embedding_scale or output_scale in a network with one stack")
     if head in ("generation", "completion"):

@@ -175,6 +175,8 @@ class T5(SequenceToSequence):
     )
     usual: ClassVar[dict[str, int | None]] = {"eos": 1, "pad": 0, "bos": None, "start": 0}
 
+    usual_feedforward = "relu"
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.scaled = config.flag("scale_decoder_outputs", config.flag("tie_word_embeddings", True))
@@ -216,7 +218,7 @@ class T5(SequenceToSequence):
     @property
     def _activation(self) -> tuple[str, bool]:
         """The activation function, and whether it is a gate."""
-        name = str(self.config.get("feed_forward_proj") or "relu")
+        name = str(self.config.get("feed_forward_proj") or self.usual_feedforward)
         gated = name.startswith("gated-")
         return ("gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")), gated
 
@@ -258,6 +260,20 @@ class T5(SequenceToSequence):
     def tasks(self) -> dict[str, Task]:
         """Return the heads of this architecture."""
         return {"T5ForConditionalGeneration": self.written_by("translation", "summarization")}
+
+
+class MT5(T5):
+    """mT5 (Xue et al. 2020, arXiv:2010.11934): T5 1.1, whatever its config.json says of ties."""
+
+    usual_feedforward = "gated-gelu"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scaled = False
+
+    def tasks(self) -> dict[str, Task]:
+        """Return the heads of this architecture."""
+        return {"MT5ForConditionalGeneration": self.written_by("translation", "summarization")}
 
 
 def check_start(architecture: Architecture, ids: dict[str, int]) -> None:

@@ -23,7 +23,7 @@ from llmkit.hf.encoders import Bert, DistilBert, Roberta
 from llmkit.hf.folder import PREFIX, Config, Source
 from llmkit.hf.mapping import listed, take
 from llmkit.hf.own import OWN, STATE, own_settings, own_stored
-from llmkit.hf.sequence_to_sequence import T5, Bart, Marian, check_start
+from llmkit.hf.sequence_to_sequence import MT5, T5, Bart, Marian, check_start
 
 KEY = "model.init_from"
 
@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "marian": Marian,
     "bart": Bart,
     "t5": T5,
+    "mt5": MT5,
 }
 """Architectures by their model_type."""
 
@@ -201,7 +202,10 @@ def _network_names(architecture: Architecture, weights: dict[str, Tensor]) -> di
 def _tokenizer(source: Source) -> Tokenizer:
     file = source.file("tokenizer.json")
     if file is None:
-        raise UserError(f"{source.text}: it has no tokenizer.json")
+        text = "it has no tokenizer.json"
+        if source.file("source.spm"):
+            text += ", only source.spm and target.spm: put one there, as the copies for transformers.js have it"
+        raise UserError(f"{source.text}: {text}")
     source.file("tokenizer_config.json")  # next to it
     tokenizer: Tokenizer = registry.plugin("tokenizer", "pretrained", path=str(file.parent), as_published=True)()
     tokenizer.encode("a")

@@ -241,12 +241,10 @@ class Backbone(nn.Module, Network):
             x_BTD = _like(x_BTD, embedding_norm, embedding_norm(x_BTD))
         x_BTD = self.dropout(x_BTD)
         layers, norm = self._stack(stack)
-        # A layer that is computed again does what it did: it must not find the first one's biases.
-        learned = type(position).bias is not Position.bias and next(position.parameters(), None) is not None
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                run = functools.partial(_by_itself, layer) if learned else layer
+                run = functools.partial(_by_itself, layer) if any(True for _ in position.parameters()) else layer
                 x_BTD = checkpoint(run, x_BTD, seq, memory, own, cross, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, seq, memory, own, cross)
@@ -382,7 +380,7 @@ class Backbone(nn.Module, Network):
 
 
 def _by_itself(layer: nn.Module, x_BTD: Tensor, seq: Sequence, *rest: Any) -> Tensor:
-    """Return a layer's output, made without what other layers left in the memo."""
+    """Return a layer's output without what others left in the memo: its second pass has to do what the first did."""
     y_BTD: Tensor = layer(x_BTD, dataclasses.replace(seq, memo={}), *rest)
     return y_BTD
 

@@ -7,6 +7,7 @@ of columns to look at: T, and when decoding those of earlier calls as well.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
+from llmkit.errors import UserError
 from llmkit.ops.elementwise import rms_norm
 from llmkit.ops.fused import fused
 from llmkit.sequence import Memory, Sequence, State
@@ -61,6 +63,8 @@ class GroupedQuery(Attention):
         super().__init__(dim, role)
         check_dropout(dropout)
         check_heads(dim, num_heads, num_kv_heads, head_dim)
+        if scale is not None and not 0 < scale < math.inf:
+            raise UserError(f"scale must be above 0, got {scale}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.dropout, self.scale = dropout, scale
         q_dim, kv_dim = num_heads * self.head_dim, 2 * num_kv_heads * self.head_dim

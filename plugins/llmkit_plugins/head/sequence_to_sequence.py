@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
-from collections.abc import Sequence as Items
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,8 +16,8 @@ from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import Written, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Memory, Sequence, first_rows, padded, segments_of
 
-Start = Literal["bos", "eos", "pad"]
-"""A token that may stand before a target."""
+STARTS = ("bos", "eos", "pad")
+"""Tokens that may stand before a target."""
 
 
 class SequenceToSequence(Head):
@@ -27,7 +26,7 @@ class SequenceToSequence(Head):
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
         references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
-        start: the tokens that the decoder reads before a target.
+        start: the tokens that the decoder reads before a target; None: bos.
 
     Raises:
         UserError: no token to start with, or an unknown one.
@@ -39,14 +38,15 @@ class SequenceToSequence(Head):
         self,
         label_smoothing: float = 0.1,
         references: Literal["one", "lines"] = "one",
-        start: Items[Start] = ("bos",),
+        start: list[str] | None = None,
     ) -> None:
         super().__init__()
+        start = ["bos"] if start is None else start
         if not start:
             raise UserError("start should have at least one token, got none")
         for name in start:
-            if name not in get_args(Start):
-                raise UserError(f"start: {unknown('token', str(name), get_args(Start))}")
+            if name not in STARTS:
+                raise UserError(f"start: {unknown('token', name, STARTS)}")
         self.label_smoothing, self.references, self.start = label_smoothing, references, list(start)
 
     @abstractmethod

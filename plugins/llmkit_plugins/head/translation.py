@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Items
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ from torch import nn
 from llmkit.errors import UserError, note, unknown
 from llmkit.ops.metrics import BLEU, ChrF
 from llmkit.sequence import DecodingOptions
-from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence, Start
+from llmkit_plugins.head.sequence_to_sequence import SequenceToSequence
 
 Tokenize = Literal[
     "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
@@ -38,7 +37,7 @@ class Translation(SequenceToSequence):
             for Chinese, ``ja-mecab`` for Japanese (``char`` where mecab is not installed), ``char`` for Thai, Lao,
             Burmese and Khmer, and ``13a`` for everything else.
         references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
-        start: the tokens that the decoder reads before a target: ``bos``, ``eos`` or ``pad``.
+        start: the tokens that the decoder reads before a target, of ``bos``, ``eos`` and ``pad``; None: bos.
 
     Raises:
         UserError: an unknown tokenizer, or one whose package is not installed.
@@ -54,7 +53,7 @@ class Translation(SequenceToSequence):
         label_smoothing: float = 0.1,
         bleu_tokenize: Tokenize = "auto",
         references: Literal["one", "lines"] = "one",
-        start: Items[Start] = ("bos",),
+        start: list[str] | None = None,
     ) -> None:
         super().__init__(label_smoothing, references, start)
         if bleu_tokenize not in get_args(Tokenize):
