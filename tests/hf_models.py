@@ -78,14 +78,48 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_SIDES: dict[str, Any] = {
+    **{"vocab_size": ROWS, "d_model": 24, "encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 48},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
+    "forced_eos_token_id": None,
+}
+MARIAN: dict[str, Any] = {
+    **_SIDES,
+    **{"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "activation_function": "swish"},
+}
+BART: dict[str, Any] = {**_SIDES, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+T5: dict[str, Any] = {
+    **{"vocab_size": ROWS, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2},
+    **{"num_heads": 4, "decoder_start_token_id": 0, "eos_token_id": 2},
+    **{"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12},
+}
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "marian": ("MarianMTModel", {**MARIAN, "scale_embedding": True}),
+    "marian with relu": ("MarianMTModel", {**MARIAN, "activation_function": "relu"}),
+    "bart": ("BartForConditionalGeneration", BART),
+    "bart with a scale": ("BartForConditionalGeneration", {**BART, "scale_embedding": True}),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5 1.1": (
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
+    ),
+    "mt5": ("MT5ForConditionalGeneration", {**T5, "num_layers": 1}),
+}
+
+
 def build(name: str, settings: dict[str, Any]) -> Any:
     """Return a model of a class, with every parameter scrambled."""
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**settings)).eval()
+    untied = name.startswith("T5") and not settings.get("tie_word_embeddings", True)
+    if untied or name.startswith("MT5"):  # what transformers 5 does at loading
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(1)
     done: set[int] = set()
     with torch.no_grad():
-        for weight, parameter in model.named_parameters():
+        learned = [(weight, value) for weight, value in model.named_parameters() if value.requires_grad]
+        biases = [(weight, value) for weight, value in model.named_buffers() if weight == "final_logits_bias"]
+        for weight, parameter in (*learned, *biases):  # not Marian's sines
             if parameter.data_ptr() not in done:
                 done.add(parameter.data_ptr())
                 scale = ("norm" in weight.lower() or ".ln_" in weight) and weight.endswith("weight")
@@ -94,11 +128,12 @@ def build(name: str, settings: dict[str, Any]) -> Any:
 
 
 def write_tokenizer(folder: Path, kind: str) -> None:
-    """Write a tokenizer of ``kind`` ``bert`` ([CLS] x [SEP]), ``roberta``, ``llama`` (bos x) or ``gpt2`` (x)."""
+    """Write a tokenizer of ``kind`` ``bert`` ([CLS] x [SEP]), ``roberta``, ``llama`` (bos x), ``gpt2`` or ``t5``."""
     names = {
         "bert": ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"],
         "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         "llama": ["<pad>", "<s>", "</s>", "<unk>", "<odd>"],
+        "t5": ["<pad>", "<odd>", "</s>", "<unk>", "<extra_id_0>"],
         "gpt2": ["<odd>", "<|im_start|>", "<|im_end|>", "<unk>", "<other>"],
     }[kind]
     letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
@@ -122,6 +157,11 @@ def write_tokenizer(folder: Path, kind: str) -> None:
         hf.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
         )
+    elif kind == "t5":
+        roles = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+        hf.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+        )
     else:
         roles = {"bos": "<|im_start|>", "eos": "<|im_end|>"}
     hf.save(str(folder / "tokenizer.json"))
@@ -134,5 +174,6 @@ def save(folder: Path, name: str, settings: dict[str, Any], **how: Any) -> Any:
     model = build(name, settings)
     model.save_pretrained(folder, **how)
     kinds = {"Bert": "bert", "Dist": "bert", "Robe": "roberta", "GPT2": "gpt2"}
+    kinds |= {"Mari": "t5", "T5Fo": "t5", "MT5F": "t5", "Bart": "roberta"}
     write_tokenizer(folder, kinds.get(name[:4], "llama"))
     return model

@@ -372,6 +372,17 @@ def test_a_width_of_the_heads_and_a_bias_without_that_of_the_output() -> None:
     assert wide.mixing_flops(8) == 4 * 8 * 24 * 0.5
     with pytest.raises(UserError, match="head_dim must be at least 1, got 0"):
         GroupedQuery(10, "causal", 4, 2, head_dim=0)
+    with pytest.raises(UserError, match="scale must be above 0, got 0"):
+        GroupedQuery(10, "causal", 4, 2, head_dim=6, scale=0.0)
+
+
+def test_a_scale_of_the_scores_is_a_factor_of_the_queries() -> None:
+    usual, own = (MultiHead(8, "causal", 2, qk_norm=False, scale=scale) for scale in (None, 0.7))
+    own.load_state_dict(usual.state_dict())
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        usual.qkv.weight[:8] *= 0.7 * 2  # a head is four channels wide
+        torch.testing.assert_close(own(x, Sequence.dense(5)), usual(x, Sequence.dense(5)))
 
 
 def test_odd_width_for_two_directions() -> None:

@@ -15,6 +15,7 @@ from llmkit.model.backbone import Backbone
 from llmkit.model.groups import parameter_groups, parameter_kinds
 from llmkit.registry import entries, plugin
 from llmkit.sequence import Memory, Sequence, State
+from llmkit_plugins.position import Learned
 
 VARIANTS = list(entries("attention"))
 POSITIONS = list(entries("position"))
@@ -210,3 +211,47 @@ def test_a_copy_of_a_compiled_network_has_weights_of_its_own() -> None:
         other.embedding.weight.zero_()
     torch.testing.assert_close(trained(net, 1), before)
     assert not torch.equal(trained(other, 1)[0], before[0])
+
+
+def test_sides_of_their_own() -> None:
+    """Depth, positions and the norm after them; each side reads its own."""
+    net = build("encoder_decoder", position="learned", decoder_layers=1, separate_positions=True, embedding_norm=True)
+    assert (len(net.encoder), len(net.decoder)) == (2, 1)
+    assert net.num_parameters()["embedding"] == 29 * 16 + 2 * 24 * 16
+    ids, seq = torch.tensor([[1, 2, 3]]), Sequence.dense(3)
+    memory = net.encode(ids, seq)
+    (net.decode(ids, Sequence.dense(3), memory=Memory(memory.x_BSD.detach(), seq))).sum().backward()
+    assert isinstance(net.decoder_position, Learned) and isinstance(net.position, Learned)
+    assert net.decoder_position.table.weight.grad is not None and net.position.table.weight.grad is None
+    assert net.decoder_embedding_norm is not None and net.embedding_norm is not None
+    assert all(p.grad is not None for p in net.decoder_embedding_norm.parameters())
+    assert all(p.grad is None for p in net.embedding_norm.parameters())
+
+
+@pytest.mark.parametrize("name", ["decoder_layers", "separate_positions"])
+def test_one_stack_has_no_sides(name: str) -> None:
+    with pytest.raises(UserError, match=f"model.{name}: needs a head whose network has an encoder and a decoder"):
+        build("decoder", **{name: True})
+
+
+def test_scales_multiply_embeddings_and_last_states() -> None:
+    ids = torch.randint(29, (2, 5))
+    plain, scaled = build(), build(embedding_scale=3.0, output_scale=0.5)
+    with torch.no_grad():
+        scaled.embedding.weight /= 3
+        torch.testing.assert_close(scaled.decode(ids, Sequence.dense(5)), plain.decode(ids, Sequence.dense(5)) / 2)
+
+
+@pytest.mark.parametrize(("attention", "heads"), [("multi_head", 4), ("standard", 1), ("differential", 4), ("lstm", 0)])
+def test_relative_positions_have_the_heads_of_the_attention(attention: str, heads: int) -> None:
+    net = build("encoder_decoder", position="relative", attention=attention)
+    sizes = [value.shape for name, value in net.named_parameters() if "position" in name]
+    assert sizes == ([(32, heads)] * 2 if heads else [])
+
+
+def test_relative_positions_of_layers_that_differ() -> None:
+    two = plugin("attention", "pattern", variants=["multi_head", "standard"])
+    with pytest.raises(UserError, match="layers with the same number of heads, and they have 1 and 4"):
+        build(position="relative", attention=two)
+    hybrid = plugin("attention", "pattern", variants=["lstm", "multi_head"])
+    assert build(position="relative", attention=hybrid).num_parameters()["embedding"] == 29 * 16 + 32 * 4

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -138,6 +139,17 @@ def test_package_plugin(tmp_path: Path, library: Path, monkeypatch: pytest.Monke
     config = EXAMPLES.parent / "configs" / "quickstart.yaml"
     printed = done("fit", "--config", config, "--model.attention", "aft", "--model.attention.limit", "4", *TINY).out
     assert "runs/quickstart/version_0/checkpoints/best.ckpt" in printed
+    from transformers import AutoTokenizer
+
+    from llmkit.interop.transformers import LlmkitForCausalLM
+
+    assert "LlmkitForCausalLM" in done("export", tmp_path / "runs" / "quickstart", "exported").out
+    assert "needs the packages llmkit, llmkit-aft and transformers" in Path("exported/README.md").read_text()
+    tokenizer: Any = AutoTokenizer.from_pretrained("exported")
+    model: Any = LlmkitForCausalLM.from_pretrained("exported")
+    written = model.generate(**tokenizer("def main", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    text = done("infer", "hf:exported", "def main", "--greedy", "--max_new_tokens", 4).out
+    assert tokenizer.decode(written[0], skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\n")
     with contextlib.redirect_stdout(io.StringIO()) as told:
         assert pytest.main([str(source / "tests"), "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
     for name in [name for name in sys.modules if name.startswith("llmkit_aft")]:

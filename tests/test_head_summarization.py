@@ -14,8 +14,8 @@ from command import TINY, done
 from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics.utilities import dim_zero_sum
 
-from llmkit import DecodingOptions, plugin
-from llmkit.contracts import Head, Tokenizer
+from llmkit import DecodingOptions, UserError, plugin
+from llmkit.contracts import IGNORE, Head, Tokenizer
 from llmkit.model.backbone import Backbone
 from llmkit.sequence import Sequence
 from llmkit_plugins.head.summarization import ROUGE
@@ -76,6 +76,24 @@ def test_a_reference_in_each_line() -> None:
     assert [head._listed(target) for target in batch["reference"]] == [["ab", "cd"], [""]]
     one: Any = plugin("head", "summarization")()
     assert one._listed("ab\ncd") == ["ab\ncd"]
+
+
+def test_tokens_before_a_target_and_around_a_source() -> None:
+    """The decoder reads all of them, has to predict none of them, and stays within the context."""
+    tokenizer: Any = plugin("tokenizer", "byte")()
+    tokenizer.around = ([tokenizer.sep_id], [], [tokenizer.mask_id, tokenizer.eos_id])
+    head: Any = plugin("head", "summarization", start=["eos", "pad"])()
+    features = head.encode({"document": ["d", "e" * 9], "summary": ["ab", "c" * 9]}, tokenizer, 6)
+    batch = head.collate([{name: column[i] for name, column in features.items()} for i in range(2)], tokenizer)
+    d, a, b, c, e = (tokenizer.encode(letter)[0] for letter in "dabce")
+    sep, mask, eos, pad = tokenizer.sep_id, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id
+    assert batch["source"].tolist() == [[sep, d, mask, eos, pad, pad], [sep, e, e, e, mask, eos]]
+    assert batch["ids"].tolist() == [[eos, pad, a, b, pad, pad], [eos, pad, c, c, c, c]]
+    assert batch["targets"].tolist() == [[IGNORE, a, b, eos, IGNORE, IGNORE], [IGNORE, c, c, c, c, eos]]
+    assert features["truncated"] == [0, 1] and features["length"] == [4, 6]
+    for start, says in (([], "at least one token, got none"), (["boss"], "start: unknown token 'boss'. Did you mean")):
+        with pytest.raises(UserError, match=says):
+            plugin("head", "summarization", start=start)()
 
 
 def test_rouge_takes_characters_of_chinese_and_japanese() -> None:

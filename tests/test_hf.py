@@ -84,6 +84,9 @@ def test_masked_language_models_equal_transformers(case: str, tmp_path: Path) ->
     expected = theirs(input_ids=ids, attention_mask=real).logits
     hidden = ours.head.dense(ours.network.encode(ids, Sequence.of(ids, real)).x_BSD)
     assert_equal(scores(ours.network, hidden), expected, real)
+    named = LanguageModel.published(f"hf:{tmp_path}", {"name": "masked_lm", "mask_rate": 0.2})
+    given = named.spec["head"]["init_args"]
+    assert given.pop("mask_rate") == 0.2 and given == ours.spec["head"]["init_args"] and given["transform"]
     again = exported(ours, tmp_path / "exported", "AutoModelForMaskedLM")
     assert_equal(again(input_ids=ids, attention_mask=real).logits, expected, real)
 

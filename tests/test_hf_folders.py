@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,10 +205,128 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return change
 
 
+def header(content: Any, length: int | None = None) -> Callable[[Path], None]:
+    """Write a safetensors file of a header alone, which claims a length."""
+
+    def change(folder: Path) -> None:
+        text = json.dumps(content).encode()
+        size = len(text) if length is None else length
+        (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + text)
+
+    return change
+
+
+def tensor(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
+    return {"transformer.wte.weight": {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}}
+
+
+def link(name: str, target: str = "../outside") -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder / target)
+        (folder / name).symlink_to(target)
+
+    return change
+
+
+def twice(folder: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(hf_folder.weights(), folder / name)
+    content = {"weight_map": {"one": "a.safetensors", "other": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def expanded(folder: Path) -> None:
+    """One number that says that it is a matrix of a trillion."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": torch.zeros(1).expand(10**6, 10**6)}, folder / "pytorch_model.bin")
+
+
+def classifier(**changes: Any) -> Callable[[Path], None]:
+    """A BERT that says that it is a classifier."""
+
+    def change(folder: Path) -> None:
+        hf_folder.write_bert(folder)
+        content = json.loads((folder / "config.json").read_text())
+        content |= {"architectures": ["BertForSequenceClassification"], **changes}
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def own(*keys: str, value: Any, remove: str = "") -> Callable[[Path], None]:
+    """A folder of llmkit's own architecture, with code that runs if anything imports it, and one value changed."""
+
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder)
+        parts: dict[str, Any] = {"head": plugin("head", "generation"), "attention": plugin("attention", "gru")}
+        model = LanguageModel(**parts, dim=8, num_layers=1, context=16)
+        model.tokenizer = plugin("tokenizer", "byte")()
+        model.configure_model()
+        export(folder, section(model.spec, model.tokenizer, model.head, {}), model.state_dict(), model.tokenizer, "")
+        (folder / "modeling_llmkit.py").write_text("import os; os.mkdir('PWNED')")
+        content = json.loads((folder / "config.json").read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        if keys:
+            place[keys[-1]] = value
+        (folder / "config.json").write_text(json.dumps(content))
+        if remove:
+            (folder / remove).unlink()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (pickled(), "holds more than plain data"),
+        (expanded, "pytorch_model.bin"),
+        (twice, "is in two of its files"),
+        (link("config.json"), "config.json is a link that leads out of the folder"),
+        (link("model.safetensors"), "model.safetensors is a link that leads out of the folder"),
+        (link("tokenizer.json"), "tokenizer.json is a link that leads out of the folder"),
+        (header({}, 2**62), "model.safetensors cannot be read"),
+        (header(tensor("F32", [2**40, 2**40], 0, 2**62)), "model.safetensors cannot be read"),
+        (header(tensor("F32", [60, 8], -8, 2**10)), "model.safetensors cannot be read"),
+        (header(tensor("F32", [-60, -8], 0, 1920)), "model.safetensors cannot be read"),
+        (header([]), "model.safetensors cannot be read"),
+        (set_config(n_positions=10**9), "of another shape: net.position.table.weight"),
+        (set_config(n_head=10**9), "dim 8 is not divisible by num_heads 1000000000"),
+        (set_config(layer_norm_epsilon=10**400), "layer_norm_epsilon should be a number above 0"),
+        (set_config(layer_norm_epsilon=float("nan")), "layer_norm_epsilon should be a number above 0"),
+        (set_config(architectures=[["GPT2LMHeadModel"]]), "has no head that is known"),
+        (set_config(model_type=["gpt2"]), "is not supported"),
+        (write("config.json", "[" * 10**5), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json is not UTF-8"),
+        (classifier(), "weights are missing: pooler.dense.weight, pooler.dense.bias, classifier.weight"),
+        (classifier(id2label={"x": "a"}), "id2label should be names by number"),
+        (classifier(id2label={"0": "a", "5": "b"}), "id2label should be names by number"),
+        (own("llmkit", "model", "attention", "class_path", value="os.system"), "needs attention os.system, which is"),
+        (own("llmkit", "tokenizer", "class_path", value="shutil.rmtree"), "needs tokenizer shutil.rmtree, which is"),
+        (
+            own(
+                *("llmkit", "model", "attention"),
+                value={
+                    "class_path": "llmkit_plugins.attention.pattern.Pattern",
+                    "init_args": {"variants": [{"class_path": "os.mkdir", "init_args": {"path": "PWNED"}}]},
+                },
+            ),
+            "os.mkdir",
+        ),
+        (own("llmkit", value=None), "does not describe its model"),
+        (own("llmkit", "model", value=[]), "does not describe its model"),
+        (own("llmkit", "config", value=[]), "damaged"),
+        (own("llmkit", "model", "num_layers", value=10**9), "num_layers 1000000000, and the most"),
+        (own("llmkit", "model", "dim", value=10**9), "dim 1000000000, and the most"),
+        (own("llmkit", "model", "context", value=10**9), "context 1000000000, and the most"),
+        (own("llmkit", "model", "feedforward", "init_args", value={"hidden": 10**9}), "its weights do not fit"),
+        (own("llmkit", "model", "unknown", value=1), "unknown"),
+        (own("llmkit", "format", value=2), "is of format 2"),
+        (own("llmkit", "head_info", value={"x": 1}), "its head_info does not fit"),
+        (own("vocab_size", value=2**31), "its weights do not fit: net.embedding.weight has (262, 8)"),
+        (own("vocab_size", value=10), "vocab_size"),
+        (own(remove="model.safetensors", value=None), "it has neither model.safetensors nor pytorch_model.bin"),
         (pickled(_use_new_zipfile_serialization=False), "cannot be read"),
         (cut, "model.safetensors cannot be read"),
         (index("../outside.safetensors"), "names '../outside.safetensors', which is not a file of the folder"),
@@ -315,14 +434,21 @@ def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:
         ),
         ({"position": "learned"}, "learned positions and this attention (GPT-2 has multi_head without qk_norm)"),
         ({"head": "masked_lm"}, "these norms or positions in an encoder"),
-        ({"head": "translation"}, "the head translation as it is here"),
+        ({"head": "regression"}, "the head regression as it is here"),
+        ({"head": "translation"}, "the position rotary with the norm rms"),
+        (
+            {"attention": {"name": "multi_head", "qk_norm": False, "scale": 1.0}, "feedforward": "swiglu"},
+            "a scale of scores, embedding_scale or output_scale in a network with one stack",
+        ),
     ],
 )
-def test_what_transformers_does_not_have(parts: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_what_transformers_does_not_have_is_an_architecture_of_our_own(
+    parts: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     model = LanguageModel(**{"head": plugin("head", "generation"), "dim": 16, "num_layers": 2, "context": 16, **parts})
     model.tokenizer = plugin("tokenizer", "byte")()
     model.configure_model()
     part = section(model.spec, model.tokenizer, model.head, {})
-    with pytest.raises(UserError, match=re.escape(f"transformers has no architecture with {says}")):
-        export(tmp_path / "out", part, model.state_dict(), model.tokenizer, "")
-    assert not (tmp_path / "out").exists()
+    written = export(tmp_path / "out", part, model.state_dict(), model.tokenizer, "")
+    assert written.reason is not None and written.reason.startswith(f"transformers has no architecture with {says}")
+    assert written.architecture.startswith("LlmkitFor") and written.reason in (tmp_path / "out/README.md").read_text()

@@ -106,9 +106,13 @@ def test_values_have_the_spread_that_gpt2_has() -> None:
 @pytest.mark.parametrize("position", ["none", "rotary", "learned", "sinusoidal", "alibi"])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_new_network_scores_about_uniformly(topology: str, position: str, norm_first: bool, tied: bool) -> None:
+def test_a_new_network_scores_about_uniformly(
+    topology: str, position: str, norm_first: bool, tied: bool, **scales: Any
+) -> None:
     """Tied embeddings after a post-norm, or below sinusoidal positions, gave 4.5 to 10 nats above ln V."""
-    net = network(topology, position=position, norm_first=norm_first, tie_embeddings=tied, dim=768, num_layers=1)
+    net = network(
+        topology, position=position, norm_first=norm_first, tie_embeddings=tied, dim=768, num_layers=1, **scales
+    )
     net.quieten(None)
     ids = torch.randint(65, (4, 25))
     seq = Sequence.of(ids[:, :-1])
@@ -117,6 +121,12 @@ def test_a_new_network_scores_about_uniformly(topology: str, position: str, norm
         hidden = net.decode(ids[:, :-1], seq, memory=memory)
     loss = cross_entropy((hidden @ net.output_weight_VD.T).flatten(0, 1), ids[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(65), abs=0.35)
+
+
+def test_scaled_embeddings_score_about_uniformly() -> None:
+    """Without the scales in the calculation the loss is 3 nats above ln V."""
+    test_a_new_network_scores_about_uniformly("decoder", "none", True, True, embedding_scale=768**0.5)
+    test_a_new_network_scores_about_uniformly("encoder_decoder", "relative", False, True, output_scale=2.0)
 
 
 @pytest.mark.parametrize(("head", "quiet"), [("generation", True), ("classification", False)])

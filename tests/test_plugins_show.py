@@ -284,7 +284,7 @@ def test_who_it_is() -> None:
 
 def test_arguments() -> None:
     found = {item["name"]: item for item in show("attention/multi_head")["arguments"]}
-    assert list(found) == ["num_heads", "qk_norm", "bias", "dropout", "head_dim"]  # not dim and role, which are passed
+    assert list(found) == ["num_heads", "qk_norm", "bias", "dropout", "head_dim", "scale"]  # not dim and role
     assert found["num_heads"] == {
         **{"name": "num_heads", "type": "int", "required": False, "default": 4},
         "description": "number of heads.",
@@ -313,7 +313,8 @@ def test_arguments() -> None:
             ("shown_plugins:Whole",),
             [
                 "num_heads is 2 (4 there)",
-                "no argument qk_norm (true there), bias (false there), dropout (0.0 there), head_dim (null there)",
+                "no argument qk_norm (true there), bias (false there), dropout (0.0 there), head_dim (null there), "
+                "scale (null there)",
                 "lacks weights 12 (qk_scale), 4 of 48 x 48 (qkv.weight, out.weight)",
                 "has further weights 192 x 48 (whole.weight)",
             ],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmkit.contracts import Position
 from llmkit.errors import UserError
 from llmkit.sequence import Sequence, positions_in_segments
-from llmkit_plugins.position import Alibi, Learned, NoPosition, Rotary, Sinusoidal, slopes
+from llmkit_plugins.position import Alibi, Learned, NoPosition, Relative, Rotary, Sinusoidal, slopes
 
 
 @pytest.mark.parametrize("dim", [8, 7])
@@ -28,6 +28,12 @@ def test_sinusoidal_is_the_formula(dim: int) -> None:
                 angle = positions[b, t].item() / 10000 ** ((channel - channel % 2) / dim)
                 wave = math.cos(angle) if channel % 2 else math.sin(angle)
                 assert added[b, t, channel].item() == pytest.approx(dim**0.5 + wave, abs=1e-3)
+
+
+def test_sinusoidal_in_halves_has_the_same_waves() -> None:
+    x, positions = torch.randn(1, 4, 8), torch.tensor([[0, 1, 5, 40]])
+    usual, halves = Sinusoidal(8, 16).add(x, positions) - x * 8**0.5, Sinusoidal(8, 16, "halves", False)
+    torch.testing.assert_close(halves.add(x, positions) - x, torch.cat([usual[..., ::2], usual[..., 1::2]], -1))
 
 
 def test_learned_reads_its_table() -> None:
@@ -146,22 +152,56 @@ def test_alibi_bias_is_distance_times_slope() -> None:
                     assert bias[b, h, i, j].item() == pytest.approx(-slope * abs(query[b, i] - key[b, j]).item())
 
 
+@pytest.mark.parametrize("role", ["causal", "bidirectional"])
+@pytest.mark.parametrize(("buckets", "most"), [(32, 128), (8, 12)])
+def test_relative_bias_is_that_of_the_distance(role: Any, buckets: int, most: int) -> None:
+    """Ranges counted one by one: single distances first, then ranges that grow by an equal factor up to the last."""
+    ranges = buckets if role == "causal" else buckets // 2
+    single = ranges // 2
+    starts = [*range(single), *(single * (most / single) ** (k / (ranges - single)) for k in range(ranges - single))]
+    position = Relative(8, 16, role, 3, buckets, most)
+    query, key = torch.tensor([[140, 3], [0, 20]]), torch.arange(0, 290, 3)[None]
+    bias = position.bias(query, key, 3)
+    assert bias is not None and bias.shape == (2, 3, 2, 97) and position.table is not None
+    for b in range(2):
+        for i in range(2):
+            for j in range(97):
+                offset = int(key[0, j] - query[b, i])
+                far = max(-offset, 0) if role == "causal" else abs(offset)
+                bucket = sum(start <= far + 1e-6 for start in starts) - 1
+                bucket += ranges if role == "bidirectional" and offset > 0 else 0
+                assert torch.equal(bias[b, :, i, j], position.table.weight[bucket]), (offset, bucket)
+
+
+def test_relative_positions_that_cannot_be() -> None:
+    arguments: dict[str, Any]
+    for arguments, says in (
+        ({"buckets": 3, "role": "bidirectional"}, "buckets must be at least 4, got 3"),
+        ({"buckets": 1}, "buckets must be at least 2, got 1"),
+        ({"max_distance": 16}, "max_distance must be above 16 with 32 buckets, got 16"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Relative(8, 16, **arguments)
+    with pytest.raises(UserError, match="were built for 4 heads, got 2"):
+        Relative(8, 16).bias(torch.zeros(1, 1), torch.zeros(1, 1), 2)
+
+
 def test_no_position_does_nothing() -> None:
     position, x = NoPosition(8, 4), torch.randn(2, 3, 8)
     seq = Sequence(torch.arange(3)[None], position=position)
     assert seq.rotate(x) is x and position.add(x, seq.positions_BT) is x and seq.bias(seq, 2) is None
 
 
-@pytest.mark.parametrize("kind", [Sinusoidal, Learned, Rotary, Alibi, NoPosition])
+@pytest.mark.parametrize("kind", [Sinusoidal, Learned, Rotary, Alibi, Relative, NoPosition])
 def test_each_kind_does_one_thing(kind: type[Position]) -> None:
     x, heads, seq = torch.randn(1, 3, 8), torch.randn(1, 2, 3, 4), Sequence.dense(3)
-    position: nn.Module = kind(8, 4)
+    position: nn.Module = Relative(8, 4, heads=2) if kind is Relative else kind(8, 4)
     assert isinstance(position, Position)
     seq.position = position
     adds = not torch.equal(position.add(x, seq.positions_BT), x)
     turns = not torch.equal(seq.rotate(heads), heads)
     biases = seq.bias(seq, 2) is not None
-    assert (adds, turns, biases) == (kind in (Sinusoidal, Learned), kind is Rotary, kind is Alibi)
+    assert (adds, turns, biases) == (kind in (Sinusoidal, Learned), kind is Rotary, kind in (Alibi, Relative))
 
 
 def test_positions_count_real_positions_of_each_document() -> None:

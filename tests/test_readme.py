@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import inspect
 import json
 import re
@@ -339,17 +340,24 @@ def test_plugin_arguments_are_documented() -> None:
 # docs/huggingface.md
 
 
-def test_the_recipes_for_hugging_face_run(workspace: Path) -> None:
+def test_the_recipes_for_hugging_face_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "huggingface.md"
-    (recipe,) = (block.text for block in blocks(page, "yaml"))
+    for block in blocks(page, "yaml"):
+        (workspace / block.text.partition("\n")[0].removeprefix("# ")).write_text(block.text)
     hf_folder.write_bert(workspace / "bert")
     for name in ("train.csv", "dev.csv"):
         (workspace / name).write_text("sentence,label\n" + "A good film,1\nA bad one,0\n" * 8)
-    (workspace / "sst2.yaml").write_text(recipe)
+    (row,) = re.findall(r"`(\{\"country.*\})`", page.read_text("utf-8"))
+    (workspace / "capitals.jsonl").write_text(f"{row}\n" * 2)
     published = ("--model.init_from", "hf:./bert")
     done("fit", "--config", "sst2.yaml", *published, *TINY[-10:], "--model.context", "16")
     for line in lines(page):
-        done(*shlex.split(line)[1:])
+        if "--tasks" not in line or importlib.util.find_spec("lm_eval"):
+            done(*shlex.split(line)[1:])
+    (block,) = blocks(page, "python")
+    exec(block.text, {})
+    answers = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert answers[0]["label"] in ("0", "1")
 
 
 # docs/plugins.md

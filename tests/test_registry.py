@@ -28,7 +28,7 @@ NAMES = {
         *("differential", "grouped_query", "gru", "latent", "linear", "low_rank", "lstm", "min_gru", "multi_head"),
         *("pattern", "retention", "sliding_window", "standard"),
     ],
-    "position": ["alibi", "learned", "none", "rotary", "sinusoidal"],
+    "position": ["alibi", "learned", "none", "relative", "rotary", "sinusoidal"],
     "feedforward": ["gelu", "relu", "silu", "squared_relu", "swiglu"],
     "norm": ["layer", "rms"],
     "head": [

@@ -58,6 +58,20 @@ def section(spec: dict[str, Any], tokenizer: Tokenizer, head: Head, config: dict
     }
 
 
+def begins_with(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
+    """Return the id that documents began with in training.
+
+    A stream that is not packed has an end of text between documents, and no beginning.
+
+    Args:
+        tokenizer: the model's.
+        config: of the run that trained it.
+    """
+    if tokenizer.around[0]:
+        return tokenizer.around[0][0]
+    return tokenizer.bos_id if (config.get("data") or {}).get("pack") else tokenizer.eos_id
+
+
 def check_section(checkpoint: Any, where: str) -> dict[str, Any]:
     """Return llmkit's section of a checkpoint. Raises UserError when there is none or it is of a newer format."""
     part = checkpoint.get("llmkit") if isinstance(checkpoint, dict) else None
@@ -79,8 +93,11 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, not ours, of a newer format, or claims more than it holds.
     """
-    checkpoint = archive.read(Path(path))
-    where = f"checkpoint {path}"
+    return checked(archive.read(Path(path)), f"checkpoint {path}")
+
+
+def checked(checkpoint: Any, where: str) -> dict[str, Any]:
+    """Return the content of a checkpoint, with the class paths of now. Raises UserError as ``read``."""
     part = check_section(checkpoint, where)
     missing = [name for name in PARTS if name not in part]
     if missing:
@@ -95,8 +112,7 @@ def read(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"its {name} should be {'text' if kind is str else 'a mapping'}")
         _check_limits(part["model"], weights)
         _check_paths(checkpoint.get("callbacks"))
-    checkpoint["llmkit"] = _moved(part)
-    return checkpoint  # type: ignore[no-any-return]
+    return {**checkpoint, "llmkit": _moved(part)}
 
 
 @contextmanager
@@ -113,7 +129,7 @@ def _check_limits(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     """Refuse sizes that could keep a computer busy before the weights contradict them. Raises UserError."""
     sizes = {**spec, **(spec["decoding"] if isinstance(spec.get("decoding"), dict) else {})}
     widest = max((side for weight in weights.values() for side in weight.shape), default=0)
-    for name, most in {**LIMITS, "num_layers": len(weights), "dim": widest}.items():
+    for name, most in {**LIMITS, "num_layers": len(weights), "decoder_layers": len(weights), "dim": widest}.items():
         value = sizes.get(name)
         if type(value) is int and value > most:
             raise UserError(f"its model has {name} {value}, and the most that its weights allow is {most}")

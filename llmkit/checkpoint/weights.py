@@ -19,8 +19,9 @@ STRUCTURE = (
     *PLUGINS,
     *("dim", "num_layers", "vocab_size", "norm_first", "tie_embeddings"),
     *("embedding_norm", "token_types", "output_bias"),
+    *("decoder_layers", "separate_positions", "embedding_scale", "output_scale"),
 )
-"""The arguments of a model that decide which weights it has."""
+"""The arguments of a model that decide which weights it has, and what they are multiplied by."""
 MEANING = ("attention", "position", "feedforward", "norm", "norm_first")
 """The arguments that decide what weights of the same names and shapes mean."""
 

@@ -27,8 +27,10 @@ def run(command: str, argv: list[str]) -> int:
         assert model.tokenizer is not None
         part = section(model.spec, model.tokenizer, model.head, model.config)
         card = _card(path, part, model.size)
-        name = export(Path(args.folder), part, model.state_dict(), model.tokenizer, card)
-    print(f"{args.folder}: {name}{model.size}")
+        written = export(Path(args.folder), part, model.state_dict(), model.tokenizer, card)
+    print(f"{args.folder}: {written.architecture}{model.size}")
+    if written.reason is not None:
+        print(f"transformers needs llmkit to load it: {written.reason}")
     return 0
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from llmkit.hf.folder import Config
 from llmkit.hf.mapping import Weight
 
@@ -25,6 +27,20 @@ ACTIVATIONS: dict[str, Settings] = {
 """Their activation functions, and the feedforward of ours that has each."""
 
 
+def classes(head: str, labels: list[str]) -> Settings:
+    """Return what a config.json says of the outputs of a classifier.
+
+    Args:
+        head: the head's name.
+        labels: the names of its labels; for other heads none.
+    """
+    kinds = {"multi_label": "multi_label_classification", "regression": "regression"}
+    labels = ["score"] if head == "regression" else labels
+    numbers = {label: number for number, label in enumerate(labels)}
+    names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
+    return (names if labels else {}) | ({"problem_type": kinds[head]} if head in kinds else {})
+
+
 @dataclass(frozen=True)
 class Task:
     """The head that a model was published with."""
@@ -37,6 +53,8 @@ class Task:
     """Its weights; ours begin with ``head.`` or ``net.``."""
     info: Settings = field(default_factory=dict)
     """What the head learned before: the names of its labels."""
+    others: tuple[Settings, ...] = ()
+    """Further heads that the same network and weights are right for."""
 
 
 class Architecture(ABC):
@@ -46,8 +64,10 @@ class Architecture(ABC):
     """What stands before the names of the network's weights in a model with a head."""
     unused: ClassVar[str] = r"(?!)"
     """A regular expression of names that hold no weights: masks and positions."""
+    outside: ClassVar[frozenset[str]] = frozenset({"lm_head.weight"})
+    """Weights of the network that have no such prefix."""
     copies: ClassVar[dict[str, str]] = {}
-    """Weights of a head that are another weight once more, where embeddings are tied."""
+    """Weights that are another weight once more; ``lm_head.weight`` only where embeddings are tied."""
     of_heads: ClassVar[str] = r"(?!)"
     """A regular expression of names that belong to heads, and are left out where another head is asked for."""
 
@@ -66,11 +86,15 @@ class Architecture(ABC):
     def tasks(self) -> dict[str, Task]:
         """Return the heads that this architecture is published with, by the name of their class."""
 
+    def complete(self, weights: dict[str, Tensor]) -> None:  # noqa: B027 (most have nothing to add)
+        """Add weights that a folder may leave out, by their names without the prefix."""
+
     def task(self) -> Task | None:
         """Return the head that this model was published with, or None."""
         names = self.config.get("architectures")
         known = self.tasks()
-        return next((known[name] for name in names if name in known), None) if isinstance(names, list) else None
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        return next((known[name] for name in names if name in known), None)
 
     def feedforward(self, activation: str, hidden: int, bias: bool, gated: bool = False) -> Settings:
         """Return the settings of a feedforward. Raises UserError for an unknown activation."""

@@ -12,7 +12,10 @@ from torch import Tensor
 from llmkit import registry
 from llmkit.errors import UserError
 
-SIZES = ("dim", "num_layers", "context", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias")
+SIZES = (
+    *("dim", "num_layers", "context", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias"),
+    *("separate_positions", "embedding_scale", "output_scale"),
+)
 
 
 class NoCounterpartError(UserError):
@@ -29,6 +32,8 @@ class Attends:
     qk_norm: bool
     bias: bool | str
     window: int | None
+    scale: float | None
+    """Of the scores; None: the usual one."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,14 @@ class Facts:
     """A network."""
 
     layers: list[Attends]
+    cross: Attends | None
     activation: str
     gated: bool
     hidden: int
     feedforward_bias: bool
     position: str
-    base: float | None
-    scaling: Mapping[str, Any] | None
+    arguments: Mapping[str, Any]
+    """Of the position plugin."""
     norm: str
     eps: float
     norm_bias: bool
@@ -67,30 +73,34 @@ def facts_of(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> Facts:
     dim = int(spec["dim"])
     name, given = part("attention", spec["attention"])
     variants = [part("attention", item) for item in given["variants"]] if name == "pattern" else [(name, given)]
-    layers = [_attends(*variants[i % len(variants)], dim) for i in range(int(spec["num_layers"]))]
+    depth = max(int(spec["num_layers"]), int(spec["decoder_layers"] or 0))
+    layers = [_attends(*variants[i % len(variants)], dim) for i in range(depth)]
+    two_sided = any(key.startswith("net.decoder.0.cross.") for key in state)
+    cross = _attends(*part("attention", spec["cross_attention"]), dim) if two_sided else None
     name, given = part("feedforward", spec["feedforward"])
     activations = {"relu": "relu", "silu": "silu", "swiglu": "silu", "squared_relu": "relu2"}
     activations["gelu"] = "gelu_new" if given.get("approximate") == "tanh" else "gelu"
     if name not in activations:
         raise NoCounterpartError(f"the feedforward {name}")
     outs = [weight for key, weight in state.items() if key.endswith(".feedforward.out.weight")]
-    position, rotary = part("position", spec["position"])
+    position, placed = part("position", spec["position"])
     norm, normed = part("norm", spec["norm"])
-    if position not in ("rotary", "learned") or norm not in ("rms", "layer"):
+    known = ("sinusoidal", "learned", "relative") if two_sided else ("rotary", "learned")
+    if position not in known or norm not in ("rms", "layer"):
         raise NoCounterpartError(f"the position {position} with the norm {norm}")
     return Facts(
         layers=layers,
+        cross=cross,
         activation=activations[name],
         gated=name == "swiglu" or bool(given.get("gated")),
         hidden=outs[0].shape[1],
         feedforward_bias=bool(given["bias"]),
         position=position,
-        base=rotary.get("base"),
-        scaling=rotary.get("scaling"),
+        arguments={key: value for key, value in placed.items() if key not in registry.PASSED},
         norm=norm,
         eps=float(normed["eps"]),
         norm_bias=bool(normed.get("bias")),
-        sizes={key: spec[key] for key in SIZES},
+        sizes={**{key: spec[key] for key in SIZES}, "decoder_layers": spec["decoder_layers"] or spec["num_layers"]},
         vocab_size=len(state["net.embedding.weight"]),
     )
 
@@ -108,11 +118,13 @@ def _attends(name: str, given: Mapping[str, Any], dim: int) -> Attends:
     if name not in ("multi_head", "grouped_query", "sliding_window", "standard"):
         raise NoCounterpartError(f"the attention {name}")
     heads = int(given.get("num_heads", 1))
+    width, scale = int(given.get("head_dim") or dim // heads), given.get("scale")
     return Attends(
         num_heads=heads,
         num_kv_heads=int(given.get("num_kv_heads") or heads),
-        head_dim=int(given.get("head_dim") or dim // heads),
+        head_dim=width,
         qk_norm=bool(given["qk_norm"]),  # one scale for queries and keys is two equal ones
         bias=given["bias"],
         window=given.get("window"),
+        scale=None if scale is None or scale == width**-0.5 else float(scale),
     )

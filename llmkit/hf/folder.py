@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Source:
         """Return a file of it, downloaded if it is on the hub; None: there is none. Raises UserError."""
         if Path(self.name).is_dir():
             path = Path(self.name, name)
+            if path.is_file() and not _stays(path):
+                raise UserError(f"{self.text}: {name} is a link that leads out of the folder")
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, revision=self.revision))
@@ -58,13 +61,21 @@ class Source:
             text = f"there is no such folder here, and it could not be downloaded from the Hugging Face hub ({cause})"
             raise UserError(f"{self.text}: {text}") from error
 
+    def text_of(self, name: str) -> str | None:
+        """Return the text of a file; None: there is no such file. Raises UserError for one that is not UTF-8."""
+        path = self.file(name)
+        try:
+            return None if path is None else path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.text}: {name} is not UTF-8") from error
+
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the mapping in a JSON file; None: there is no such file. Raises UserError for anything else."""
-        path = self.file(name)
-        if path is None:
+        text = self.text_of(name)
+        if text is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.text}: {name} is not JSON") from error
         if not isinstance(content, dict):
@@ -76,7 +87,7 @@ class Source:
         content = self.json("config.json")
         if content is None:
             raise UserError(f"{self.text}: it has no config.json")
-        if content.get("auto_map"):
+        if content.get("auto_map") and content.get("model_type") != "llmkit":  # whose code is installed here
             raise UserError(f"{self.text}: its config.json names code of its own (auto_map), which llmkit does not run")
         if content.get("quantization_config"):
             raise UserError(f"{self.text}: its weights are quantised, which is not supported")
@@ -114,6 +125,13 @@ class Source:
         if not files:
             raise UserError(f"{self.text}: {name} names no files")
         return files
+
+
+def _stays(path: Path) -> bool:
+    """Return whether a file is in its folder; a snapshot in the hub's cache is a folder of links to the blobs there."""
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return target.is_relative_to(folder) or target.is_relative_to(blobs)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -173,7 +191,7 @@ class Config:
     def number(self, name: str, default: float) -> float:
         """Return a number above zero. Raises UserError for anything else."""
         value = self.content.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
             raise UserError(f"{self.where}: {name} should be a number above 0, got {value!r:.60}")
         return float(value)
 
@@ -190,7 +208,9 @@ class Config:
         return UserError(f"{self.source}: {self.model_type} {text}")
 
     def labels(self) -> Iterator[str]:
-        """Yield the names of its labels in order."""
+        """Yield the names of its labels in order. Raises UserError when they are not numbered from 0 on."""
         names = self.content.get("id2label")
         if isinstance(names, dict):
-            yield from (str(names[number]) for number in sorted(names, key=lambda text: int(text)))
+            if names.keys() != {str(number) for number in range(len(names))}:
+                raise UserError(f"{self.where}: id2label should be names by number, from 0 on")
+            yield from (str(names[str(number)]) for number in range(len(names)))

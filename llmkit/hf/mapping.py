@@ -22,6 +22,8 @@ class Weight:
     """Whether theirs is (in, out), as GPT-2's are."""
     skip: int = 0
     """Rows at the start of theirs that nothing uses."""
+    row: bool = False
+    """Whether theirs has a first dimension of one that ours does not have."""
 
 
 def linear(ours: str, *theirs: str, bias: bool = True, transposed: bool = False) -> Iterator[Weight]:
@@ -51,6 +53,10 @@ def take(weights: Sequence[Weight], theirs: dict[str, Tensor], where: str) -> di
                     f"{where}: {weight.theirs[0]} should be a matrix, it has the shape {tuple(value.shape)}"
                 )
             value = value.T
+        if weight.row:
+            if len(value) != 1 or value.dim() != 2:
+                raise UserError(f"{where}: {weight.theirs[0]} should be one row, it has the shape {tuple(value.shape)}")
+            value = value[0]
         found[weight.ours] = value[weight.skip :].contiguous()
     return found
 
@@ -65,7 +71,7 @@ def give(weights: Sequence[Weight], ours: Mapping[str, Tensor], sizes: Mapping[s
     """
     found: dict[str, Tensor] = {}
     for weight in weights:
-        value = ours[weight.ours]
+        value = ours[weight.ours][None] if weight.row else ours[weight.ours]
         if weight.skip:
             value = torch.cat([value.new_zeros(weight.skip, *value.shape[1:]), value])
         count = len(weight.theirs)

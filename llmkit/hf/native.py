@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkit.errors import UserError
-from llmkit.hf.architecture import Architecture
+from llmkit.hf.architecture import Architecture, classes
 from llmkit.hf.facts import Facts, NoCounterpartError, facts_of, part
 from llmkit.hf.folder import Config
-from llmkit.hf.mapping import Weight, give
+from llmkit.hf.mapping import give
+from llmkit.hf.native_pairs import sequence_to_sequence
 from llmkit.hf.start import architecture_of
 
 Content = dict[str, Any]
@@ -29,18 +29,15 @@ def native(
         state: its weights: ``net.`` and ``head.``.
         labels: the names of a classifier's labels.
 
-    Raises UserError, with the reason, when its parts or its head are not those of an architecture of transformers.
+    Raises NoCounterpartError, with the reason, when parts or head are not those of an architecture of transformers.
     """
     head, given = part("head", spec["head"])
     try:
         facts = facts_of(spec, state)
         content = _content(facts, head, given)
     except NoCounterpartError as error:
-        raise UserError(f"transformers has no architecture with {error}") from error
-    if labels:
-        content |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if head == "multi_label":
-        content["problem_type"] = "multi_label_classification"
+        raise NoCounterpartError(f"transformers has no architecture with {error}") from error
+    content |= classes(head, labels)
     rate = spec["dropout"]
     content |= dict.fromkeys(_DROPOUT[content["model_type"]], rate)
     architecture = architecture_of(Config("the export", content))
@@ -54,18 +51,25 @@ _DROPOUT: dict[str, tuple[str, ...]] = {
     "gpt2": ("resid_pdrop", "embd_pdrop"),
     "bert": ("hidden_dropout_prob",),
     "distilbert": ("dropout",),
+    **dict.fromkeys(("marian", "bart"), ("dropout",)),
+    "t5": ("dropout_rate",),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ()),
 }
 
 
 def _settings(architecture: Architecture) -> dict[str, Any]:
     task = architecture.task()
-    plain = {"embedding_norm": False, "token_types": 0, "output_bias": False}
+    plain: dict[str, Any] = {"embedding_norm": False, "token_types": 0, "output_bias": False, "decoder_layers": None}
+    plain |= {"separate_positions": False, "embedding_scale": 1.0, "output_scale": 1.0}
     return {**plain, **architecture.settings(), **(task.settings if task else {})}
 
 
 def _content(facts: Facts, head: str, given: Mapping[str, Any]) -> Content:
     sizes = facts.sizes
+    if head in ("translation", "summarization"):
+        return sequence_to_sequence(facts, given["start"] or ["bos"])
+    if facts.layers[0].scale is not None or sizes["embedding_scale"] != 1 or sizes["output_scale"] != 1:
+        raise NoCounterpartError("a scale of scores, embedding_scale or output_scale in a network with one stack")
     if head in ("generation", "completion"):
         if not sizes["norm_first"] or any(sizes[key] for key in ("embedding_norm", "token_types", "output_bias")):
             raise NoCounterpartError("post-norms, embedding_norm, token_types or output_bias in a decoder")
@@ -133,7 +137,8 @@ def _llama(facts: Facts) -> Content:
         raise NoCounterpartError(f"these windows and biases together (window {windows}, bias {first.bias})")
     if facts.feedforward_bias and kind != "llama":
         raise NoCounterpartError(f"biases in the feedforward, which {kind} does not have")
-    rope: Content = {"rope_type": "default", **(facts.scaling or {}), "rope_theta": facts.base}
+    placed = facts.arguments
+    rope: Content = {"rope_type": "default", **(placed["scaling"] or {}), "rope_theta": placed["base"]}
     content: Content = {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -218,7 +223,7 @@ def _weights(architecture: Architecture, state: Mapping[str, Tensor], facts: Fac
     for name in state:  # one scale for queries and keys is two equal ones
         if name.endswith(".qk_scale") and name.replace("qk_scale", "k_scale") not in state:
             ours[name.replace(".qk_scale", ".k_scale")] = state[name]
-    weights = [Weight(f"net.{w.ours}", w.theirs, w.transposed, w.skip) for w in architecture.weights()]
+    weights = [dataclasses.replace(weight, ours=f"net.{weight.ours}") for weight in architecture.weights()]
     maps = [weight.ours.rpartition(".")[0] for weight in weights if len(weight.theirs) == 3]
     queries = [(layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim) for layer in facts.layers]
     sizes = {name: [*queries[int(name.split(".")[2])], queries[int(name.split(".")[2])][1]] for name in maps}
@@ -226,7 +231,7 @@ def _weights(architecture: Architecture, state: Mapping[str, Tensor], facts: Fac
     assert task is not None
     found = give(weights, ours, sizes) | give(task.weights, ours, {})
     of_head = {name for weight in task.weights for name in weight.theirs if not name.startswith("pooler.")}
-    of_head |= architecture.copies.keys()
+    of_head |= architecture.outside
     found = {name if name in of_head else f"{architecture.prefix}{name}": value for name, value in found.items()}
     taken = {weight.ours for weight in (*weights, *task.weights)}
     if left := [name for name in state if name not in taken]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 from llmkit import registry
-from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.content import Stored, restore_tokenizer
 from llmkit.checkpoint.weights import initial, take_weights
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
-from llmkit.hf.architecture import Architecture, Settings, Task
+from llmkit.hf.architecture import Architecture, Settings
 from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
 from llmkit.hf.folder import PREFIX, Config, Source
-from llmkit.hf.mapping import Weight, listed, take
+from llmkit.hf.mapping import listed, take
+from llmkit.hf.own import OWN, STATE, own_settings, own_stored
+from llmkit.hf.sequence_to_sequence import MT5, T5, Bart, Marian, check_start
 
 KEY = "model.init_from"
 
@@ -30,6 +33,10 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "bert": Bert,
     "roberta": Roberta,
     "distilbert": DistilBert,
+    "marian": Marian,
+    "bart": Bart,
+    "t5": T5,
+    "mt5": MT5,
 }
 """Architectures by their model_type."""
 
@@ -42,7 +49,9 @@ REFUSED: dict[str, str] = {
     "albert": "its layers share their weights",
     **dict.fromkeys(("deberta", "deberta-v2"), "its attention has positions of its own"),
     "xlnet": "its attention has positions of its own",
-    **dict.fromkeys(("marian", "bart", "mbart", "t5", "mt5", "whisper"), "encoder-decoders are not read yet"),
+    **dict.fromkeys(("mbart", "m2m_100"), "its texts begin with a token of their language"),
+    "pegasus": "its positions are not those of its family",
+    "whisper": "it reads sound",
 }
 """Well-known architectures that cannot be taken, and why."""
 
@@ -72,25 +81,40 @@ def settings_of(init_from: str, head: Any) -> tuple[Settings, str]:
     Raises UserError when there is no config.json, it cannot be taken, or it has no head and none is asked for.
     """
     config = Source.of(init_from).config()
+    if config.model_type == OWN:
+        found = own_settings(config)
+        if not _same_head(head, found["head"]):
+            del found["head"]
+        return found, config.where
     architecture = architecture_of(config)
     task = architecture.task()
     if task is None and head is None:
         names = config.get("architectures") or "(none)"
         raise UserError(Problem("model.head", f"must be set: {init_from} has no head that is known ({names})"))
     found = architecture.settings()
-    if task is not None and _same_head(head, task):
-        found = {**found, **task.settings, "head": task.head}
+    if task is not None:
+        same = next((own for own in (task.head, *task.others) if _same_head(head, own)), None)
+        found = found if same is None else {**found, **task.settings, "head": same}
     return found, config.where
 
 
-def _same_head(head: Any, task: Task) -> bool:
+def _same_head(head: Any, published: Settings) -> bool:
     """Return whether a head that is asked for is the published one, perhaps with other arguments."""
     if head is None or (isinstance(head, Mapping) and not {"name", "class_path"} & head.keys()):
         return True
     try:
-        return bool(registry.expand("head", head)["class_path"] == registry.expand("head", task.head)["class_path"])
+        return bool(registry.expand("head", head)["class_path"] == registry.expand("head", published)["class_path"])
     except UserError:  # the check of the whole config reports it
         return False
+
+
+def with_arguments(published: Settings, head: Any) -> Any:
+    """Return a head as it was published, with the arguments that are asked for in the place of its own."""
+    if not isinstance(head, Mapping):
+        return published
+    named = head if {"name", "class_path"} & head.keys() else {**head, "name": published["name"]}
+    whole, asked = (registry.expand("head", item) for item in (published, named))
+    return {**whole, "init_args": {**whole.get("init_args", {}), **asked.get("init_args", {})}}
 
 
 @dataclass(frozen=True)
@@ -110,20 +134,25 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     """
     source = Source.of(init_from)
     config = source.config()
+    if config.model_type == OWN:
+        own = _own(source, config)
+        return Published(own.path, own.content), restore_tokenizer(own.part, source.text)
     architecture = architecture_of(config)
     settings, task = architecture.settings(), architecture.task()
     theirs = _network_names(architecture, source.weights())
-    weights = [Weight(f"net.{w.ours}", w.theirs, w.transposed, w.skip) for w in architecture.weights()]
+    weights = [dataclasses.replace(weight, ours=f"net.{weight.ours}") for weight in architecture.weights()]
     state = take(weights, theirs, source.text)
     if state["net.embedding.weight"].shape != (settings["vocab_size"], settings["dim"]):
         shape = tuple(state["net.embedding.weight"].shape)
         raise UserError(f"{config.where} says {settings['vocab_size']} ids of width {settings['dim']}, not {shape}")
-    for known in architecture.tasks().values():
+    state |= take(task.weights, theirs, source.text) if task else {}
+    for known in architecture.tasks().values():  # other heads are taken as far as they are there
         there = [weight for weight in known.weights if all(part in theirs for part in weight.theirs)]
-        state |= take(known.weights if known is task else there, theirs, source.text)
+        state |= take(there, theirs, source.text)
     if left := [name for name in theirs if not re.fullmatch(architecture.of_heads, name)]:
         raise UserError(f"{source.text}: weights that nothing takes: {listed(left)}")
     tokenizer = _tokenizer(source)
+    check_start(architecture, {role: getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")})
     head = registry.expand("head", task.head) if task else None
     part = {
         "model": {key: _plain(key, value) for key, value in settings.items()} | ({"head": head} if head else {}),
@@ -133,6 +162,20 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
         "config": {},
     }
     return Published(Path(init_from), {"llmkit": part, "state_dict": state}), tokenizer
+
+
+def own_checkpoint(name: str) -> Stored | None:
+    """Return a folder of llmkit's own as the checkpoint that it was made from; None: it is of another architecture.
+
+    Raises UserError when a file is missing or damaged.
+    """
+    source = Source.of(name)
+    config = source.config()
+    return _own(source, config) if config.model_type == OWN else None
+
+
+def _own(source: Source, config: Config) -> Stored:
+    return own_stored(source, config, None if source.file(STATE) else _tokenizer(source))
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -146,18 +189,23 @@ def _network_names(architecture: Architecture, weights: dict[str, Tensor]) -> di
     named = {name: value for name, value in named.items() if not re.fullmatch(architecture.unused, name)}
     tied = architecture.settings()["tie_embeddings"]
     for copy, name in architecture.copies.items():
-        if tied and copy in named and name in named:
-            if not torch.equal(named[copy], named[name]):
-                text = f"{copy} is not {name}, though its config.json says that they are tied"
-                raise UserError(f"{architecture.config.source}: {text}")
-            del named[copy]
+        if copy not in named or (copy == "lm_head.weight" and not tied):
+            continue
+        if not torch.equal(named[copy], named.setdefault(name, named[copy])):
+            text = f"{copy} is not {name}, though its config.json says that they are tied"
+            raise UserError(f"{architecture.config.source}: {text}")
+        del named[copy]
+    architecture.complete(named)
     return named
 
 
 def _tokenizer(source: Source) -> Tokenizer:
     file = source.file("tokenizer.json")
     if file is None:
-        raise UserError(f"{source.text}: it has no tokenizer.json")
+        text = "it has no tokenizer.json"
+        if source.file("source.spm"):
+            text += ", only source.spm and target.spm: put one there, as the copies for transformers.js have it"
+        raise UserError(f"{source.text}: {text}")
     source.file("tokenizer_config.json")  # next to it
     tokenizer: Tokenizer = registry.plugin("tokenizer", "pretrained", path=str(file.parent), as_published=True)()
     tokenizer.encode("a")
@@ -189,9 +237,12 @@ def check_fits_network(weights: Mapping[str, Tensor], stored: Published) -> None
         raise UserError(Problem(KEY, f"{stored.path} does not fit this model: {'; '.join(problems)}"))
 
 
+TABLES = ("net.position.table.weight", "net.decoder_position.table.weight")
+
+
 def _fits(name: str, own: Tensor, theirs: Tensor) -> bool:
     """Return whether a weight can be taken: of a table of positions its first rows are enough."""
-    if name == "net.position.table.weight" and own.shape[1:] == theirs.shape[1:]:
+    if name in TABLES and own.shape[1:] == theirs.shape[1:]:
         return len(own) <= len(theirs)
     return own.shape == theirs.shape
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmkit.contracts import Attention, Feedforward, Network, Norm, Position, Role, Topology
-from llmkit.errors import Problem, UserError, blame, returned
+from llmkit.errors import blame, returned
+from llmkit.model.agreement import check_role, check_sides, position_arguments
 from llmkit.model.groups import is_embedding
 from llmkit.model.initial import Draws, draw_weights, quieten
 from llmkit.ops.elementwise import Dropout
@@ -82,12 +84,13 @@ class Backbone(nn.Module, Network):
     Args:
         vocab_size: number of token ids.
         dim: width.
-        num_layers: layers; in an encoder-decoder, of each side.
+        num_layers: layers; in an encoder-decoder, of each side unless ``decoder_layers`` says otherwise.
         topology: ``decoder``, ``encoder`` or ``encoder_decoder``.
         max_length: most positions of one sequence.
         attention: builds the variant of a layer from ``(dim, role)``, and ``layer``, its number, if it takes that.
         cross_attention: builds the cross-attention of a decoder layer in the same way.
-        position: builds the position encoding from ``(dim, max_length)``.
+        position: builds the position encoding from ``(dim, max_length)``, and ``role`` and ``heads`` if it takes them;
+            with a role there is one for each side of an encoder-decoder.
         feedforward: builds the feedforward from ``dim``.
         norm: builds a norm from ``dim``.
         dropout: dropout on the embeddings and on each residual branch.
@@ -96,6 +99,10 @@ class Backbone(nn.Module, Network):
         embedding_norm: a norm after the embeddings and positions (Devlin et al. 2018, arXiv:1810.04805).
         token_types: rows of a table of token types added to the embeddings (the same source); 0: no table.
         output_bias: a learned number is added to the score of each id.
+        decoder_layers: layers of the decoder of an encoder-decoder; None: ``num_layers``.
+        separate_positions: each side of an encoder-decoder has positions of its own, and a norm after them.
+        embedding_scale: what the embeddings are multiplied by.
+        output_scale: what the last hidden states are multiplied by.
         gradient_checkpointing: in training keep the input of each layer alone, and compute the layer again for its
             gradient (Chen et al. 2016, arXiv:1604.06174).
     """
@@ -119,31 +126,38 @@ class Backbone(nn.Module, Network):
         embedding_norm: bool = False,
         token_types: int = 0,
         output_bias: bool = False,
+        decoder_layers: int | None = None,
+        separate_positions: bool = False,
+        embedding_scale: float = 1.0,
+        output_scale: float = 1.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         draws = Draws()
         self.topology, self._max_length = topology, max_length
         self.gradient_checkpointing = gradient_checkpointing
+        self.embedding_scale, self.output_scale = embedding_scale, output_scale
         factories: dict[str, Callable[..., Any]] = {
             **{"attention": attention, "cross_attention": cross_attention, "feedforward": feedforward},
             **{"position": position, "norm": norm},
         }
         two_sided = topology == "encoder_decoder"
+        check_sides(topology, decoder_layers=decoder_layers, separate_positions=separate_positions)
+        depths = {"bidirectional": num_layers, "causal": (decoder_layers if two_sided else None) or num_layers}
         by_layer = "layer" in inspect.signature(target_of(attention)).parameters
         for role in ROLES[topology]:
             check_role(topology, "attention", attention, role)
         if two_sided:
             check_role(topology, "cross_attention", cross_attention, "cross")
 
-        def make(name: str, *args: Any, where: str = "") -> Any:
+        def make(name: str, *args: Any, where: str = "", **kwargs: Any) -> Any:
             with blame(f"model.{name}"), draws.named(f"{where}{name}"):
-                return factories[name](dim, *args)
+                return factories[name](dim, *args, **kwargs)
 
         def stack(role: Role) -> nn.ModuleList:
             reads_memory = two_sided and role == "causal"
             layers = []
-            for index in range(num_layers):
+            for index in range(depths[role]):
                 factories["attention"] = functools.partial(attention, layer=index) if by_layer else attention
                 part = functools.partial(make, where=f"{role} layer {index} ")
                 layers.append(Layer(part, role, reads_memory, dropout, norm_first))
@@ -151,10 +165,16 @@ class Backbone(nn.Module, Network):
 
         with draws.named("embedding"):
             self.embedding = nn.Embedding(vocab_size, dim)
-        self.position: Position = make("position", max_length)
+        sides = [position_arguments(position, attention, dim, role, depths[role]) for role in ROLES[topology]]
+        self.position: Position = make("position", max_length, **sides[0])
+        apart = two_sided and (separate_positions or "role" in sides[0])
+        self.decoder_position: Position | None = (
+            make("position", max_length, where="decoder ", **sides[1]) if apart else None
+        )
         with draws.named("token types"):
             self.token_types = nn.Embedding(token_types, dim) if token_types else None
         self.embedding_norm: nn.Module | None = make("norm") if embedding_norm else None
+        self.decoder_embedding_norm: nn.Module | None = make("norm") if embedding_norm and separate_positions else None
         self.dropout = Dropout(dropout)
         # A post-norm stack ends in a norm already.
         final = make if norm_first else nn.Identity
@@ -166,7 +186,7 @@ class Backbone(nn.Module, Network):
         with draws.named("output"):
             self.output = nn.Linear(dim, vocab_size, bias=False) if untied else None
         self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
-        draw_weights(self, num_layers * (3 if two_sided else 2), draws)
+        draw_weights(self, max(depths.values()) * (3 if two_sided else 2), draws)
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -207,24 +227,35 @@ class Backbone(nn.Module, Network):
         state: list[State] | None = None,
     ) -> Tensor:
         """Return the hidden states of a stack of layers, (B, T, D)."""
-        seq.position = self.position
+        position, embedding_norm = self._side(stack)
+        seq.position = position
         embedded_BTD = self.embedding(ids_BT)
-        added_BTD = self.position.add(embedded_BTD, seq.positions_BT)
-        x_BTD: Tensor = _like(embedded_BTD, self.position, added_BTD, "add")
+        if self.embedding_scale != 1.0:
+            embedded_BTD = embedded_BTD * self.embedding_scale
+        added_BTD = position.add(embedded_BTD, seq.positions_BT)
+        x_BTD: Tensor = _like(embedded_BTD, position, added_BTD, "add")
         if self.token_types is not None:
             types_BT = torch.zeros_like(ids_BT) if seq.types_BT is None else seq.types_BT
             x_BTD = x_BTD + self.token_types(types_BT.clamp(max=self.token_types.num_embeddings - 1))
-        if self.embedding_norm is not None:
-            x_BTD = _like(x_BTD, self.embedding_norm, self.embedding_norm(x_BTD))
+        if embedding_norm is not None:
+            x_BTD = _like(x_BTD, embedding_norm, embedding_norm(x_BTD))
         x_BTD = self.dropout(x_BTD)
         layers, norm = self._stack(stack)
         for index, layer in enumerate(layers):
             own, cross = (None, None) if state is None else state[2 * index : 2 * index + 2]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, seq, memory, own, cross, use_reentrant=False)
+                run = functools.partial(_by_itself, layer) if any(True for _ in position.parameters()) else layer
+                x_BTD = checkpoint(run, x_BTD, seq, memory, own, cross, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, seq, memory, own, cross)
-        return _like(x_BTD, norm, norm(x_BTD))
+        hidden_BTD = _like(x_BTD, norm, norm(x_BTD))
+        scored = stack == "decoder" or self.topology == "encoder"
+        return hidden_BTD * self.output_scale if scored and self.output_scale != 1.0 else hidden_BTD
+
+    def _side(self, stack: Literal["encoder", "decoder"]) -> tuple[Position, nn.Module | None]:
+        """Return the positions of a stack and the norm after them."""
+        position, norm = (self.decoder_position, self.decoder_embedding_norm) if stack == "decoder" else (None, None)
+        return position or self.position, norm or self.embedding_norm
 
     @property
     def _runs_compiled(self) -> bool:
@@ -275,13 +306,15 @@ class Backbone(nn.Module, Network):
 
     def quieten(self, scored_share: float | None) -> None:
         """Let scores over the vocabulary start near uniform where each position would score its own token."""
-        layers, norm = self._stack("encoder" if self.topology == "encoder" else "decoder")
+        side: Literal["encoder", "decoder"] = "encoder" if self.topology == "encoder" else "decoder"
+        layers, norm = self._stack(side)
         last = layers[-1]
         assert isinstance(last, Layer)
         if self.output is None and self.scored(scored_share):
             norm = norm if last.norm_first else last.feedforward_norm
             plain = last.norm_first and self.embedding_norm is None
-            quieten(norm, self.position, self.embedding.num_embeddings, plain)
+            scales = self.embedding_scale, self.output_scale
+            quieten(norm, self._side(side)[0], self.embedding.num_embeddings, plain, scales)
 
     def _stack(self, side: Literal["encoder", "decoder"]) -> tuple[nn.ModuleList, nn.Module]:
         return (self.encoder, self.encoder_norm) if side == "encoder" else (self.decoder, self.decoder_norm)
@@ -346,6 +379,12 @@ class Backbone(nn.Module, Network):
         return {"embedding": embedding, "non_embedding": total - embedding, "total": total}
 
 
+def _by_itself(layer: nn.Module, x_BTD: Tensor, seq: Sequence, *rest: Any) -> Tensor:
+    """Return a layer's output without what others left in the memo: its second pass has to do what the first did."""
+    y_BTD: Tensor = layer(x_BTD, dataclasses.replace(seq, memo={}), *rest)
+    return y_BTD
+
+
 def _stack_flops(layers: nn.ModuleList, length: int, memory_length: int = 0) -> float:
     """Return FLOPs a position of layers at this length; their cross-attention reads ``memory_length`` positions."""
     flops = 2.0 * sum(p.numel() for p in layers.parameters() if p.dim() >= 2)
@@ -353,18 +392,6 @@ def _stack_flops(layers: nn.ModuleList, length: int, memory_length: int = 0) -> 
         if isinstance(module, Attention):
             flops += module.mixing_flops(memory_length if module.role == "cross" else length)
     return flops
-
-
-def check_role(topology: Topology, name: str, factory: Callable[..., Attention], role: Role) -> None:
-    """Raise UserError when a variant cannot be built as the topology needs it."""
-    variant = target_of(factory)
-    roles: frozenset[Role] = getattr(variant, "roles", frozenset())
-    if role not in roles:
-        text = (
-            f"{getattr(variant, '__name__', variant)} cannot be built as '{role}', which the head's topology "
-            f"'{topology}' needs. It supports: {', '.join(sorted(roles)) or '(nothing)'}."
-        )
-        raise UserError(Problem(f"model.{name}", text))
 
 
 def _tensors(seq: Sequence) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -13,7 +13,7 @@ from llmkit.errors import Problem, UserError, unknown
 
 def is_embedding(name: str) -> bool:
     """Return whether a parameter of the network is a table that is looked up."""
-    return name.startswith(("embedding.", "position.", "token_types."))
+    return name.startswith(("embedding.", "position.", "decoder_position.", "token_types."))
 
 
 def parameter_kinds(net: nn.Module, hidden: bool = False) -> dict[str, str]:
@@ -79,7 +79,7 @@ def parameter_groups(
 def layer_of(name: str) -> int | None:
     """Return how far up a parameter is: 0 below the layers, 1 in the first one; None: above them, in the head, say."""
     name = name.removeprefix("net.")
-    if is_embedding(name) or name.startswith("embedding_norm."):
+    if is_embedding(name) or name.startswith(("embedding_norm.", "decoder_embedding_norm.")):
         return 0
     layer = re.match(r"(?:encoder|decoder)\.(\d+)\.", name)
     return int(layer[1]) + 1 if layer else None

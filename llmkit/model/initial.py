@@ -76,21 +76,25 @@ def draw_weights(net: nn.Module, residual_parts: int, draws: Draws) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def quieten(norm: nn.Module, position: Position, vocab_size: int, norm_first: bool) -> None:
+def quieten(
+    norm: nn.Module, position: Position, vocab_size: int, norm_first: bool, scales: tuple[float, float] = (1.0, 1.0)
+) -> None:
     """Scale the last norm down where the loss of a new network would start far above ln V.
 
     With the embedding as the output matrix, a position scores its own token by the norm of the embedding times that of
     the hidden state times their cosine. Usually the layers' outputs outweigh the embedding and the cosine is small. It
     is not after a post-norm, which makes the embedding as large as they are, nor below positions that scale it up: at
     width 768 the own token leads by 0.02 * 768 = 15 nats. The scale leaves it ln V - 1, which costs 0.3 nats at most.
-    A norm without a learned scale (``weight``) stays as it is.
+    A norm without a learned scale (``weight``) stays as it is. ``scales`` are those of the embeddings and of the last
+    hidden states.
     """
     factor, offset = _effect(position)
+    factor *= scales[0]
     weight = getattr(norm, "weight", None)
     if isinstance(weight, nn.Parameter) and (factor > 2 or not norm_first):
         cosine = factor * STD / math.hypot(factor * STD, offset)
         with torch.no_grad():
-            weight.mul_(min(1.0, max(math.log(vocab_size) - 1, 0.5) / (STD * weight.numel() * cosine)))
+            weight.mul_(min(1.0, max(math.log(vocab_size) - 1, 0.5) / (STD * weight.numel() * cosine * scales[1])))
 
 
 def _effect(position: Position) -> tuple[float, float]:

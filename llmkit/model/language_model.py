@@ -22,7 +22,7 @@ from llmkit.checkpoint.content import Stored, check_classes, check_section, read
 from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
-from llmkit.hf.start import Published, begin, check_fits_network, is_published, settings_of, starting_point
+from llmkit.hf import start as hf
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model.backbone import Backbone
 from llmkit.model.groups import freeze as freeze_parts
@@ -53,6 +53,7 @@ class LanguageModel(Answers):
         norm: the normalisation.
         dim: width.
         num_layers: depth; in an encoder-decoder, of each side.
+        decoder_layers: depth of the decoder of an encoder-decoder; None: ``num_layers``.
         context: most positions of one sequence.
         dropout: dropout on the embeddings and each residual branch.
         norm_first: norm before each part (pre-norm) rather than after the residual (post-norm).
@@ -60,6 +61,9 @@ class LanguageModel(Answers):
         embedding_norm: a norm after the embeddings and positions.
         token_types: how many types of tokens have an embedding (2: which text of a pair a token is in); 0: none.
         output_bias: a learned number is added to the score of each token.
+        separate_positions: each side of an encoder-decoder has positions of its own, and its own norm after them.
+        embedding_scale: what the embeddings are multiplied by before positions are added.
+        output_scale: what the last hidden states are multiplied by before they are scored.
         vocab_size: rows of the embedding; None: as many as the tokenizer has ids, which is the least.
         gradient_checkpointing: compute each layer again for its gradient: less memory, about a third more time.
         compile: compile training steps (no others) with torch.compile; "reduce-overhead": as CUDA graphs too, on a GPU.
@@ -89,6 +93,7 @@ class LanguageModel(Answers):
         norm: Callable[[int], Norm] | None = None,
         dim: int = 256,
         num_layers: int = 4,
+        decoder_layers: int | None = None,
         context: int = 256,
         dropout: float = 0.0,
         norm_first: bool = True,
@@ -96,6 +101,9 @@ class LanguageModel(Answers):
         embedding_norm: bool = False,
         token_types: int = 0,
         output_bias: bool = False,
+        separate_positions: bool = False,
+        embedding_scale: float = 1.0,
+        output_scale: float = 1.0,
         vocab_size: int | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["reduce-overhead"] = False,
@@ -131,7 +139,7 @@ class LanguageModel(Answers):
         self.word_vectors = word_vectors
         if init_from is not None:
             with blame("model.init_from"):
-                self._initial, self.tokenizer = starting_point(init_from)
+                self._initial, self.tokenizer = hf.starting_point(init_from)
         self.parts.try_out(self.head.topology)
 
     # Construction
@@ -160,15 +168,15 @@ class LanguageModel(Answers):
         """Build network, head and metrics, once their sizes are known."""
         if self.net is not None:
             return
-        if isinstance(self._initial, Published):  # before memory is taken for sizes that no weight confirms
-            check_fits_network(self.meta_network().state_dict(), self._initial)
+        if isinstance(self._initial, hf.Published):  # before memory is taken for sizes that no weight confirms
+            hf.check_fits_network(self.meta_network().state_dict(), self._initial)
         with restarted():
             self.net = self._new_network()
             with Draws().named("head"):
                 self._build_head(self.head)
         self.net.quieten(self.head.scored_share)
         if self._initial is not None:
-            taken = begin(self.state_dict(), self.spec, self._initial)
+            taken = hf.begin(self.state_dict(), self.spec, self._initial)
             self._initial = None
             if self.global_rank == 0:
                 note(taken)
@@ -189,7 +197,7 @@ class LanguageModel(Answers):
             return self._new_network()
 
     def _new_network(self) -> Backbone:
-        return self.parts.backbone(self.head.topology, self._vocab_size, self.spec["num_layers"])
+        return self.parts.backbone(self.head.topology, self._vocab_size)
 
     @property
     def _vocab_size(self) -> int:
@@ -275,24 +283,35 @@ class LanguageModel(Answers):
             UserError: missing or damaged file, a newer format, weights of other sizes than its description says, or
                 a plugin that is not installed.
         """
-        if is_published(path):
+        if hf.is_published(path):
             return cls.published(str(path)).to(device).eval()
         path = file_of(path, "best.ckpt", "last.ckpt")
-        stored = Stored(path, read(path))
-        where = f"checkpoint {path}"
-        check_classes(stored.part, where)
-        spec = {**stored.part["model"], "compile": False}
+        return cls.of_checkpoint(Stored(path, read(path))).to(device).eval()
+
+    @classmethod
+    def of_checkpoint(cls, stored: Stored) -> LanguageModel:
+        """Return the model of a checkpoint that was read. Raises UserError as ``load``."""
+        model = cls.described(stored.part, f"checkpoint {stored.path}")
+        model.restore(stored)
+        with refusing(f"checkpoint {stored.path} describes no model"):
+            model.configure_model()
+        model.load_state_dict(stored.content["state_dict"])
+        return model
+
+    @classmethod
+    def described(cls, part: Mapping[str, Any], where: str) -> LanguageModel:
+        """Return a model as llmkit's section of a checkpoint describes it, not yet built.
+
+        Raises UserError, which begins with ``where``, for a description that is damaged or needs other plugins.
+        """
+        check_classes(part, where)
+        spec = {**part["model"], "compile": False}
         if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
             if spec.get("init_from") is not None or spec.get("word_vectors") is not None:
                 raise UserError("a checkpoint begins with its own weights, it has no init_from")
-            model = cls(**spec)
-        model.restore(stored)
-        with refusing(f"{where} describes no model"):
-            model.configure_model()
-        model.load_state_dict(stored.content["state_dict"])
-        return model.to(device).eval()
+            return cls(**spec)
 
     @classmethod
     def published(cls, name: str, head: Mapping[str, Any] | str | None = None) -> LanguageModel:
@@ -304,10 +323,13 @@ class LanguageModel(Answers):
 
         Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
         """
-        settings, _ = settings_of(name, head)
-        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
+        if head is None and (stored := hf.own_checkpoint(name)) is not None:
+            return cls.of_checkpoint(stored)
+        settings, _ = hf.settings_of(name, head)
+        same = "head" in settings
+        model = cls(**{**settings, "head": hf.with_arguments(settings["head"], head) if same else head}, init_from=name)
         assert model._initial is not None
-        if model.spec["head"]["class_path"] == model._initial.part["model"].get("head", {}).get("class_path"):
+        if same:
             model.head.set_info(model._initial.part["head_info"])
         elif type(model.head).learn is not Head.learn:
             text = f"{type(model.head).__name__} learns from training data: use model.init_from {name} of a fit"

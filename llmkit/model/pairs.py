@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from llmkit.checkpoint.content import begins_with
 from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import Scores, evaluating
@@ -83,8 +84,7 @@ def judge(model: LanguageModel, pairs: Sequence[Pair], batch_size: int = 64) -> 
     assert tokenizer is not None
     if not (isinstance(head, Scores) and head.inputs == ("text",) and not head.targets):
         raise UserError(f"{type(head).__name__} does not say how probable a text is: pairs are for generation")
-    packed = bool((model.config.get("data") or {}).get("pack"))
-    start = [] if tokenizer.around[0] else [tokenizer.bos_id if packed else tokenizer.eos_id]
+    start = [] if tokenizer.around[0] else [begins_with(tokenizer, model.config)]
     texts = [text for pair in pairs for text in pair[:2]]
     rows = [[*start, *ids] for ids in tokenizer.encode_batch(texts)]
     found = [0.0] * len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,8 +24,8 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 SHAPE = (
-    *("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias"),
-    "gradient_checkpointing",
+    *("dropout", "norm_first", "tie_embeddings", "embedding_norm", "token_types", "output_bias", "decoder_layers"),
+    *("separate_positions", "embedding_scale", "output_scale", "gradient_checkpointing"),
 )
 """The plain arguments of a model that its network takes under the same name."""
 SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "layer_decay", "max_bad_steps")
@@ -50,6 +51,11 @@ class Parts:
         for name, least in {"dim": 1, "num_layers": 1, "context": 2, "max_bad_steps": 1}.items():
             if sizes[name] < least:
                 raise UserError(Problem(f"model.{name}", f"must be at least {least}, got {sizes[name]}"))
+        if sizes["decoder_layers"] is not None and sizes["decoder_layers"] < 1:
+            raise UserError(Problem("model.decoder_layers", f"must be at least 1, got {sizes['decoder_layers']}"))
+        for name in ("embedding_scale", "output_scale"):
+            if not 0 < sizes[name] < math.inf:
+                raise UserError(Problem(f"model.{name}", f"must be above 0, got {sizes[name]}"))
         if sizes["token_types"] < 0:
             raise UserError(Problem("model.token_types", f"must be 0 or more, got {sizes['token_types']}"))
         if not 0 < sizes["layer_decay"] <= 1:
@@ -71,16 +77,16 @@ class Parts:
         with blame(f"model.{name}"):
             return self.factories[name](*args, **kwargs)
 
-    def backbone(self, topology: Topology, vocab_size: int, num_layers: int) -> Backbone:
-        """Return the network."""
+    def backbone(self, topology: Topology, vocab_size: int, num_layers: int | None = None) -> Backbone:
+        """Return the network; ``num_layers`` in the place of what is configured, of each side."""
+        depth = {} if num_layers is None else {"num_layers": num_layers, "decoder_layers": None}
         names = ("attention", "cross_attention", "position", "feedforward", "norm")
         return Backbone(
             vocab_size=vocab_size,
             dim=self.spec["dim"],
-            num_layers=num_layers,
             topology=topology,
             max_length=self.spec["context"],
-            **{name: self.spec[name] for name in SHAPE},
+            **{**{name: self.spec[name] for name in ("num_layers", *SHAPE)}, **depth},
             **{name: self.factories[name] for name in names},
         )
 

@@ -66,15 +66,22 @@ class Decoder:
             ids_BT: token ids, padded anywhere.
             segments_BT: 0 at padding, 1 elsewhere; None: no padding. Each row has at least one real token.
         """
-        # The rows "a b" and "c ." (the dot is padding) stand at positions 0 1 and 0 0, the scores are those after
-        # columns 1 and 0, and 2 and 1 tokens were seen: a column "d", "e" fed next stands at positions 2 and 1.
-        device, (start, length) = ids_BT.device, (self.columns, ids_BT.shape[1])
-        self.columns += length
-        if start and length == 1:
+        if self.columns and ids_BT.shape[1] == 1:
             if segments_BT is None and self.capture is not None and (self.static or self.steps >= ENOUGH):
+                self.columns += 1
                 return self._static_step(ids_BT, self.capture)
             self.steps -= 1
-        last_B: Tensor | None = None  # where each row's last real token is; None: in the last column
+        hidden_BTD, last_B = self.states(ids_BT, segments_BT)
+        rows = None if last_B is None else torch.arange(len(last_B), device=ids_BT.device)
+        return self._scores(hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B])
+
+    def states(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Feed columns; return states, theirs at the end, and the place of each row's last real one (None: the end)."""
+        # The rows "a b" and "c ." (the dot is padding) stand at positions 0 1 and 0 0, the last real states are those
+        # of columns 1 and 0, and 2 and 1 tokens were seen: a column "d", "e" fed next stands at positions 2 and 1.
+        device, (start, length) = ids_BT.device, (self.columns, ids_BT.shape[1])
+        self.columns += length
+        last_B: Tensor | None = None
         if segments_BT is None:
             positions_BT = torch.arange(length, device=device)[None] + self.seen
             self.seen = self.seen + length
@@ -88,13 +95,13 @@ class Decoder:
             ids_BT, segments_BT = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
             seq = Sequence.of(ids_BT, segments_BT if isinstance(self.seen, Tensor) else None)
             last_B = None if last_B is None else last_B + start
-        return self._scores(ids_BT, seq, last_B)
+        return self._decode(ids_BT, seq), last_B
 
-    def _scores(self, ids_BT: Tensor, seq: Sequence, last_B: Tensor | None = None) -> Tensor:
+    def _decode(self, ids_BT: Tensor, seq: Sequence) -> Tensor:
         with _without_onednn() if self.exact and ids_BT.shape[1] == 1 else contextlib.nullcontext():
-            hidden_BTD = self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
-        rows = None if last_B is None else torch.arange(len(last_B), device=ids_BT.device)
-        last_BD = hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B]
+            return self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
+
+    def _scores(self, last_BD: Tensor) -> Tensor:
         output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
         bias_V = self.net.output_bias_V
         return F.linear(last_BD, output_VD.to(last_BD.dtype), None if bias_V is None else bias_V.to(last_BD.dtype))
@@ -109,7 +116,7 @@ class Decoder:
             positions_b1 = seen if isinstance(seen, Tensor) else torch.full((1, 1), seen, device=ids_B1.device)
 
             def run(ids_B1: Tensor, positions_b1: Tensor) -> Tensor:
-                return self._scores(ids_B1, Sequence(positions_b1))
+                return self._scores(self._decode(ids_B1, Sequence(positions_b1))[:, -1])
 
             self.static = StaticSteps(run, self.state, positions_b1, capture)
         if not isinstance(self.seen, Tensor):  # else it is counted along
@@ -255,7 +262,7 @@ def _sample(
                 if waiting:
                     look()
                 for row in active:
-                    starts[row] = _start(starts[row], len(texts[row]), net)  # a row is not cut by its neighbours
+                    starts[row] = kept_from(starts[row], len(texts[row]), net)  # a row is not cut by its neighbours
                 memory = decoder.memory
             kept = [texts[row][starts[row] :] for row in active]
             columns = min(net.max_length, max(map(len, kept)) + steps - step)  # the last token is not fed
@@ -282,7 +289,7 @@ def _sample(
     return [text[len(prompt) : done.get(row)] for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True))]
 
 
-def _start(start: int, length: int, net: Network) -> int:
+def kept_from(start: int, length: int, net: Network) -> int:
     """Return where the part of a text begins that the network reads: one that outgrew the context keeps half of it."""
     return start if length - start < net.max_length else length - max(1, net.max_length // 2)
 
@@ -365,7 +372,7 @@ def _beam_search(
             if not same_prompts or rows_kept != list(range(len(rows_kept))):
                 decoder.reorder(torch.tensor(rows_kept, device=device), same_prompts)
             if decoder.columns + 1 >= net.max_length:
-                start, memory = _start(start, len(prompts[0]) + length, net), decoder.memory
+                start, memory = kept_from(start, len(prompts[0]) + length, net), decoder.memory
                 decoder, scores_BV = begin(texts())
             else:
                 last = [[ids[-1]] for rows in beams_of for _, ids in rows]

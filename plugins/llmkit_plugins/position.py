@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmkit.contracts import Position
+from llmkit.contracts import Position, Role
 from llmkit.errors import UserError, unknown
 from llmkit.ops.elementwise import rotate
 from llmkit.sequence import Sequence
@@ -23,14 +23,26 @@ class Sinusoidal(Position):
     Args:
         dim: model width.
         max_length: the context; not a limit here.
+        layout: ``interleaved``: sines in even channels, cosines in odd ones; ``halves``: sines in the first half,
+            cosines in the second (Marian: Junczys-Dowmunt et al. 2018, arXiv:1804.00344).
+        scale: whether the embeddings are multiplied by the root of the width.
     """
 
+    def __init__(
+        self, dim: int, max_length: int, layout: Literal["interleaved", "halves"] = "interleaved", scale: bool = True
+    ) -> None:
+        super().__init__(dim, max_length)
+        self.layout, self.scale = layout, scale
+
     def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Add the waves: sine in even channels, cosine in odd ones."""
+        """Add the waves."""
         angles = _angles(positions_BT, self.dim, 10000.0)
-        waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
+        if self.layout == "interleaved":
+            waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
+        else:
+            waves_BTD = torch.cat([angles.sin(), angles.cos()], dim=-1)[..., : self.dim]
         # Small initial embeddings would drown in the waves: section 3.4 scales them up.
-        return x_BTD * math.sqrt(self.dim) + waves_BTD.to(x_BTD.dtype)
+        return (x_BTD * math.sqrt(self.dim) if self.scale else x_BTD) + waves_BTD.to(x_BTD.dtype)
 
 
 class Learned(Position):
@@ -117,6 +129,64 @@ class Alibi(Position):
         """Return minus slope times distance, (B or 1, H, T, S), in float32."""
         distance_B1TS = (query_BT[:, None, :, None] - key_BS[:, None, None, :]).abs()
         return distance_B1TS * -slopes(num_heads, query_BT.device)[:, None, None]
+
+
+class Relative(Position):
+    """A learned number for each head and range of distances, added to the scores (T5); any length.
+
+    Raffel et al. 2020, arXiv:1910.10683, section 2.1. Half of the ranges hold a single distance, from 0; the others
+    grow with the distance up to ``max_distance``, and the last one holds all that is further away. Where a network
+    looks both ways, half of all ranges are for what comes later. All layers of a stack share the numbers; each side of
+    an encoder-decoder has its own.
+
+    Args:
+        dim: model width.
+        max_length: the context; not a limit here.
+        role: that of the stack's attention.
+        heads: number of heads of the attention; 0: it has no scores that a bias could be added to.
+        buckets: number of ranges.
+        max_distance: where the last range begins.
+
+    Raises:
+        UserError: too few buckets, or a distance that they reach one by one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        role: Role = "causal",
+        heads: int = 4,
+        buckets: int = 32,
+        max_distance: int = 128,
+    ) -> None:
+        super().__init__(dim, max_length)
+        self.both_ways, self.buckets, self.max_distance = role != "causal", buckets, max_distance
+        self.ranges = buckets // 2 if self.both_ways else buckets
+        self.single = self.ranges // 2
+        if self.single < 1:
+            raise UserError(f"buckets must be at least {4 if self.both_ways else 2}, got {buckets}")
+        if max_distance <= self.single:
+            raise UserError(f"max_distance must be above {self.single} with {buckets} buckets, got {max_distance}")
+        self.table = nn.Embedding(buckets, heads) if heads else None
+        if self.table is not None:
+            nn.init.normal_(self.table.weight, std=0.02)
+
+    def bias(self, query_BT: Tensor, key_BS: Tensor, num_heads: int) -> Tensor | None:
+        """Return the number of each head and distance, (B or 1, H, T, S). Raises UserError for other heads."""
+        if self.table is None or num_heads != self.table.embedding_dim:
+            built = 0 if self.table is None else self.table.embedding_dim
+            raise UserError(f"relative positions were built for {built} heads, got {num_heads}")
+        bias_BTSH: Tensor = self.table(self.bucket(key_BS[:, None, :] - query_BT[:, :, None]))
+        return bias_BTSH.permute(0, 3, 1, 2)
+
+    def bucket(self, offset: Tensor) -> Tensor:
+        """Return the range of each offset of a key from its query, in the same shape."""
+        far = offset.abs() if self.both_ways else offset.neg().clamp(min=0)
+        grown = (far.clamp(min=self.single).float() / self.single).log() / math.log(self.max_distance / self.single)
+        coarse = self.single + (grown * (self.ranges - self.single)).long()
+        found = torch.where(far < self.single, far, coarse.clamp(max=self.ranges - 1))
+        return found + (offset > 0) * self.ranges if self.both_ways else found
 
 
 class NoPosition(Position):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,6 +38,7 @@ class Subject(Usage[Columns]):
         dim: the width it is built with.
         seed: of weights and inputs.
         context: the ``max_length`` of position encodings.
+        num_heads: of the attention, for position encodings that are built for a number of them.
     """
 
     tolerance: ClassVar[float] = 1e-9
@@ -46,6 +48,7 @@ class Subject(Usage[Columns]):
     dim: int
     seed: int = 0
     context: int = CONTEXT
+    num_heads: int = HEADS
 
     @property
     def usages(self) -> Several[Usage[Columns]]:
@@ -68,7 +71,10 @@ class Subject(Usage[Columns]):
 
     def raw(self) -> Any:
         """Return a module as the framework builds it."""
-        return self.factory(self.dim, self.context) if self.contract is Position else self.factory(self.dim)
+        if self.contract is not Position:
+            return self.factory(self.dim)
+        takes = inspect.signature(registry.target_of(self.factory)).parameters
+        return self.factory(self.dim, self.context, **({"heads": self.num_heads} if "heads" in takes else {}))
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         """Return a module in eval mode without constant weights."""

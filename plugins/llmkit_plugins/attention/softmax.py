@@ -7,6 +7,7 @@ of columns to look at: T, and when decoding those of earlier calls as well.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
+from llmkit.errors import UserError
 from llmkit.ops.elementwise import rms_norm
 from llmkit.ops.fused import fused
 from llmkit.sequence import Memory, Sequence, State
@@ -38,6 +40,7 @@ class GroupedQuery(Attention):
         bias: whether the projections have biases; ``qkv``: all but the output projection (Qwen2, arXiv:2407.10671).
         dropout: probability that an attention weight is dropped in training.
         head_dim: width of a head; None: ``dim / num_heads``.
+        scale: what scores are multiplied by; None: one over the root of the width of a head (T5 has 1).
 
     Raises:
         UserError: when the heads do not divide the width or each other, or ``dropout`` is not a probability below one.
@@ -55,12 +58,15 @@ class GroupedQuery(Attention):
         bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
         head_dim: int | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__(dim, role)
         check_dropout(dropout)
         check_heads(dim, num_heads, num_kv_heads, head_dim)
+        if scale is not None and not 0 < scale < math.inf:
+            raise UserError(f"scale must be above 0, got {scale}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
-        self.dropout = dropout
+        self.dropout, self.scale = dropout, scale
         q_dim, kv_dim = num_heads * self.head_dim, 2 * num_kv_heads * self.head_dim
         if role == "cross":
             self.q = nn.Linear(dim, q_dim, bias=bool(bias))
@@ -95,7 +101,7 @@ class GroupedQuery(Attention):
         return y
 
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Return softmax(q k^T / sqrt(E)) v, (B, H, T, E)."""
+        """Return softmax(q k^T scale) v, (B, H, T, E)."""
         return F.scaled_dot_product_attention(
             q_BHTE,
             k_BKSE,
@@ -103,6 +109,7 @@ class GroupedQuery(Attention):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
+            scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
@@ -150,6 +157,7 @@ class MultiHead(GroupedQuery):
         bias: whether the projections have biases; ``qkv``: all but the output projection.
         dropout: probability that an attention weight is dropped in training.
         head_dim: width of a head; None: ``dim / num_heads``.
+        scale: what scores are multiplied by; None: one over the root of the width of a head (T5 has 1).
 
     Raises:
         UserError: when the heads do not divide the width.
@@ -164,8 +172,9 @@ class MultiHead(GroupedQuery):
         bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
         head_dim: int | None = None,
+        scale: float | None = None,
     ) -> None:
-        super().__init__(dim, role, num_heads, num_heads, qk_norm, bias, dropout, head_dim)
+        super().__init__(dim, role, num_heads, num_heads, qk_norm, bias, dropout, head_dim, scale)
 
 
 class Standard(GroupedQuery):

@@ -10,10 +10,14 @@ from typing import Any, Literal
 from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
+from llmkit.errors import UserError, unknown
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import Written, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Memory, Sequence, first_rows, padded, segments_of
+
+STARTS = ("bos", "eos", "pad")
+"""Tokens that may stand before a target."""
 
 
 class SequenceToSequence(Head):
@@ -22,13 +26,28 @@ class SequenceToSequence(Head):
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
         references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
+        start: the tokens that the decoder reads before a target; None: bos.
+
+    Raises:
+        UserError: no token to start with, or an unknown one.
     """
 
     topology = "encoder_decoder"
 
-    def __init__(self, label_smoothing: float = 0.1, references: Literal["one", "lines"] = "one") -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.1,
+        references: Literal["one", "lines"] = "one",
+        start: list[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.label_smoothing, self.references = label_smoothing, references
+        start = ["bos"] if start is None else start
+        if not start:
+            raise UserError("start should have at least one token, got none")
+        for name in start:
+            if name not in STARTS:
+                raise UserError(f"start: {unknown('token', name, STARTS)}")
+        self.label_smoothing, self.references, self.start = label_smoothing, references, list(start)
 
     @abstractmethod
     def text_metrics(self) -> dict[str, nn.Module]:
@@ -40,16 +59,22 @@ class SequenceToSequence(Head):
         return lines or [target]
 
     def encode(self, rows: Mapping[str, list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
-        """Return ``source`` and ``target`` ids, each ended by eos and cut to the context."""
+        """Return ``source`` and ``target`` ids, each ended by eos and cut to the context.
+
+        A tokenizer may put other ids around a source.
+        """
+        before, _, after = tokenizer.around
+        after = after or [tokenizer.eos_id]
+        room, begun = max_length - len(before) - len(after), len(self.start)
         sources = tokenizer.encode_batch(rows[self.inputs[0]])
-        features: dict[str, list[Any]] = {"source": [[*row[: max_length - 1], tokenizer.eos_id] for row in sources]}
-        longest = [len(row) + 1 for row in sources]
+        features: dict[str, list[Any]] = {"source": [[*before, *row[: max(room, 0)], *after] for row in sources]}
+        longest = [len(row) + len(before) + len(after) for row in sources]
         if self.targets[0] in rows:
             written = rows[self.targets[0]]
             targets = tokenizer.encode_batch([self._listed(target)[0] for target in written])
             features["reference"] = written  # metrics compare with the text itself, which the ids may not give back
-            features["target"] = [[*row[: max_length - 1], tokenizer.eos_id] for row in targets]
-            longest = [max(a, len(b) + 1) for a, b in zip(longest, targets, strict=True)]
+            features["target"] = [[*row[: max(max_length - begun, 0)], tokenizer.eos_id] for row in targets]
+            longest = [max(a, len(b) + begun) for a, b in zip(longest, targets, strict=True)]
             both = zip(features["source"], features["target"], strict=True)
             features["skew"] = [len(source) - len(target) for source, target in both]
         features["length"] = [min(length, max_length) for length in longest]
@@ -65,10 +90,14 @@ class SequenceToSequence(Head):
             batch["segments"] = segments
         if "target" in features[0]:
             targets = [feature["target"] for feature in features]
-            batch["ids"] = padded([[tokenizer.bos_id, *row[:-1]] for row in targets], tokenizer.pad_id)
-            batch["targets"] = padded(targets, IGNORE)
+            start = self._start(tokenizer)
+            batch["ids"] = padded([[*start, *row[:-1]] for row in targets], tokenizer.pad_id)
+            batch["targets"] = padded([[IGNORE] * (len(start) - 1) + row for row in targets], IGNORE)
             batch["reference"] = [feature["reference"] for feature in features]
         return batch
+
+    def _start(self, tokenizer: Tokenizer) -> list[int]:
+        return [int(getattr(tokenizer, f"{role}_id")) for role in self.start]
 
     def loss(self, net: Network, batch: Batch) -> Loss:
         """Return the summed, smoothed cross-entropy of the target tokens."""
@@ -108,9 +137,9 @@ class SequenceToSequence(Head):
     def _write(
         self, net: Network, batch: Batch, memory: Memory, tokenizer: Tokenizer, options: DecodingOptions
     ) -> list[list[Written]]:
-        starts = [[tokenizer.bos_id]] * len(batch["source"])
+        starts = [self._start(tokenizer)] * len(batch["source"])
         # Not of the batch: an answer does not depend on it.
-        limit = options.max_new_tokens or max(net.max_length - 1, options.min_new_tokens)
+        limit = options.max_new_tokens or max(net.max_length - len(self.start), options.min_new_tokens)
         options = dataclasses.replace(options, max_new_tokens=limit)
         rows, device = batch.get("rows"), batch["source"].device
         return write(net, starts, tokenizer, options, memory=memory, rows=rows, device=device)

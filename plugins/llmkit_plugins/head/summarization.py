@@ -22,6 +22,7 @@ class Summarization(SequenceToSequence):
     Args:
         label_smoothing: share of the probability spread evenly over the vocabulary while training.
         references: ``lines``: each line of a summary is a reference of its own, the first of which is trained on.
+        start: the tokens that the decoder reads before a summary, of ``bos``, ``eos`` and ``pad``; None: bos.
     """
 
     inputs = ("document",)

@@ -37,6 +37,7 @@ class Translation(SequenceToSequence):
             for Chinese, ``ja-mecab`` for Japanese (``char`` where mecab is not installed), ``char`` for Thai, Lao,
             Burmese and Khmer, and ``13a`` for everything else.
         references: ``lines``: each line of a target is a reference of its own, the first of which is trained on.
+        start: the tokens that the decoder reads before a target, of ``bos``, ``eos`` and ``pad``; None: bos.
 
     Raises:
         UserError: an unknown tokenizer, or one whose package is not installed.
@@ -52,8 +53,9 @@ class Translation(SequenceToSequence):
         label_smoothing: float = 0.1,
         bleu_tokenize: Tokenize = "auto",
         references: Literal["one", "lines"] = "one",
+        start: list[str] | None = None,
     ) -> None:
-        super().__init__(label_smoothing, references)
+        super().__init__(label_smoothing, references, start)
         if bleu_tokenize not in get_args(Tokenize):
             raise UserError(unknown("bleu_tokenize", bleu_tokenize, get_args(Tokenize)))
         if bleu_tokenize != "auto":

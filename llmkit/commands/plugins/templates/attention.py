@@ -34,6 +34,7 @@ class Template(Attention):
         bias: whether the linear maps have biases.
         dropout: probability that an attention weight is dropped in training.
         head_dim: width of a head; None: ``dim / num_heads``.
+        scale: what scores are multiplied by; None: one over the root of the width of a head.
 
     Raises:
         UserError: when the heads do not divide the width, or ``dropout`` is not a probability below one.
@@ -50,6 +51,7 @@ class Template(Attention):
         bias: bool = False,
         dropout: float = 0.0,
         head_dim: int | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__(dim, role)
         if num_heads < 1 or (head_dim is None and dim % num_heads):
@@ -57,6 +59,7 @@ class Template(Attention):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.num_heads, self.head_dim, self.dropout = num_heads, head_dim or dim // num_heads, dropout
+        self.scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
         inner = num_heads * self.head_dim
         # Maps computed as one are marked: the optimizer Muon has to treat each by itself.
         if role == "cross":
@@ -90,7 +93,7 @@ class Template(Attention):
             k_BHSE, v_BHSE, source = self._remember(state, k_BHSE, v_BHSE, source)
             state.length += x_BTD.shape[1]
 
-        scores_BHTS = q_BHTE @ k_BHSE.transpose(2, 3) / math.sqrt(self.head_dim)
+        scores_BHTS = q_BHTE @ k_BHSE.transpose(2, 3) * self.scale
         bias_BHTS = seq.bias(source, self.num_heads) if memory is None else None
         if bias_BHTS is not None:
             scores_BHTS = scores_BHTS + bias_BHTS.to(scores_BHTS.dtype)

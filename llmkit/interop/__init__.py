@@ -1,0 +1,1 @@
+"""Models of llmkit as other libraries know models: transformers, lm-evaluation-harness."""
