@@ -51,7 +51,7 @@ def test_keys_and_sizes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     facts = inspect(text)
     assert set(facts) == {*("tree", "parameters", "flops_per_token", "memory_bytes", "tokens_per_step", "vocab_size")}
-    assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total"}
+    assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total", "trained"}
     assert set(facts["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations", "peak"}
     assert facts["vocab_size"] == 6 + len(set(text.read_text()))  # special tokens and characters
     assert facts["tokens_per_step"] == BATCH * CONTEXT
@@ -91,6 +91,7 @@ def test_parameters(text: Path) -> None:
         "non_embedding": layers,
         "head": 0,
         "total": embedding + layers,
+        "trained": embedding + layers,
     }
     untied = inspect(text, "--model.tie_embeddings", "false")["parameters"]
     assert untied["total"] == embedding + layers + embedding
