@@ -16,6 +16,7 @@ from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import initial, take_weights
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
+from llmkit.hf.adapter import Adapter, read_adapter
 from llmkit.hf.architecture import Architecture, Settings, Task
 from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
@@ -97,14 +98,29 @@ def _same_head(head: Any, task: Task) -> bool:
 class Published(Stored):
     """A published model, converted: every weight of it is to be taken, or belongs to a head."""
 
-
-def starting_point(init_from: str) -> tuple[Stored, Tokenizer]:
-    """Return the weights and the tokenizer that ``model.init_from`` means, of a checkpoint or a published model."""
-    return published(init_from) if is_published(init_from) else initial(init_from)
+    adapter: Adapter | None = None
+    """Adapters that are not merged."""
 
 
-def published(init_from: str) -> tuple[Published, Tokenizer]:
-    """Return a published model as a checkpoint would hold it, and its tokenizer.
+def starting_point(init_from: str | None, adapter: str | None, apart: bool) -> tuple[Stored, Tokenizer]:
+    """Return the weights and the tokenizer that ``model.init_from`` means, of a checkpoint or a published model.
+
+    Args:
+        init_from: the key ``model.init_from``.
+        adapter: the key ``model.adapter``.
+        apart: whether the adapter is kept apart, and not merged.
+
+    Raises UserError when a file is missing or damaged, or what is in it does not fit together.
+    """
+    if init_from is not None and is_published(init_from):
+        return published(init_from, adapter, apart)
+    if adapter is not None or init_from is None:
+        raise UserError(Problem("model.adapter", "needs the model that it adapts: model.init_from: hf:NAME_OR_FOLDER"))
+    return initial(init_from)
+
+
+def published(init_from: str, adapter: str | None = None, apart: bool = False) -> tuple[Published, Tokenizer]:
+    """Return a published model as a checkpoint would hold it, perhaps with an adapter, and its tokenizer.
 
     Raises UserError when a file is missing or damaged, or weights are missing or left over.
     """
@@ -113,6 +129,11 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
     architecture = architecture_of(config)
     settings, task = architecture.settings(), architecture.task()
     theirs = _network_names(architecture, source.weights())
+    adapts = None if adapter is None else read_adapter(adapter, architecture)
+    if adapts is not None:
+        theirs |= adapts.saved
+        if not apart:
+            adapts.merge(theirs)
     weights = [Weight(f"net.{w.ours}", w.theirs, w.transposed, w.skip) for w in architecture.weights()]
     state = take(weights, theirs, source.text)
     if state["net.embedding.weight"].shape != (settings["vocab_size"], settings["dim"]):
@@ -132,7 +153,8 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
         "head_info": task.info if task else {},
         "config": {},
     }
-    return Published(Path(init_from), {"llmkit": part, "state_dict": state}), tokenizer
+    kept = adapts if apart else None
+    return Published(Path(init_from), {"llmkit": part, "state_dict": state}, kept), tokenizer
 
 
 def _plain(key: str, value: Any) -> Any:

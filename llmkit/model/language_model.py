@@ -79,6 +79,8 @@ class LanguageModel(Answers):
         init_from: a checkpoint (of a run folder: its best one) whose tokenizer, and weights where name and shape fit, a
             new run begins with, or a model of Hugging Face, ``hf:NAME_OR_FOLDER[@REVISION]``. It may be of another
             head. A run that is resumed does not read it, and the model that comes out does not need it.
+        adapter: a folder, or a name on the hub, with an adapter of peft for the model of Hugging Face that
+            ``init_from`` names: with ``lora`` the adapters begin with it, else it is merged into the weights.
         word_vectors: a text file of word vectors (GloVe's format) that the embedding of a new run begins with; for the
             tokenizer ``word``, mostly. ``dim`` has to be their width.
     """
@@ -111,6 +113,7 @@ class LanguageModel(Answers):
         decoding: DecodingOptions | None = None,
         max_bad_steps: int = 5,
         init_from: str | None = None,
+        adapter: str | None = None,
         word_vectors: str | None = None,
     ) -> None:
         super().__init__()
@@ -134,9 +137,9 @@ class LanguageModel(Answers):
         self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
         self.word_vectors = word_vectors
-        if init_from is not None:
+        if init_from is not None or adapter is not None:
             with blame("model.init_from"):
-                self._initial, self.tokenizer = starting_point(init_from)
+                self._initial, self.tokenizer = starting_point(init_from, adapter, apart=lora is not None)
         self.parts.try_out(self.head.topology)
 
     # Construction
@@ -174,11 +177,13 @@ class LanguageModel(Answers):
         self.net.quieten(self.head.scored_share)
         if self._initial is not None:
             taken = begin(self.state_dict(), self.spec, self._initial)
-            self._initial = None
             if self.global_rank == 0:
                 note(taken)
         with restarted():
             self._adapt(self.net)
+        if isinstance(self._initial, Published) and self._initial.adapter is not None:
+            self._initial.adapter.begin(self.net)
+        self._initial = None
         if self.spec["freeze"] and (frozen := freeze_parts(self, self.spec["freeze"])) and self.global_rank == 0:
             note(f"model.freeze: {frozen:,} parameters stay as they are")
         if self.spec["lora"] and self.global_rank == 0:
@@ -301,7 +306,7 @@ class LanguageModel(Answers):
         if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
-            if spec.get("init_from") is not None or spec.get("word_vectors") is not None:
+            if any(spec.get(name) is not None for name in ("init_from", "adapter", "word_vectors")):
                 raise UserError("a checkpoint begins with its own weights, it has no init_from")
             model = cls(**spec)
         model.restore(stored)
@@ -311,17 +316,20 @@ class LanguageModel(Answers):
         return model.to(device).eval()
 
     @classmethod
-    def published(cls, name: str, head: Mapping[str, Any] | str | None = None) -> LanguageModel:
+    def published(
+        cls, name: str, head: Mapping[str, Any] | str | None = None, adapter: str | None = None
+    ) -> LanguageModel:
         """Return a model of Hugging Face, ready to predict.
 
         Args:
             name: ``hf:NAME_OR_FOLDER[@REVISION]``.
             head: another head than the one it was published with, as a config names it.
+            adapter: an adapter of peft that is merged into its weights.
 
         Raises UserError when it cannot be read, is of an architecture that is not supported, or has no head.
         """
         settings, _ = settings_of(name, head)
-        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name)
+        model = cls(**{**settings, **({"head": head} if head else {})}, init_from=name, adapter=adapter)
         assert model._initial is not None
         if model.spec["head"]["class_path"] == model._initial.part["model"].get("head", {}).get("class_path"):
             model.head.set_info(model._initial.part["head_info"])
