@@ -170,12 +170,21 @@ class Asks(Norm):
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 
-CASES = [(head, "multi_head", batches) for head in FILES for batches in (1, 2)]
+CASES = [(head, {}, batches) for head in FILES for batches in (1, 2)]
+AGAIN = {"gradient_checkpointing": True, "num_layers": 3}
+LESS = {**AGAIN, "lora": {"rank": 2}}
 
 
-@pytest.mark.parametrize(("head", "attention", "batches"), [*CASES, ("generation", "lstm", 1)])
+@pytest.mark.parametrize(
+    ("head", "settings", "batches"),
+    [
+        *CASES,
+        ("generation", {"attention": plugin("attention", "lstm")}, 1),
+        *(("generation", AGAIN, 1), ("generation", LESS, 1)),
+    ],
+)
 def test_peak(
-    head: str, attention: str, batches: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: str, settings: dict[str, Any], batches: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against what the CPU's allocator reports to torch's profiler; the sum of the parts is an upper limit.
 
@@ -187,9 +196,8 @@ def test_peak(
     (tmp_path / "text.txt").write_text(text.read_text())
     tokenizer: Any = plugin("tokenizer", "char")
     data = DataModule(train=str(tmp_path / FILES[head]), tokenizer=tokenizer, batch_size=8, cache_dir=str(tmp_path))
-    mixing: Any = plugin("attention", attention)
-    context = 96 if attention == "lstm" else 32  # of which its kernel keeps a workspace
-    model = LanguageModel(plugin("head", head), attention=mixing, dim=64, num_layers=2, context=context)
+    context = 96 if "attention" in settings else 32  # the kernel of LSTMs keeps a workspace of each position
+    model = LanguageModel(plugin("head", head), **{"dim": 64, "num_layers": 2, "context": context, **settings})
     build(model, data)
     batch = next(iter(data.train_dataloader()))
     assert model.tokenizer is not None
