@@ -170,7 +170,7 @@ class Asks(Norm):
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 
-CASES = [(head, {}, batches) for head in FILES for batches in (1, 2)]
+CASES: list[tuple[str, dict[str, Any], int]] = [(head, {}, batches) for head in FILES for batches in (1, 2)]
 AGAIN = {"gradient_checkpointing": True, "num_layers": 3}
 LESS = {**AGAIN, "lora": {"rank": 2}}
 
