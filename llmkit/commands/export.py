@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser, imported
+from llmkit.errors import UserError
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -14,24 +15,55 @@ def run(command: str, argv: list[str]) -> int:
     parser = Parser(command, "Write a checkpoint as a folder in the format of Hugging Face.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, or a run folder: its best one")
     parser.add_argument("folder", metavar="FOLDER", help="the folder to write, which must not exist")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
     parser.add_imports()
     args = parser.parse(argv)
     from llmkit.checkpoint.archive import file_of
+
+    with imported(args.imports):
+        path = file_of(args.checkpoint, "best.ckpt", "last.ckpt")
+        write = _adapters if args.adapter else _whole
+        lines = write(path, Path(args.folder))
+    print(f"{args.folder}: {lines[0]}", *lines[1:], sep="\n")
+    return 0
+
+
+def _whole(path: Path, folder: Path) -> list[str]:
+    """Write a model; returns what to print: its architecture and size, and what transformers needs for it."""
     from llmkit.checkpoint.content import section
     from llmkit.hf.export import export
     from llmkit.model.language_model import load
 
-    with imported(args.imports):
-        path = file_of(args.checkpoint, "best.ckpt", "last.ckpt")
-        model = load(path)
-        assert model.tokenizer is not None
-        part = section(model.spec, model.tokenizer, model.head, model.config)
-        card = _card(path, part, model.size)
-        written = export(Path(args.folder), part, model.state_dict(), model.tokenizer, card)
-    print(f"{args.folder}: {written.architecture}{model.size}")
-    if written.reason is not None:
-        print(f"transformers needs llmkit to load it: {written.reason}")
-    return 0
+    model = load(path)
+    assert model.tokenizer is not None
+    part = section(model.spec, model.tokenizer, model.head, model.config)
+    card = _card(path, part, model.size)
+    written = export(folder, part, model.state_dict(), model.tokenizer, card)
+    needs = [] if written.reason is None else [f"transformers needs llmkit to load it: {written.reason}"]
+    return [f"{written.architecture}{model.size}", *needs]
+
+
+def _adapters(path: Path, folder: Path) -> list[str]:
+    """Write the adapters of a checkpoint; returns what to print. Raises UserError when it has none."""
+    from llmkit.checkpoint.content import Stored, check_classes, read
+    from llmkit.checkpoint.weights import without_adapters
+    from llmkit.hf.adapter import write_adapter
+    from llmkit.hf.folder import PREFIX, Config
+    from llmkit.hf.native import native
+    from llmkit.hf.start import architecture_of, is_published
+
+    stored = Stored(path, read(path))
+    check_classes(stored.part, f"checkpoint {path}")
+    if stored.part["model"].get("lora") is None:
+        raise UserError(f"{path} was trained without model.lora: it has no adapters")
+    whole = without_adapters(stored)
+    labels = list(stored.part["head_info"].get("labels", []))
+    content, _ = native(whole.part["model"], whole.content["state_dict"], labels)
+    begun = (stored.part["config"].get("model") or {}).get("init_from")
+    base = str(begun).removeprefix(PREFIX) if is_published(begun) else None
+    architecture = architecture_of(Config("the export", content))
+    count = write_adapter(folder, architecture, stored.part["model"]["lora"], stored.content["state_dict"], base)
+    return [f"adapters of {count} linear maps"]
 
 
 def _card(checkpoint: Path, part: dict[str, Any], size: str) -> str:

@@ -15,6 +15,11 @@ def run(command: str, argv: list[str]) -> int:
     add("model", metavar="hf:NAME_OR_FOLDER[@REVISION]", help="a folder, or a name on the hub")
     add("checkpoint", metavar="OUT.ckpt", help="the file to write")
     add("--head", metavar="NAME", help="another head than the one that the model was published with")
+    add(
+        "--adapter",
+        metavar="FOLDER",
+        help="an adapter of peft (LoRA) that is merged into the weights",
+    )
     parser.add_imports()
     args = parser.parse(argv)
     path = Path(args.checkpoint)
@@ -29,7 +34,7 @@ def run(command: str, argv: list[str]) -> int:
     if not is_published(args.model):
         raise UserError(f"import: {args.model} does not begin with hf:, as in hf:gpt2 or hf:./folder")
     with imported(args.imports):
-        model = LanguageModel.published(args.model, args.head)
+        model = LanguageModel.published(args.model, args.head, args.adapter)
         save_model(model, path)
     print(f"{path}: {type(model.head).__name__}{model.size}")
     return 0
