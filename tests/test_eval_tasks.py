@@ -18,7 +18,7 @@ from llmkit import LanguageModel, UserError, load, plugin
 from llmkit.run.saving import save_model
 from llmkit.sequence import DecodingOptions, Sequence
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")
 
 CONTEXT = 24
 DOCS: list[dict[str, Any]] = [
@@ -180,11 +180,20 @@ def test_what_cannot_be_judged(folder: Path, tmp_path: Path, monkeypatch: pytest
     }.items():
         result = llmkit("eval", path, *words)
         assert result.code == 2 and says in result.err, result.err
-    from llmkit.interop.lm_eval import Adapter
+    from llmkit.interop import lm_eval as ours
 
+    def few(include_path: Any, include_defaults: bool) -> Any:
+        """The harness with three tasks of its own: to read all of them takes ten seconds."""
+        assert include_defaults and not include_path
+        return lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+
+    monkeypatch.setattr(ours, "TaskManager", few)
+    result = llmkit("eval", path, "--tasks", "chose")
+    assert result.code == 2 and "unknown task 'chose'. Did you mean 'choose'? Allowed: a YAML file, or" in result.err
+    assert "choose" in done("eval", path, "--tasks", "choose", "--limit", 1).out
     other = LanguageModel(head=plugin("head", "masked_lm"), dim=8, num_layers=1)
     with pytest.raises(UserError, match="MaskedLM is no language model: tasks are for generation and completion"):
-        Adapter(other)
+        ours.Adapter(other)
     monkeypatch.setattr("llmkit.commands.eval.find_spec", lambda name: None)
     result = llmkit("eval", path, "--tasks", folder / "tasks" / "roll.yaml")
     assert result.code == 2 and result.err.endswith("needs lm-evaluation-harness: pip install 'llmkit[eval]'\n")

@@ -144,7 +144,7 @@ def test_package_plugin(tmp_path: Path, library: Path, monkeypatch: pytest.Monke
     from llmkit.interop.transformers import LlmkitForCausalLM
 
     assert "LlmkitForCausalLM" in done("export", tmp_path / "runs" / "quickstart", "exported").out
-    assert "needs the packages llmkit, llmkit-aft and transformers" in Path("exported/README.md").read_text()
+    assert "needs llmkit, llmkit-aft and transformers" in Path("exported/README.md").read_text()
     tokenizer: Any = AutoTokenizer.from_pretrained("exported")
     model: Any = LlmkitForCausalLM.from_pretrained("exported")
     written = model.generate(**tokenizer("def main", return_tensors="pt"), max_new_tokens=4, do_sample=False)

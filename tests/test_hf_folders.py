@@ -386,6 +386,12 @@ def test_bin_files_and_parts(tmp_path: Path) -> None:
     (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     for folder in (binary, parts):
         (folder / "model.safetensors").unlink()
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "1"  # as the hub's cache has it
+    snapshot.mkdir(parents=True)
+    (tmp_path / "whole").rename(tmp_path / "models--gpt2" / "blobs")
+    for file in (tmp_path / "models--gpt2" / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    for folder in (binary, parts, snapshot):
         for name, value in LanguageModel.published(f"hf:{folder}").state_dict().items():
             assert torch.equal(value, expected[name]), name
 

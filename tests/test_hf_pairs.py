@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,9 +226,75 @@ def test_weights_that_are_missing_left_over_or_there_twice(tmp_path: Path) -> No
         read("t5", lambda given: {**given, "lm_head.weight": shared + 1})
     with pytest.raises(UserError, match=r"final_logits_bias should be one row, it has the shape \(3, 64\)"):
         read("marian", lambda given: {**given, "final_logits_bias": torch.ones(3, 64)})
-    (tmp_path / "marian" / "tokenizer.json").rename(tmp_path / "marian" / "source.spm")
-    with pytest.raises(UserError, match=r"it has no tokenizer.json, only source.spm and target.spm: put one there"):
+    (tmp_path / "marian" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="it has no tokenizer.json"):
         read("marian", without())
+
+
+def message(*fields: tuple[int, int | float | bytes]) -> bytes:
+    """A message in the format of Protocol Buffers, of numbers below 128."""
+    data = b""
+    for number, value in fields:
+        if isinstance(value, bytes):
+            data += bytes([number << 3 | 2, len(value)]) + value
+        elif isinstance(value, float):
+            data += bytes([number << 3 | 5]) + struct.pack("<f", value)
+        else:
+            data += bytes([number << 3, value])
+    return data
+
+
+def sentencepiece(scores: dict[str, float], kind: int = 1) -> bytes:
+    """A model of these pieces, ``_`` being the mark of a blank."""
+    pieces = [(piece.replace("_", "\u2581").encode(), score) for piece, score in scores.items()]
+    special = [message((1, name), (2, 0.0), (3, 2 if name == b"<unk>" else 3)) for name in (b"<unk>", b"</s>")]
+    texts = [message((1, piece), (2, score)) for piece, score in pieces]
+    return message(*((1, piece) for piece in (*special, *texts)), (2, message((3, kind))), (3, message((1, b"none"))))
+
+
+def test_the_tokenizer_of_a_marian_folder(tmp_path: Path) -> None:
+    """The likeliest pieces of the source, ids of both languages; a longer piece of the target alone is never read."""
+    scores = {"_a": -1.0, "b": -1.5, "_ab": -2.0, "_": -3.0, "a": -4.0, "c": -2.0}
+    (tmp_path / "source.spm").write_bytes(sentencepiece(scores))
+    names = ["</s>", "<unk>", ">>fra<<", *scores, "_x", "xb", "x", "<pad>"]
+    ids = {name.replace("_", "\u2581"): number for number, name in enumerate(names)}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    tokenizer: Any = plugin("tokenizer", "pretrained", path=str(tmp_path), as_published=True)()
+
+    def pieces(text: str) -> list[str]:
+        return [names[number] for number in tokenizer.encode(text)]
+
+    assert pieces("ab") == ["_ab"] and pieces("  abb   ac ") == ["_ab", "b", "_a", "c"]
+    assert pieces("xb") == ["_", "x", "b"]  # transformers looks up an unknown character as it stands
+    assert pieces("a\u4e2d\u6587") == ["_a", "<unk>"]
+    assert pieces(">>fra<< a") == [">>fra<<", "_a"] and ">>fra<<" not in pieces("a >> fra <<")
+    assert pieces("</s>")[-1] == "<unk>"
+    assert tokenizer.decode([ids["\u2581x"], ids["xb"], ids["x"], ids["\u2581a"], 0]) == "xxbx a"
+    assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (0, 1, len(names) - 1)
+    assert tokenizer.around[::2] == ([], [0]) and tokenizer.vocab_size == len(names)
+
+    whole = sentencepiece(scores)
+    for data, says in (
+        (whole[:-3], "is not a SentencePiece model of the kind unigram (it is cut short)"),
+        (whole + b"\x0f", "is not a SentencePiece model of the kind unigram (it has a field of an unknown kind)"),
+        (sentencepiece(scores, 2), "of the kind unigram (its kind is 2, and it has 6 pieces)"),
+        (b"", "of the kind unigram (its kind is 1, and it has 0 pieces)"),
+    ):
+        (tmp_path / "source.spm").write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(says)):
+            plugin("tokenizer", "pretrained", path=str(tmp_path))().encode("a")
+    (tmp_path / "source.spm").write_bytes(whole)
+    for content, says in (
+        (
+            '{"<unk>": 0, "</s>": 2, "<pad>": 1, "a": 4}',
+            "should give each piece a number, from 0 without gaps",
+        ),
+        ('{"<unk>": 0, "</s>": 1}', "vocab.json has no <pad>"),
+        ("[", "vocab.json is not JSON"),
+    ):
+        (tmp_path / "vocab.json").write_text(content)
+        with pytest.raises(UserError, match=re.escape(says)):
+            plugin("tokenizer", "pretrained", path=str(tmp_path))().encode("a")
 
 
 @pytest.mark.parametrize(

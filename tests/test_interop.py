@@ -47,7 +47,7 @@ def tokenizer() -> Tokenizer:
 
 def scrambled(tokenizer: Tokenizer, head: str | dict[str, Any] = "generation", **parts: Any) -> LanguageModel:
     """A small model, built, whose weights are far from their initial values."""
-    sizes = {"dim": 16, "num_layers": 2, "context": CONTEXT}
+    sizes = {"dim": 16, "num_layers": 1, "context": CONTEXT}
     model = LanguageModel(**{**sizes, "head": head, **parts})
     model.tokenizer, model.head_ready = tokenizer, True
     model.head.learn(COLUMNS)
@@ -82,7 +82,7 @@ def ended(texts: list[str]) -> list[str]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"attention": name} for name in registry.entries("attention") if name != "pattern"},
-    "pattern": {"attention": ["lstm", {"name": "sliding_window", "window": 4}], "feedforward": "swiglu"},
+    "pattern": {"attention": ["lstm", {"name": "sliding_window", "window": 4}], "num_layers": 2},
     "alibi": {"position": "alibi", "tie_embeddings": False, "output_bias": True},
     "learned": {"position": "learned", "norm_first": False, "embedding_norm": True, "norm": "layer"},
 }
@@ -206,6 +206,20 @@ def test_a_masked_language_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids, real = read["input_ids"], read["attention_mask"]
     hidden: Tensor = model.head.dense(model.network.encode(ids, Sequence.of(ids, real)).x_BSD)  # type: ignore[operator]
     assert_equal(theirs(**read).logits, scores(model.network, hidden), real)
+    pipe: Any = transformers.pipeline("fill-mask", model=theirs, tokenizer=own)
+    (found,) = pipe(f"a text{own.mask_token}", top_k=1, tokenizer_kwargs={"split_special_tokens": False})
+    ids = torch.tensor([[*tokenizer.encode("a text"), tokenizer.mask_id]])
+    assert found["score"] == pytest.approx(float(theirs(ids).logits[0, -1].softmax(-1).max()), abs=1e-5)
+
+
+def test_transformers_builds_installed_plugins_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    written(scrambled(tokenizer, attention="gru"), tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    content["llmkit"]["model"]["attention"] = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "x")}}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="out config.json needs attention os.mkdir, which is not an installed plugin"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not (tmp_path / "x").exists()
 
 
 def test_heads_without_a_class_of_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:

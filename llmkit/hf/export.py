@@ -95,26 +95,19 @@ def _use(name: str, content: Mapping[str, Any], reason: str | None) -> str:
     lines = ["## Use", "", "```python", f"from transformers import {loader}, AutoTokenizer"]
     if reason is not None:
         packages = sorted({"llmkit", *_packages(content[OWN]["model"])})
-        needs = f"It needs the packages {', '.join(packages)} and transformers, version 5: {reason}."
-        lines = [
-            lines[0],
-            "",
-            needs,
-            "",
-            lines[2],
-            "import llmkit.interop.transformers  # or trust_remote_code=True below",
-        ]
-        lines += ["", f"from transformers import {loader}, AutoTokenizer"]
+        needs = f"It needs {', '.join(packages)} and transformers, version 5: {reason}."
+        registers = "import llmkit.interop.transformers  # or trust_remote_code=True below"
+        lines = ["## Use", "", needs, "", "```python", registers, "", lines[-1]]
     lines += ["", f'model = {loader}.from_pretrained("{name}")', f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     return "\n".join(["", *lines, "```", ""])
 
 
 def _packages(spec: Mapping[str, Any]) -> set[str]:
-    """Return the distributions that the parts of a model come from, or its module where there is none."""
+    """Return the distributions that the parts of a model come from; of a local plugin its file."""
     entries = [entry for family in registry.DEFAULTS for entry in registry.entries(family).values()]
-    homes = {entry.class_path: entry.distribution for entry in entries}
+    homes = {entry.class_path: entry.distribution for entry in entries if entry.distribution != "(local)"}
     paths = [path for path in _classes(spec) if not path.startswith(("torch.", "llmkit."))]
-    return {homes.get(path, path.rpartition(".")[0]) for path in paths}
+    return {homes.get(path, f"{path.rpartition('.')[0]}.py (by llmkit.imports.import_modules)") for path in paths}
 
 
 def _classes(spec: Any) -> Iterator[str]:

@@ -224,12 +224,9 @@ def _network_names(architecture: Architecture, weights: dict[str, Tensor]) -> di
 
 
 def _tokenizer(source: Source) -> Tokenizer:
-    file = source.file("tokenizer.json")
+    file = source.file("tokenizer.json") or (source.file("source.spm") and source.file("vocab.json"))
     if file is None:
-        text = "it has no tokenizer.json"
-        if source.file("source.spm"):
-            text += ", only source.spm and target.spm: put one there, as the copies for transformers.js have it"
-        raise UserError(f"{source.text}: {text}")
+        raise UserError(f"{source.text}: it has no tokenizer.json")
     source.file("tokenizer_config.json")  # next to it
     tokenizer: Tokenizer = registry.plugin("tokenizer", "pretrained", path=str(file.parent), as_published=True)()
     tokenizer.encode("a")

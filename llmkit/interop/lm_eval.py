@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from llmkit.checkpoint.content import begins_with
-from llmkit.errors import UserError, unknown
+from llmkit.errors import UserError, nearest
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import Scores, evaluating
 from llmkit.ops.decoding import generate
@@ -195,7 +195,9 @@ def run_tasks(model: LanguageModel, names: list[str], limit: int | None = None, 
     known = [by_file.get(str(Path(name).resolve()), name) if name in files else name for name in names]
     for name in known:
         if name not in files and name not in manager.task_index:
-            raise UserError(f"eval: {unknown('task', name, manager.all_tasks)}")
+            near, count = nearest(name, manager.all_tasks), len(manager.all_tasks)
+            text = f"a YAML file, or one of the {count:,} names that 'lm-eval ls tasks' lists"
+            raise UserError(f"eval: unknown task '{name}'.{near} Allowed: {text}.")
     random.seed(0)
     np.random.seed(SEED)
     torch.manual_seed(SEED)

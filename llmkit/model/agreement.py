@@ -52,7 +52,7 @@ class _Asked(Position):
 def position_arguments(
     position: Callable[..., Position], attention: Callable[..., Attention], dim: int, role: Role, layers: int
 ) -> dict[str, Any]:
-    """Return the arguments that a position encoding takes from the network: ``role`` and ``heads``.
+    """Return the arguments that a position encoding takes from the network: ``role`` and ``bias_heads``.
 
     Args:
         position: builds the position encoding.
@@ -65,7 +65,7 @@ def position_arguments(
     """
     takes = inspect.signature(target_of(position)).parameters
     found: dict[str, Any] = {"role": role} if "role" in takes else {}
-    return found | ({"heads": biased_heads(attention, dim, role, layers)} if "heads" in takes else {})
+    return found | ({"bias_heads": biased_heads(attention, dim, role, layers)} if "bias_heads" in takes else {})
 
 
 def biased_heads(attention: Callable[..., Attention], dim: int, role: Role, layers: int) -> int:

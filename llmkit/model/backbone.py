@@ -89,8 +89,8 @@ class Backbone(nn.Module, Network):
         max_length: most positions of one sequence.
         attention: builds the variant of a layer from ``(dim, role)``, and ``layer``, its number, if it takes that.
         cross_attention: builds the cross-attention of a decoder layer in the same way.
-        position: builds the position encoding from ``(dim, max_length)``, and ``role`` and ``heads`` if it takes them;
-            with a role there is one for each side of an encoder-decoder.
+        position: builds the position encoding from ``(dim, max_length)``, and ``role`` and ``bias_heads`` if it takes
+            them; with a role there is one for each side of an encoder-decoder.
         feedforward: builds the feedforward from ``dim``.
         norm: builds a norm from ``dim``.
         dropout: dropout on the embeddings and on each residual branch.

@@ -36,10 +36,12 @@ class Sinusoidal(Position):
 
     def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         """Add the waves."""
-        angles = _angles(positions_BT, self.dim, 10000.0)
         if self.layout == "interleaved":
+            angles = _angles(positions_BT, self.dim, 10000.0)
             waves_BTD = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : self.dim]
-        else:
+        else:  # as Marian's tables, which are computed in double precision; MPS has none
+            double = torch.float32 if positions_BT.device.type == "mps" else torch.float64
+            angles = _angles(positions_BT, self.dim, 10000.0, double)
             waves_BTD = torch.cat([angles.sin(), angles.cos()], dim=-1)[..., : self.dim]
         # Small initial embeddings would drown in the waves: section 3.4 scales them up.
         return (x_BTD * math.sqrt(self.dim) if self.scale else x_BTD) + waves_BTD.to(x_BTD.dtype)
@@ -143,7 +145,7 @@ class Relative(Position):
         dim: model width.
         max_length: the context; not a limit here.
         role: that of the stack's attention.
-        heads: number of heads of the attention; 0: it has no scores that a bias could be added to.
+        bias_heads: number of heads of the attention; 0: it has no scores that a bias could be added to.
         buckets: number of ranges.
         max_distance: where the last range begins.
 
@@ -156,7 +158,7 @@ class Relative(Position):
         dim: int,
         max_length: int,
         role: Role = "causal",
-        heads: int = 4,
+        bias_heads: int = 4,
         buckets: int = 32,
         max_distance: int = 128,
     ) -> None:
@@ -168,7 +170,7 @@ class Relative(Position):
             raise UserError(f"buckets must be at least {4 if self.both_ways else 2}, got {buckets}")
         if max_distance <= self.single:
             raise UserError(f"max_distance must be above {self.single} with {buckets} buckets, got {max_distance}")
-        self.table = nn.Embedding(buckets, heads) if heads else None
+        self.table = nn.Embedding(buckets, bias_heads) if bias_heads else None
         if self.table is not None:
             nn.init.normal_(self.table.weight, std=0.02)
 
@@ -233,13 +235,13 @@ def _(positions_BT: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     return positions_BT.new_empty(shape, dtype=torch.float32)
 
 
-def _angles(positions_BT: Tensor, width: int, base: float) -> Tensor:
-    """Return position * base ** (-2 i / width) for each pair i of channels, (B, T, ceil(width / 2)), float32."""
-    return positions_BT[..., None] * _frequencies(width, base, positions_BT.device)
+def _angles(positions_BT: Tensor, width: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return position * base ** (-2 i / width) for each pair i of channels, (B, T, ceil(width / 2))."""
+    return positions_BT[..., None] * _frequencies(width, base, positions_BT.device, dtype)
 
 
-def _frequencies(width: int, base: float, device: torch.device) -> Tensor:
-    pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+def _frequencies(width: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    pairs = torch.arange(0, width, 2, device=device, dtype=dtype)
     return base ** (-pairs / width)
 
 

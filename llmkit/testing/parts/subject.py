@@ -74,7 +74,7 @@ class Subject(Usage[Columns]):
         if self.contract is not Position:
             return self.factory(self.dim)
         takes = inspect.signature(registry.target_of(self.factory)).parameters
-        return self.factory(self.dim, self.context, **({"heads": self.num_heads} if "heads" in takes else {}))
+        return self.factory(self.dim, self.context, **({"bias_heads": self.num_heads} if "bias_heads" in takes else {}))
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         """Return a module in eval mode without constant weights."""

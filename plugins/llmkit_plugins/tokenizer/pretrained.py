@@ -15,6 +15,7 @@ from llmkit.errors import UserError
 
 from . import chat
 from .base import ROLES, HuggingFace, byte_level, check_ids, hidden, line, parse, rust_errors
+from .sentencepiece import source_tokenizer
 
 KNOWN = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -32,8 +33,9 @@ MAX_AROUND = 64
 class Pretrained(HuggingFace):
     """A ready tokenizer: a tokenizer.json, a folder with one or with vocab.json and merges.txt, or a hub name.
 
-    Source: the format of Hugging Face tokenizers; vocab.json and merges.txt are those of GPT-2. Special tokens are
-    found by their usual names (``[CLS]``, ``<s>``, ``<|endoftext|>``, ...); the missing ones get ids after the last.
+    Source: the format of Hugging Face tokenizers; vocab.json and merges.txt are those of GPT-2, and source.spm
+    with vocab.json those of Marian, which encode the source language and decode both. Special tokens are found by their
+    usual names (``[CLS]``, ``<s>``, ``<|endoftext|>``, ...); the missing ones get ids after the last.
     It is read at first use, so that a checkpoint, which holds all of it, does without the path.
 
     Args:
@@ -171,6 +173,8 @@ class Pretrained(HuggingFace):
         if path.is_dir():
             vocab, merges = path / "vocab.json", path / "merges.txt"
             if not (path / "tokenizer.json").is_file():
+                if vocab.is_file() and (path / "source.spm").is_file():
+                    return source_tokenizer(path, what)
                 if not (vocab.is_file() and merges.is_file()):
                     raise UserError(f"{what}: the folder has no tokenizer.json, and no vocab.json with merges.txt")
                 with rust_errors(what):
