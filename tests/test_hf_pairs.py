@@ -217,6 +217,11 @@ def test_weights_that_are_missing_left_over_or_there_twice(tmp_path: Path) -> No
     shared = weights["t5"]["shared.weight"]
     moved = read("t5", lambda given: {**without("shared.weight")(given), "encoder.embed_tokens.weight": shared})
     assert torch.equal(moved.network.embedding.weight, shared)
+    save(tmp_path / "bare", "BartModel", BART)
+    bare = LanguageModel.published(f"hf:{tmp_path / 'bare'}", "translation")
+    assert bare.spec["head"]["init_args"] == {"start": ["eos", "bos"]} and bare.network.output_bias is not None
+    with pytest.raises(UserError, match="model.head: must be set"):
+        LanguageModel.published(f"hf:{tmp_path / 'bare'}")
     key = "decoder.layers.1.encoder_attn.k_proj.weight"
     with pytest.raises(UserError, match=f"weights are missing: {key}$"):
         read("marian", without(f"model.{key}"))

@@ -93,9 +93,12 @@ def settings_of(init_from: str, head: Any) -> tuple[Settings, str]:
         names = config.get("architectures") or "(none)"
         raise UserError(Problem("model.head", f"must be set: {init_from} has no head that is known ({names})"))
     found = architecture.settings()
-    if task is not None:
-        same = next((own for own in (task.head, *task.others) if _same_head(head, own)), None)
-        found = found if same is None else {**found, **task.settings, "head": same}
+    # A network without a head is as good for those that have no weights of their own.
+    tasks = [item for item in architecture.tasks().values() if not item.weights] if task is None else [task]
+    for item in tasks:
+        for own in (item.head, *item.others):
+            if _same_head(head, own):
+                return {**found, **item.settings, "head": own}, config.where
     return found, config.where
 
 
