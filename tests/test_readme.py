@@ -340,8 +340,17 @@ def test_plugin_arguments_are_documented() -> None:
 
 def test_the_recipes_for_hugging_face_run(workspace: Path) -> None:
     page = ROOT / "docs" / "huggingface.md"
-    (recipe,) = (block.text for block in blocks(page, "yaml"))
+    recipe, chat = (block.text for block in blocks(page, "yaml"))
     hf_folder.write_bert(workspace / "bert")
+    talking = hf_folder.write(workspace / "talking")
+    template = {"chat_template": "{% for m in messages %}{{ m.role }} {{ m.content }}<|endoftext|>{% endfor %}"}
+    roles = json.loads((talking / "tokenizer_config.json").read_text())
+    (talking / "tokenizer_config.json").write_text(json.dumps(roles | template))
+    (talk,) = (block.text for block in blocks(page, "json"))
+    (workspace / "talks.jsonl").write_text(talk * 9)
+    (workspace / "chat.yaml").write_text(chat)
+    words = ("--model.init_from", "hf:./talking", "--model.context", "24", "--model.decoding.max_new_tokens", "4")
+    done("fit", "--config", "chat.yaml", *words, *TINY[-10:], "--output", "chats")
     for name in ("train.csv", "dev.csv"):
         (workspace / name).write_text("sentence,label\n" + "A good film,1\nA bad one,0\n" * 8)
     (workspace / "sst2.yaml").write_text(recipe)
