@@ -14,7 +14,7 @@ from hf_models import DECODERS, save
 from transformers import AutoTokenizer
 
 import llmkit as package
-from llmkit import LanguageModel, UserError
+from llmkit import UserError
 from llmkit.contracts import IGNORE
 from llmkit.data.examples import packed
 from llmkit.model.use import batch_of
@@ -132,9 +132,10 @@ def said_by(text: str) -> list[dict[str, str]]:
 
 
 @torch.no_grad()
-def test_examples_that_share_rows_see_nothing_of_each_other(base: Path) -> None:
+def test_examples_that_share_rows_see_nothing_of_each_other(base: Path, tmp_path: Path) -> None:
     """The loss of each is the same, in fewer rows; a row is as long as it may be."""
-    model = LanguageModel.published(f"hf:{base}", {"name": "completion", "chat": True}).eval()
+    done("import", f"hf:{base}", tmp_path / "chat.ckpt", "--head", "{name: completion, chat: true}")
+    model = package.load(tmp_path / "chat.ckpt")
     assert model.tokenizer is not None
     said = ("a", "bcd", "ef", "g", "hijk", "lm no")
     talks = [{"messages": [{"role": "system", "content": "x"}, *said_by(text)]} for text in said]

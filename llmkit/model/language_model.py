@@ -185,7 +185,7 @@ class LanguageModel(Loadable):
             if self.global_rank == 0:
                 note(taken)
         with restarted():
-            self._adapt(self.net)
+            adapt(self.net, self.spec["lora"], Draws())
         if isinstance(self._initial, hf.Published) and self._initial.adapter is not None:
             self._initial.adapter.begin(self.net)
         self._initial = None
@@ -205,14 +205,7 @@ class LanguageModel(Loadable):
     def meta_network(self, adapted: bool = False) -> Backbone:
         """Return the whole network without memory (on the meta device), however the weights of this one are sharded."""
         with torch.device("meta"):
-            net = self._new_network()
-            return self._adapt(net) if adapted else net
-
-    def _adapt(self, net: Backbone) -> Backbone:
-        """Put the adapters of ``lora`` on a network, which is returned."""
-        if self.spec["lora"]:
-            adapt(net, LoRA(**self.spec["lora"]), Draws())
-        return net
+            return adapt(self._new_network(), self.spec["lora"] if adapted else None, Draws())
 
     def _new_network(self) -> Backbone:
         return self.parts.backbone(self.head.topology, self._vocab_size)

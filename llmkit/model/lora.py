@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -14,18 +16,21 @@ from llmkit.model.initial import Draws
 from llmkit.ops.lora import LoRA, LoRALinear
 
 
-def adapt(net: Backbone, lora: LoRA, draws: Draws) -> None:
-    """Put adapters on maps of a network, which are all that is trained of it.
+def adapt(net: Backbone, settings: Mapping[str, Any] | None, draws: Draws) -> Backbone:
+    """Put adapters on maps of a network, which are all that is trained of it; returns the network.
 
     A begins with the spread of the paper's implementation, normally distributed, B at zero.
 
     Args:
         net: the network, which is changed.
-        lora: which maps, and the size of the adapters.
+        settings: which maps, and the size of the adapters, as a ``LoRA``; None: it stays as it is.
         draws: where random numbers come from.
 
     Raises UserError for a target that is no linear map of a layer.
     """
+    if settings is None:
+        return net
+    lora = LoRA(**settings)
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, Layer)}
     maps = {
         f"{name}.{inner}": module
@@ -55,6 +60,7 @@ def adapt(net: Backbone, lora: LoRA, draws: Draws) -> None:
                 nn.init.normal_(a, std=1 / math.sqrt(3 * module.in_features))
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, module)
+    return net
 
 
 def _parts(name: str) -> list[str]:
