@@ -18,6 +18,9 @@ VERBS = {
         "diff": "print how the configs of two runs differ",
         "schema": "print a JSON schema of configs, for editors",
     },
+    "scale": {
+        "fit": "fit the loss by size and tokens to runs in a CSV file, and report what they determine",
+    },
     "verify": {
         "resume": "kill a run at random moments, resume it, and compare it bit by bit with an undisturbed run",
         "metrics": "compute losses, gradients and metrics with many ways of batching, and compare them",
