@@ -46,7 +46,11 @@ def run(command: str, argv: list[str]) -> int:
         "columns": options.columns,
         "where": options.where,
     }
-    results = analyse(runs, stem, options.draws, options.hold_out, **facts)
+    held = None
+    if options.hold_out is not None:
+        held = {name: one.take(options.hold_out <= one.C) for name, one in runs.items()}
+        runs = {name: one.take(options.hold_out > one.C) for name, one in runs.items()}
+    results = analyse(runs, stem, options.draws, held, **facts)
     folder = Path(options.output or Path("runs", stem))
     report.write(results, folder)
     print(f"{sentences.summary(results)}\n\nreport: {folder / 'report.html'}")

@@ -28,7 +28,7 @@ POINTS = 40
 
 
 def analyse(
-    variants: Mapping[str, Runs], name: str, draws: int = 1000, hold_out: float | None = None, **facts: Any
+    variants: Mapping[str, Runs], name: str, draws: int = 1000, held: Mapping[str, Runs] | None = None, **facts: Any
 ) -> dict[str, Any]:
     """Return everything that the report says.
 
@@ -36,32 +36,34 @@ def analyse(
         variants: the runs of each.
         name: of the study.
         draws: of the bootstrap.
-        hold_out: runs of so many FLOPs or more are predicted, not fitted. None: none; the fit is then tested by
-            predicting the runs of the largest budget from the others.
+        held: runs of each that are predicted, not fitted. None: none; the fit is then tested by predicting the runs of
+            the largest budget from the others.
         facts: further entries of the results.
 
     Raises:
-        UserError: too little is left without the runs that are held out.
+        UserError: there are too few runs.
     """
     several = len(variants) > 1
-    fitted, held = {}, {}
     for label, runs in variants.items():
-        out = (math.inf if hold_out is None else hold_out) <= runs.C
-        fitted[label], held[label] = runs.take(~out), runs.take(out)
-        check(fitted[label], f"variant {label}, without what is held out: " if several else "without --hold_out: ")
-    found = {label: _variant(fitted[label], held[label], draws) for label in variants}
+        check(runs, f"variant {label}: " if several else "")
+    found = {label: _variant(runs, (held or {}).get(label), draws) for label, runs in variants.items()}
     return {
         "name": name,
         "llmkit": llmkit.__version__,
         **facts,
         "draws": draws,
-        "hold_out": hold_out,
         "variants": {label: results for label, (results, _, _) in found.items()},
         "multipliers": _multipliers(found) if several else [],
     }
 
 
-def _variant(runs: Runs, held: Runs, draws: int) -> tuple[dict[str, Any], Fit, list[Surface]]:
+def predictions(runs: Runs, held: Runs, draws: int) -> list[dict[str, Any]]:
+    """Return what the runs predict of others, with 90 % intervals: the same as in the report."""
+    fit = project(runs.N, runs.D, runs.L)
+    return _predictions(fit, bootstrap(runs.N, runs.D, runs.L, fit.surface, draws), held)
+
+
+def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any], Fit, list[Surface]]:
     fit = project(runs.N, runs.D, runs.L)
     drawn = bootstrap(runs.N, runs.D, runs.L, fit.surface, draws)
     cost = Cost.counted(runs.N, runs.D, runs.C) if runs.counted else SIX
@@ -73,7 +75,7 @@ def _variant(runs: Runs, held: Runs, draws: int) -> tuple[dict[str, Any], Fit, l
     laws = {axis: isoflop.power_law(found) for axis, found in parabolas.items()}
     biased = isoflop.bias(fit.surface, groups, runs.C, runs.N, cost)
     against = _parabola_reasons(parabolas["N"], laws["N"])
-    everything = np.concatenate([runs.C, held.C])
+    everything = np.concatenate([runs.C, held.C]) if held else runs.C
     grid = np.geomspace(everything.min(), 10 * everything.max(), POINTS)
     results: dict[str, Any] = {
         "runs": len(runs),
@@ -95,8 +97,8 @@ def _variant(runs: Runs, held: Runs, draws: int) -> tuple[dict[str, Any], Fit, l
         "conventions": _conventions(runs, groups),
         "optimum": _optimum(fit.surface, drawn, cost, grid),
         "points": _points(runs, fit),
-        "held_out": _predictions(fit, drawn, held),
-        "back_test": [] if len(held) else _back_test(runs, groups, draws),
+        "held_out": _predictions(fit, drawn, held) if held else [],
+        "back_test": [] if held else _back_test(runs, groups, draws),
     }
     return results, fit, drawn
 
@@ -252,12 +254,15 @@ def _points(runs: Runs, fit: Fit) -> list[dict[str, Any]]:
     columns = (runs.N, runs.D, runs.C, runs.L, runs.L * (1 + fit.residuals), fit.residuals, fit.weights)
     keys = ("N", "D", "C", "loss", "predicted", "residual", "weight")
     rows = zip(*(values.tolist() for values in columns), strict=True)
-    return [{"place": place, **dict(zip(keys, row, strict=True))} for place, row in zip(runs.places, rows, strict=True)]
+    found = [
+        {"place": place, **dict(zip(keys, row, strict=True))} for place, row in zip(runs.places, rows, strict=True)
+    ]
+    if runs.bits is not None:
+        return [{**point, "bits_per_byte": float(bits)} for point, bits in zip(found, runs.bits, strict=True)]
+    return found
 
 
 def _predictions(fit: Fit, drawn: Sequence[Surface], held: Runs) -> list[dict[str, Any]]:
-    if not len(held):
-        return []
     values, low, high = predict(fit, drawn, held.N, held.D)
     columns = (held.N, held.D, held.C, held.L, values, low, high)
     keys = ("N", "D", "C", "loss", "predicted", "low", "high")

@@ -48,6 +48,8 @@ def _body(title: str, results: Mapping[str, Any], pictures: list[str]) -> str:
         if rows := variant["held_out"] or variant["back_test"]:
             parts += [f"<h3>{'Held out' if variant['held_out'] else 'Back test'}</h3>"]
             parts += [page.paragraph(sentences.tested(variant)), _predictions(rows)]
+    if results.get("failed"):
+        parts += ["<h2>Runs without a result</h2>", page.bullets(results["failed"])]
     if results["multipliers"]:
         parts += ["<h2>Compute multipliers</h2>", page.paragraph(sentences.MULTIPLIERS), _multipliers(results)]
     parts += pictures
@@ -145,7 +147,9 @@ def _csv(results: Mapping[str, Any]) -> str:
 def _runs(results: Mapping[str, Any]) -> str:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["variant", "place", "params", "tokens", "flops", "loss", "predicted", "residual", "weight"])
+    names = {"N": "params", "D": "tokens", "C": "flops"}
+    (first, *_) = results["variants"].values()
+    table.writerow(["variant", *(names.get(key, key) for key in first["points"][0])])
     for label, variant in results["variants"].items():
         table.writerows([label, *point.values()] for point in variant["points"])
     return buffer.getvalue()

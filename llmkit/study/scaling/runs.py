@@ -49,7 +49,9 @@ class Runs:
     """N by the other conventions."""
     budget: Floats | None = None
     places: list[str] = field(default_factory=list)
-    """FILE:LINE of each."""
+    """FILE:LINE of each, or the name of its cell."""
+    bits: Floats | None = None
+    """Bits per byte of each."""
 
     def __len__(self) -> int:
         return len(self.L)
@@ -58,9 +60,9 @@ class Runs:
         """Return some of the runs: a mask or indices."""
         kept = np.arange(len(self))[rows]
         sizes = {name: values[kept] for name, values in self.sizes.items()}
-        budget = None if self.budget is None else self.budget[kept]
+        budget, bits = (None if values is None else values[kept] for values in (self.budget, self.bits))
         arrays = (self.N[kept], self.D[kept], self.L[kept], self.C[kept])
-        return Runs(*arrays, self.counted, sizes, budget, [self.places[index] for index in kept])
+        return Runs(*arrays, self.counted, sizes, budget, [self.places[index] for index in kept], bits)
 
 
 def read(files: Sequence[str], columns: str | None, where: Sequence[str] = ()) -> dict[str, Runs]:
