@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
     "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),
     "compare": ("llmkit.commands.compare:run", "train variants at equal cost, and report which differences are real"),
+    "scale": (
+        "llmkit.commands:run_verb",
+        "fit how the loss depends on size and tokens",
+    ),
     "cell": ("llmkit.commands.cell:run", "run one cell of a comparison in this process, for clusters"),
     "plugins": ("llmkit.commands:run_verb", "list, describe, check or create plugins"),
     "inspect": ("llmkit.commands.inspect:run", "describe the model of a config: parameters, FLOPs, memory"),

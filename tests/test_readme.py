@@ -78,6 +78,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "letters.de").write_text("Guten Morgen.\nGute Nacht.\n" * 20)
     hf_folder.write(tmp_path / "gpt2")
     (tmp_path / "pairs.jsonl").write_text('{"sentence_good": "A b", "sentence_bad": "B a"}\n' * 3)
+    sizes = [(N, D) for N in (1e6, 4e6, 1.6e7) for D in (1e7, 5e7, 2.5e8)]
+    losses = [f"{N},{D},{1.5 + 90 * N**-0.3 + 200 * D**-0.3}" for N, D in sizes]
+    (tmp_path / "runs.csv").write_text("\n".join(["size,seen,val_loss", *losses]) + "\n")
     (tmp_path / "notes.txt").write_text("Once upon a time there was a note. " * 60)
     for block in blocks(README, "yaml"):
         file = re.match(r"# (\w+\.yaml)\n", block.text)
@@ -125,6 +128,7 @@ def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.M
         tiny = TINY if "--config" in words else ()  # a checkpoint knows its own sizes
         longer = ("--trainer.max_steps", "4") if words[0] == "fit" and "--ckpt_path" in words else ()
         fewer = ("--kills", "1") if words[:2] == ["verify", "resume"] else ()
+        fewer = ("--draws", "20") if words[:2] == ["scale", "fit"] else fewer
         result = done(*words, *tiny, *longer, *fewer)
         check(words, result)
         ran.append(words[0])

@@ -206,7 +206,7 @@ def test_a_run_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
     with pytest.raises(UserError, match=r"trainer.devices: 2 processes; in a study each run is one process"):
-        compare._single(lambda cli: 0)(SimpleNamespace(trainer=SimpleNamespace(world_size=2)))  # type: ignore[arg-type]
+        compare.one_process(lambda cli: 0)(SimpleNamespace(trainer=SimpleNamespace(world_size=2)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "package"), [("slurm", "submitit"), ("ray", "ray")])
@@ -215,7 +215,7 @@ def test_an_executor_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"executor: {name} needs {package}: pip install 'llmkit\[{name}\]'"):
-        compare._executor(planned(tmp_path, executor={"name": name}))
+        compare.executor(planned(tmp_path, executor={"name": name}))
 
 
 # Tuning

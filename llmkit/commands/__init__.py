@@ -18,6 +18,9 @@ VERBS = {
         "diff": "print how the configs of two runs differ",
         "schema": "print a JSON schema of configs, for editors",
     },
+    "scale": {
+        "fit": "fit the loss by size and tokens to runs in a CSV file, and report what they determine",
+    },
     "verify": {
         "resume": "kill a run at random moments, resume it, and compare it bit by bit with an undisturbed run",
         "metrics": "compute losses, gradients and metrics with many ways of batching, and compare them",
@@ -125,8 +128,11 @@ def run_verb(command: str, argv: list[str]) -> int:
     """
     verbs, verb = VERBS[command], argv[0] if argv else ""
     words = [word for word in argv[:2] if not word.startswith("-")]
+    unnamed = {"plugins": "listing", "scale": "study"}.get(command)  # what the command does without a verb
     if command == "plugins" and verb not in verbs and len(words) < 2:  # nothing, options, or the name of a family
         verb, argv = "listing", ["", *argv]
+    elif command == "scale" and (not verb or verb.startswith("-")):
+        verb, argv = "study", ["", *argv]
     elif verb in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10}{text}" for name, text in verbs.items())
         print(f"usage: llmkit {command} COMMAND [options]\n\ncommands:\n{rows}")
@@ -135,6 +141,6 @@ def run_verb(command: str, argv: list[str]) -> int:
         raise UserError(f"{command} needs a command: {', '.join(verbs)}. See 'llmkit {command} --help'.")
     elif verb not in verbs:
         raise UserError(unknown(f"{command} command", verb, verbs))
-    name = command if verb == "listing" else f"{command} {verb}"
+    name = command if verb == unnamed else f"{command} {verb}"
     code: int = importlib.import_module(f"llmkit.commands.{command}.{verb}").run(name, argv[1:])
     return code

@@ -60,16 +60,16 @@ def run(command: str, argv: list[str]) -> int:
     special()  # a missing package is noticed before anything runs
     study = read(options.config, options.vary, given, rest)
     with one_device(), each_note_once():  # the base config is read once for each variant
-        plan = StudyPlan(study, variants(study, lambda work, words: run_instead(_single(work), words, command)))
+        plan = StudyPlan(study, variants(study, lambda work, words: run_instead(one_process(work), words, command)))
     if not plan.variants[study.baseline].facts["has_validation"]:
         raise UserError("compare needs validation data: see data.validation and data.validation_share")
     print(describe(plan), flush=True)
     if options.cells:
         return _list(plan)
-    return 0 if options.plan else _run(plan, _executor(plan))
+    return 0 if options.plan else _run(plan, executor(plan))
 
 
-def _single(work: Callable[[CLI], int]) -> Callable[[CLI], int]:
+def one_process(work: Callable[[CLI], int]) -> Callable[[CLI], int]:
     """Return ``work`` with a check before it: a cell is one process."""
 
     def checked(cli: CLI) -> int:
@@ -81,7 +81,8 @@ def _single(work: Callable[[CLI], int]) -> Callable[[CLI], int]:
     return checked
 
 
-def _executor(plan: StudyPlan) -> Executor:
+def executor(plan: StudyPlan) -> Executor:
+    """Return what runs the cells of a study, on this machine or on others."""
     study, settings = plan.study, dict(plan.study.executor)
     how = (plan.root, study.workers, study.threads, fit_cell)
     match settings.pop("name"):

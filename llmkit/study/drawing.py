@@ -140,8 +140,7 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     ticks = [tick for tick in (factor * power for power in powers for factor in (1, 2, 5)) if low <= tick <= high]
     if len(ticks) > 4:
         ticks = [power for power in powers if low <= power <= high]
-    axis.axes.set_xscale("log")
-    axis.axes.set_xlim(low, high)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
     axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5) or 1]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(EngFormatter(sep=""))

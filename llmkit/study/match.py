@@ -92,7 +92,8 @@ def _look(study: Study, variant: Variant, goals: dict[Match, float], calibration
     model = cli.model
     build(model, cli.datamodule)
     first = not goals
-    batch = next(iter(cli.datamodule.train_dataloader()))
+    loader = cli.datamodule.train_dataloader()
+    batch = next(iter(loader))
     positions = sum(batch[key].numel() for key in ("ids", "source") if key in batch)
     metric, better = model.head.monitor
     variant.facts = {
@@ -100,6 +101,7 @@ def _look(study: Study, variant: Variant, goals: dict[Match, float], calibration
         "sides": {"train_loss": "min", **_sides(model), f"val_{metric}": better},
         "steps": cli.trainer.max_steps if cli.trainer.max_steps > 0 else None,
         "tokens_per_step": positions * cli.trainer.accumulate_grad_batches * cli.trainer.world_size,
+        "epoch_tokens": positions * length if (length := _length(loader)) else None,
         "context": model.context,
         "precision": str(cli.trainer.precision),
         "has_validation": bool(cli.datamodule.val_dataloader()),
@@ -126,6 +128,14 @@ def _look(study: Study, variant: Variant, goals: dict[Match, float], calibration
         if timing is not None:
             each.costs["time"] = timing.seconds
     return 0
+
+
+def _length(loader: Any) -> int | None:
+    """Return the batches of an epoch; None: a stream does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def _sides(model: LanguageModel) -> dict[str, str | None]:

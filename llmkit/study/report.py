@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmkit.study import drawing, figures, sentences, tables, verdicts
+from llmkit.study import drawing, figures, page, sentences, tables, verdicts
 from llmkit.study.drawing import label, signed
 from llmkit.study.verdicts import Results, Verdict
 
@@ -33,9 +32,8 @@ def write(results: Results, folder: Path) -> None:
             (folder / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
     (folder / "table.csv").write_text(tables.as_csv(results, found), encoding="utf-8")
     (folder / "table.tex").write_text(tables.as_latex(results, found, decimals), encoding="utf-8")
-    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    page = template.substitute(title=html.escape(_title(results)), body=_body(results, found, decimals, pictures))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    text = page.page(_title(results), _body(results, found, decimals, pictures))
+    (folder / "report.html").write_text(text, encoding="utf-8")
 
 
 def _title(results: Results) -> str:
@@ -70,7 +68,7 @@ def _body(results: Results, found: Mapping[str, list[Verdict]], decimals: int, p
     margin = "" if results["margin"] is None else f"; differences below {results['margin']:g} do not matter"
     parts = [
         f"<h1>{html.escape(_title(results))}</h1>",
-        _paragraph(f"Against {results['baseline']}, paired by seed; {better}{margin}."),
+        page.paragraph(f"Against {results['baseline']}, paired by seed; {better}{margin}."),
         "<h2>Verdicts</h2>",
     ]
     for setting, rows in found.items():
@@ -83,13 +81,16 @@ def _body(results: Results, found: Mapping[str, list[Verdict]], decimals: int, p
         for line in sentences.other_settings(row, results, found)
     ]
     if changed:
-        parts += ["<p>These verdicts depend on the tuning, or on what is made equal:</p>", _list(changed)]
-    parts += [_figure(name, picture) for name, picture in pictures.items()]
+        parts += ["<p>These verdicts depend on the tuning, or on what is made equal:</p>", page.bullets(changed)]
+    parts += [page.figure(name, *CAPTIONS[name], picture) for name, picture in pictures.items()]
     parts += ["<h2>What was not equal</h2>", _cost_table(results)]
-    parts += [_list(sentences.unequal(results, found)) or "<p>Nothing else.</p>"]
-    parts += ["<h2>Methods</h2>", *map(_paragraph, sentences.methods(results, found))]
+    parts += [page.bullets(sentences.unequal(results, found)) or "<p>Nothing else.</p>"]
+    parts += ["<h2>Methods</h2>", *map(page.paragraph, sentences.methods(results, found))]
     if results["failed"]:
-        parts += ["<h2>Failed runs</h2>", _list(f"{item['cell']}: {item['message']}" for item in results["failed"])]
+        parts += [
+            "<h2>Failed runs</h2>",
+            page.bullets(f"{item['cell']}: {item['message']}" for item in results["failed"]),
+        ]
     links = [f'<a href="{file}">{file}</a>' for file in ("table.csv", "table.tex")]
     parts += ["<h2>Files</h2>", f"<p>{', '.join(links)}; each figure as PNG and PDF in <code>figures/</code>.</p>"]
     return "\n".join(part for part in parts if part)
@@ -97,37 +98,6 @@ def _body(results: Results, found: Mapping[str, list[Verdict]], decimals: int, p
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _list(lines: Iterable[str]) -> str:
-    items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f"<ul>\n{items}\n</ul>" if items else ""
-
-
-def _figure(name: str, picture: str) -> str:
-    title, caption = (html.escape(text) for text in CAPTIONS[name])
-    links = ", ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("png", "pdf"))
-    caption = f"<figcaption>{caption} {links}</figcaption>"
-    return f"<h2>{title}</h2>\n<figure>\n<div>{picture}</div>\n{caption}\n</figure>"
-
-
-def _table(head: list[str], rows: Iterable[list[str]], text_columns: int) -> str:
-    """An HTML table from escaped cells, the first of each row a heading; after ``text_columns`` come numbers."""
-    kinds = ["" if index < text_columns else ' class="n"' for index in range(len(head))]
-    lines = ['<div class="table"><table>', "<thead><tr>"]
-    lines += [f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True)]
-    lines += ["</tr></thead>", "<tbody>"]
-    for first, *rest in rows:
-        cells = [
-            f'<td{kind} data-label="{label}">{cell}</td>'
-            for kind, label, cell in zip(kinds[1:], head[1:], rest, strict=True)
-        ]
-        lines.append(f'<tr><th scope="row">{first}</th>{"".join(cells)}</tr>')
-    return "\n".join([*lines, "</tbody>", "</table></div>"])
 
 
 def _verdict_table(results: Results, setting: str, rows: list[Verdict], decimals: int) -> str:
@@ -155,7 +125,7 @@ def _verdict_table(results: Results, setting: str, rows: list[Verdict], decimals
             cells += [cell(row) for cell in columns.values()]
             cells[3:] = map(html.escape, cells[3:])
         lines.append([*cells, f"{variant['chosen']:g}" if variant["chosen"] is not None else ""] if tuned else cells)
-    return _table([*head, *columns, *([tuned] if tuned else [])], lines, 2)
+    return page.table([*head, *columns, *([tuned] if tuned else [])], lines, 2)
 
 
 def _cost_table(results: Results) -> str:
@@ -164,4 +134,4 @@ def _cost_table(results: Results) -> str:
         [html.escape(name), *(tables.size(variant["costs"].get(key)) for key in keys)]
         for name, variant in results["variants"].items()
     ]
-    return _table(["variant", *(html.escape(drawing.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""
+    return page.table(["variant", *(html.escape(drawing.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""

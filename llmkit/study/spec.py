@@ -119,7 +119,7 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     if is_study and vary:
         raise UserError(f"{file} names its variants: --vary is for the config of an experiment")
     problems: list[Problem] = []
-    tree = _plain(layer.tree) if is_study else {}
+    tree = plain(layer.tree) if is_study else {}
     for key in [key for key in tree if key not in DEFAULTS]:
         problems.append(Problem(key, unknown("key", key, DEFAULTS)))
         del tree[key]
@@ -133,10 +133,10 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
         problems.append(Problem("overrides", "expected keys and their values, such as trainer.max_steps: 100"))
         shared = {}
     folder = Path(file or "").parent if is_study else Path()
-    values["base"] = (*_base(values["base"], folder, problems), *words(shared), *rest)
+    values["base"] = (*base_words(values["base"], folder, problems), *words(shared), *rest)
     values["variants"] = _variants(values["variants"], problems)
     values["tune"] = _tune(values["tune"], problems)
-    values["executor"] = _executor(values["executor"], problems)
+    values["executor"] = executor_settings(values["executor"], problems)
     _check(values, problems)
     if problems:
         places = {**layer.places, **dict.fromkeys(given, COMMAND_LINE)}
@@ -144,13 +144,13 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     return Study(**values)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return what YAML means, numbers and truth values as such."""
     if isinstance(value, Raw):
         return value.value
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {str(name): plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _varied(vary: str) -> dict[str, dict[str, Any]]:
@@ -158,10 +158,10 @@ def _varied(vary: str) -> dict[str, dict[str, Any]]:
     names = [name.strip() for name in listed.split(",") if name.strip()]
     if not equals or len(names) < 2:
         raise UserError(f"--vary {vary}: expected KEY=VALUE,VALUE,..., as in model.attention=multi_head,lstm")
-    return {name: {key.removeprefix("--"): _plain(raw(name))} for name in names}
+    return {name: {key.removeprefix("--"): plain(raw(name))} for name in names}
 
 
-def _base(value: Any, folder: Path, problems: list[Problem]) -> list[str]:
+def base_words(value: Any, folder: Path, problems: list[Problem]) -> list[str]:
     """Return the config files as words; a path is relative to the study's file, or else to the current folder."""
     files = value if isinstance(value, list) else [value]
     if not files or not all(isinstance(file, str) for file in files):
@@ -209,7 +209,8 @@ def _tune(value: Any, problems: list[Problem]) -> Tune | None:
     return tune
 
 
-def _executor(value: Any, problems: list[Problem]) -> dict[str, Any]:
+def executor_settings(value: Any, problems: list[Problem]) -> dict[str, Any]:
+    """Return the name and settings of an executor, which may be given as its name; ``problems`` gets what is wrong."""
     spec = {"name": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or "name" not in spec:
         text = f"expected {', '.join(EXECUTORS)}, or a name and settings, such as {{name: slurm, partition: gpu}}"

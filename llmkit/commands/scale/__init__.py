@@ -1,0 +1,1 @@
+"""``llmkit scale``: how the loss depends on size and tokens."""
