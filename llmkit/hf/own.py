@@ -54,7 +54,7 @@ def own_config(part: Mapping[str, Any], labels: list[str], vocab_size: int) -> d
     head, given = plugin_of("head", spec["head"])
     if head not in HEADS:
         raise UserError(f"transformers has no counterpart of the head {head}; these can be written: {', '.join(HEADS)}")
-    if len(given.get("start", ())) > 2:
+    if len(given.get("start") or ()) > 2:
         raise UserError(f"transformers begins a text with at most two tokens, and the head has start {given['start']}")
     name = f"LlmkitFor{HEADS[head]}"
     module = CODE.removesuffix(".py")
