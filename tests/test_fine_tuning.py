@@ -108,7 +108,9 @@ def test_gradient_checkpointing_changes_no_number(head: str, position: str) -> N
     found, kept = [], []
     for again in (False, True):
         torch.manual_seed(0)
-        parts = {"head": plugin("head", head), "dim": 16, "num_layers": 4, "context": 32, "position": position}
+        mixing = plugin("attention", "multi_head", dropout=0.2)
+        parts = {"head": plugin("head", head), "attention": mixing, "dim": 16, "num_layers": 4, "context": 32}
+        parts["position"] = position
         model = LanguageModel(**parts, dropout=0.2, gradient_checkpointing=again)  # type: ignore[arg-type]
         model.tokenizer = plugin("tokenizer", "byte")()
         model.configure_model()

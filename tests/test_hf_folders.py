@@ -141,6 +141,7 @@ def test_import(folder: Path, tmp_path: Path) -> None:
         (f"hf:{folder}", "gpt2.txt"): "with the suffix .ckpt",
         ("gpt2", "new.ckpt"): "import: gpt2 does not begin with hf:",
         (f"hf:{folder}", "gpt2.ckpt"): "exists already",
+        (f"hf:{folder}", "new.ckpt", "--head", "{name: x"): "--head '{name: x' is neither a name nor {name: ...",
         (f"hf:{folder}", "new.ckpt", "--head", "classification"): "Classification learns from training data",
     }.items():
         result = llmkit("import", words[0], tmp_path / words[1], *words[2:])

@@ -51,7 +51,7 @@ def test_keys_and_sizes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     facts = inspect(text)
     assert set(facts) == {*("tree", "parameters", "flops_per_token", "memory_bytes", "tokens_per_step", "vocab_size")}
-    assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total"}
+    assert set(facts["parameters"]) == {"embedding", "non_embedding", "head", "total", "trained"}
     assert set(facts["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations", "peak"}
     assert facts["vocab_size"] == 6 + len(set(text.read_text()))  # special tokens and characters
     assert facts["tokens_per_step"] == BATCH * CONTEXT
@@ -91,6 +91,7 @@ def test_parameters(text: Path) -> None:
         "non_embedding": layers,
         "head": 0,
         "total": embedding + layers,
+        "trained": embedding + layers,
     }
     untied = inspect(text, "--model.tie_embeddings", "false")["parameters"]
     assert untied["total"] == embedding + layers + embedding
@@ -169,12 +170,21 @@ class Asks(Norm):
 FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pairs.tsv", "classification": "rows.csv"}
 
 
-CASES = [(head, "multi_head", batches) for head in FILES for batches in (1, 2)]
+CASES: list[tuple[str, dict[str, Any], int]] = [(head, {}, batches) for head in FILES for batches in (1, 2)]
+AGAIN = {"gradient_checkpointing": True, "num_layers": 3}
+LESS = {**AGAIN, "lora": {"rank": 2}}
 
 
-@pytest.mark.parametrize(("head", "attention", "batches"), [*CASES, ("generation", "lstm", 1)])
+@pytest.mark.parametrize(
+    ("head", "settings", "batches"),
+    [
+        *CASES,
+        ("generation", {"attention": plugin("attention", "lstm")}, 1),
+        *(("generation", AGAIN, 1), ("generation", LESS, 1)),
+    ],
+)
 def test_peak(
-    head: str, attention: str, batches: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: str, settings: dict[str, Any], batches: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against what the CPU's allocator reports to torch's profiler; the sum of the parts is an upper limit.
 
@@ -186,9 +196,8 @@ def test_peak(
     (tmp_path / "text.txt").write_text(text.read_text())
     tokenizer: Any = plugin("tokenizer", "char")
     data = DataModule(train=str(tmp_path / FILES[head]), tokenizer=tokenizer, batch_size=8, cache_dir=str(tmp_path))
-    mixing: Any = plugin("attention", attention)
-    context = 96 if attention == "lstm" else 32  # of which its kernel keeps a workspace
-    model = LanguageModel(plugin("head", head), attention=mixing, dim=64, num_layers=2, context=context)
+    context = 96 if "attention" in settings else 32  # the kernel of LSTMs keeps a workspace of each position
+    model = LanguageModel(plugin("head", head), **{"dim": 64, "num_layers": 2, "context": context, **settings})
     build(model, data)
     batch = next(iter(data.train_dataloader()))
     assert model.tokenizer is not None

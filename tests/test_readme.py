@@ -344,6 +344,14 @@ def test_the_recipes_for_hugging_face_run(workspace: Path, capsys: pytest.Captur
     for block in blocks(page, "yaml"):
         (workspace / block.text.partition("\n")[0].removeprefix("# ")).write_text(block.text)
     hf_folder.write_bert(workspace / "bert")
+    talking = hf_folder.write(workspace / "talking")
+    template = {"chat_template": "{% for m in messages %}{{ m.role }} {{ m.content }}<|endoftext|>{% endfor %}"}
+    roles = json.loads((talking / "tokenizer_config.json").read_text())
+    (talking / "tokenizer_config.json").write_text(json.dumps(roles | template))
+    (talk,) = (block.text for block in blocks(page, "json"))
+    (workspace / "talks.jsonl").write_text(talk * 9)
+    words = ("--model.init_from", "hf:./talking", "--model.context", "24", "--model.decoding.max_new_tokens", "4")
+    done("fit", "--config", "chat.yaml", *words, *TINY[-10:], "--output", "chats")
     for name in ("train.csv", "dev.csv"):
         (workspace / name).write_text("sentence,label\n" + "A good film,1\nA bad one,0\n" * 8)
     (row,) = re.findall(r"`(\{\"country.*\})`", page.read_text("utf-8"))

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from llmkit import registry
 from llmkit.checkpoint.archive import file_of
-from llmkit.checkpoint.content import Stored, check_classes, read, restore_tokenizer
+from llmkit.checkpoint.content import Stored, check_classes, read, refusing, restore_tokenizer
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
+from llmkit.ops.lora import LoRA, merged
 
 PLUGINS = ("head", "attention", "cross_attention", "position", "feedforward", "norm")
 STRUCTURE = (
     *PLUGINS,
     *("dim", "num_layers", "vocab_size", "norm_first", "tie_embeddings"),
-    *("embedding_norm", "token_types", "output_bias"),
+    *("embedding_norm", "token_types", "output_bias", "lora"),
     *("decoder_layers", "separate_positions", "embedding_scale", "output_scale"),
 )
 """The arguments of a model that decide which weights it has, and what they are multiplied by."""
@@ -29,14 +30,25 @@ MEANING = ("attention", "position", "feedforward", "norm", "norm_first")
 def initial(path: str | Path) -> tuple[Stored, Tokenizer]:
     """Return the weights and the tokenizer of the checkpoint that ``model.init_from`` names.
 
-    Of its classes only the tokenizer's is needed. Raises UserError when the file cannot be read.
+    Of its classes only the tokenizer's is needed; adapters are merged. Raises UserError when the file cannot be read.
     """
     path = file_of(path, "best.ckpt", "last.ckpt")
     content = read(path)
     part, where = content["llmkit"], f"checkpoint {path}"
     check_classes({**part, "model": {}}, where)
     kept = {name: content[name] for name in ("llmkit", "state_dict")}  # the optimizer's state is let go
-    return Stored(Path(path), kept), restore_tokenizer(part, where)
+    return without_adapters(Stored(Path(path), kept)), restore_tokenizer(part, where)
+
+
+def without_adapters(stored: Stored) -> Stored:
+    """Return a checkpoint whose adapters (``model.lora``) are merged into the weights. Raises UserError."""
+    given = stored.part["model"].get("lora")
+    if given is None:
+        return stored
+    with refusing(f"checkpoint {stored.path}: its adapters cannot be merged"):
+        state = merged(stored.content["state_dict"], LoRA(**given).scale)
+    part = {**stored.part, "model": {**stored.part["model"], "lora": None}}
+    return Stored(stored.path, {**stored.content, "llmkit": part, "state_dict": state})
 
 
 def take_weights(own: Mapping[str, Tensor], spec: Mapping[str, Any], stored: Stored) -> str:
@@ -117,7 +129,8 @@ def _kind(weight: Tensor | None) -> str:
 
 def name_of(spec: Any) -> str:
     """Return the class name of a plugin's spec; any other value as text."""
-    return str(spec["class_path"]).rpartition(".")[2] if isinstance(spec, dict) else str(spec)
+    plugin = isinstance(spec, dict) and "class_path" in spec
+    return str(spec["class_path"]).rpartition(".")[2] if plugin else str(spec)
 
 
 def check_class(stored: Stored, brought: type, configured: type) -> None:

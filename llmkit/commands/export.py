@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser, imported
+from llmkit.errors import UserError
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -14,24 +15,56 @@ def run(command: str, argv: list[str]) -> int:
     parser = Parser(command, "Write a checkpoint as a folder in the format of Hugging Face.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, or a run folder: its best one")
     parser.add_argument("folder", metavar="FOLDER", help="the folder to write, which must not exist")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of model.lora alone, for peft")
     parser.add_imports()
     args = parser.parse(argv)
     from llmkit.checkpoint.archive import file_of
+
+    with imported(args.imports):
+        path = file_of(args.checkpoint, "best.ckpt", "last.ckpt")
+        if args.adapter:
+            what = f"adapters of {_adapters(path, Path(args.folder))} linear maps"
+        else:
+            what = _whole(path, Path(args.folder))
+    print(f"{args.folder}: {what}")
+    return 0
+
+
+def _whole(path: Path, folder: Path) -> str:
+    """Write a model; returns what was written, in words."""
     from llmkit.checkpoint.content import section
     from llmkit.hf.export import export
     from llmkit.model.language_model import load
 
-    with imported(args.imports):
-        path = file_of(args.checkpoint, "best.ckpt", "last.ckpt")
-        model = load(path)
-        assert model.tokenizer is not None
-        part = section(model.spec, model.tokenizer, model.head, model.config)
-        card = _card(path, part, model.size)
-        written = export(Path(args.folder), part, model.state_dict(), model.tokenizer, card)
-    print(f"{args.folder}: {written.architecture}{model.size}")
-    if written.reason is not None:
-        print(f"transformers needs llmkit to load it: {written.reason}")
-    return 0
+    model = load(path)
+    assert model.tokenizer is not None
+    part = section(model.spec, model.tokenizer, model.head, model.config)
+    card = _card(path, part, model.size)
+    written = export(folder, part, model.state_dict(), model.tokenizer, card)
+    reason = "" if written.reason is None else f"\ntransformers needs llmkit to load it: {written.reason}"
+    return f"{written.architecture}{model.size}{reason}"
+
+
+def _adapters(path: Path, folder: Path) -> int:
+    """Write the adapters of a checkpoint; returns their number. Raises UserError when it has none."""
+    from llmkit.checkpoint.content import Stored, check_classes, read
+    from llmkit.checkpoint.weights import without_adapters
+    from llmkit.hf.adapter import write_adapter
+    from llmkit.hf.folder import PREFIX, Config
+    from llmkit.hf.native import native
+    from llmkit.hf.start import architecture_of, is_published
+
+    stored = Stored(path, read(path))
+    check_classes(stored.part, f"checkpoint {path}")
+    if stored.part["model"].get("lora") is None:
+        raise UserError(f"{path} was trained without model.lora: it has no adapters")
+    whole = without_adapters(stored)
+    labels = list(stored.part["head_info"].get("labels", []))
+    content, _ = native(whole.part["model"], whole.content["state_dict"], labels)
+    begun = (stored.part["config"].get("model") or {}).get("init_from")
+    base = str(begun).removeprefix(PREFIX) if is_published(begun) else None
+    architecture = architecture_of(Config("the export", content))
+    return write_adapter(folder, architecture, stored.part["model"]["lora"], stored.content["state_dict"], base)
 
 
 def _card(checkpoint: Path, part: dict[str, Any], size: str) -> str:

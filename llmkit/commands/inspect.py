@@ -79,6 +79,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
     net = model.network
     counts = net.num_parameters()
     own = sum(p.numel() for p in model.head.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     positions = sum(batch[name].numel() for name in ("ids", "source") if name in batch)
     forward = net.flops_per_position(model.context, model.head.scored_share)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -90,7 +91,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
         note(f"activations and peak are unknown: {error.func} of a plugin depends on values, and only shapes are known")
     return {
         "tree": tree(net) + tree(model.head),
-        "parameters": {**counts, "head": own, "total": counts["total"] + own},
+        "parameters": {**counts, "head": own, "total": counts["total"] + own, "trained": trained},
         "flops_per_token": {"forward": forward, "training": 3 * forward},
         "memory_bytes": {
             "weights": weights,

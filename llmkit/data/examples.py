@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from llmkit.contracts import Batch, Head, Stage, Tokenizer
+from llmkit.contracts import IGNORE, Batch, Head, Stage, Tokenizer
 from llmkit.data.batches import halved
 from llmkit.data.tokens import Index, split_batches
 from llmkit.errors import note, returned
+from llmkit.sequence import padded
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,21 @@ class Examples:
 
     Lengths 3, 9, 4, 10 and 5 with ``batch_tokens: 20`` are evaluated in two batches: 20 // 10 rows with the 10, and
     20 // 5 with the 5. The batches are (10, 9) and (5, 4, 3), 20 and 15 tokens with padding.
+
+    With ``row_tokens`` the examples of a batch share rows of up to so many tokens (``packed``).
     """
 
     def __init__(
-        self, features: Features, head: Head, tokenizer: Tokenizer, batch_size: int, batch_tokens: int | None
+        self,
+        features: Features,
+        head: Head,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        batch_tokens: int | None,
+        row_tokens: int = 0,
     ) -> None:
         self.features, self.head, self.tokenizer = features, head, tokenizer
-        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.batch_size, self.batch_tokens, self.row_tokens = batch_size, batch_tokens, row_tokens
         self.training_rows = features.count
         # The lengths of each feature that is a list of ints; a text (bytes) has none.
         lists = [np.diff(ends) for name, ends in features.ends.items() if features.values[name].dtype != np.uint8]
@@ -231,7 +241,43 @@ class Examples:
         batch = self.head.collate([self.features[index] for index in numbers], self.tokenizer)
         if not isinstance(batch, dict):
             raise returned(self.head, "collate", batch, "a dict of tensors and lists of strings")
+        if self.row_tokens and "targets" in batch:
+            batch = packed(batch, self.row_tokens, self.tokenizer.pad_id)
         return {**batch, "rows": torch.tensor(numbers)}
+
+
+def packed(batch: Batch, length: int, pad: int) -> Batch:
+    """Return a batch of a decoder whose examples share rows, each with a number as its segment: none sees another.
+
+    The longest comes first, each into the first row that has room for it.
+
+    Args:
+        batch: ``ids`` and ``targets``, (B, T), and ``segments`` where they are padded at the right.
+        length: most tokens of a row that holds several examples.
+        pad: fills rows up.
+    """
+    ids, targets = batch["ids"].tolist(), batch["targets"].tolist()
+    segments = batch.get("segments")
+    lengths = [len(row) for row in ids] if segments is None else segments.sum(1).tolist()
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for example in sorted(range(len(ids)), key=lambda index: -lengths[index]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[example]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(example)
+        room[row] -= lengths[example]
+
+    def joined(of: Callable[[int, int], list[int]], fill: int) -> Tensor:
+        return padded([[item for n, example in enumerate(row) for item in of(n, example)] for row in rows], fill)
+
+    return {
+        **batch,
+        "ids": joined(lambda n, example: ids[example][: lengths[example]], pad),
+        "targets": joined(lambda n, example: targets[example][: lengths[example]], IGNORE),
+        "segments": joined(lambda n, example: [n + 1] * lengths[example], 0),
+    }
 
 
 def round_number(rows: int) -> int:

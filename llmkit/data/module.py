@@ -82,7 +82,7 @@ class DataModule(pl.LightningDataModule):
         limit: the most rows (or documents that are joined) of each split that are used, or of those in a mapping
             (``{train: 1000}``): random ones, and a larger limit adds to them. All rows are predicted.
         tokenizer: builds the tokenizer; it is trained on the training part, unless it is pretrained.
-        pack: for a head that joins its rows: each document begins with ``bos`` and does not see the others.
+        pack: documents of a head that joins its rows, or examples of ``completion``, share rows, and none sees another.
         streaming: tokenize ``train`` while it is read, not ahead; set ``trainer.max_steps``. Tokenizer and labels are
             then learned from the first 10,000 rows (20 million characters). Without ``validation`` the first 1,000
             rows (2 million characters) are set aside before that; their labels are learned too.
@@ -180,8 +180,8 @@ class DataModule(pl.LightningDataModule):
             tokenizer: a trained one, from a checkpoint; None: build and train the configured one.
             head_ready: the head has been restored from a checkpoint and need not learn from the training rows.
         """
-        if self.pack and head.layout != "blocks":
-            text = f"is for heads that join their rows, and {type(head).__name__} does not"
+        if self.pack and head.layout != "blocks" and not getattr(head, "packs", False):
+            text = f"is for heads that join their rows, and completion: {type(head).__name__} does not"
             raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
         self._learned, self._splits, self._entries = False, {}, {}
@@ -311,7 +311,7 @@ class DataModule(pl.LightningDataModule):
             features = Features.read(path)
             if world()[0] == 0:
                 note_features(head, features, self._context, stage)
-            return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
+            return Examples(features, head, tokenizer, self.batch_size, self.batch_tokens, self._context * self.pack)
         tokens = read_tokens(path)
         if tokens.targets == 0:
             raise UserError(Problem(reader.source.key, f"fewer than two tokens in {', '.join(reader.source.names)}"))

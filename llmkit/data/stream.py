@@ -111,7 +111,8 @@ class Stream(IterableDataset[Batch]):
             features = Features.of(self.encoder.groups(pool, self.skipped))
             if features.count:
                 head, tokenizer = self.encoder.head, self.encoder.tokenizer
-                split = Examples(features, head, tokenizer, self.batch_size, self.batch_tokens)
+                shared = self.encoder.context * self.pack
+                split = Examples(features, head, tokenizer, self.batch_size, self.batch_tokens, shared)
                 yield from (split[indices] for indices in split.training_order(rng))
 
     def _blocks(self, stream: Iterator[tuple[list[int], int, bool]], rng: np.random.Generator) -> Iterator[Batch]:

@@ -180,10 +180,13 @@ def _write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a text that spells the name of a special token is text
     }
     if types:
         settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    if template := getattr(tokenizer, "chat_template", None):
+        settings["chat_template"] = template  # which spells special tokens
+    else:
+        settings["split_special_tokens"] = True  # a text that spells the name of a special token is text
     _write(folder / "tokenizer_config.json", settings)
 
 

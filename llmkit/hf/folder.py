@@ -116,6 +116,11 @@ class Source:
             return weights
         raise UserError(f"{self.text}: it has neither model.safetensors nor pytorch_model.bin")
 
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Return the tensors of a safetensors file; None: there is none. Raises UserError when it is damaged."""
+        path = self.file(name)
+        return None if path is None else _safetensors(path)
+
     def _parts(self, index: Mapping[str, Any], name: str) -> list[str]:
         names = index.get("weight_map")
         files = list(dict.fromkeys(names.values())) if isinstance(names, dict) else []

@@ -17,6 +17,7 @@ from llmkit.checkpoint.content import Stored, restore_tokenizer
 from llmkit.checkpoint.weights import initial, take_weights
 from llmkit.contracts import Tokenizer
 from llmkit.errors import Problem, UserError
+from llmkit.hf.adapter import Adapter, read_adapter
 from llmkit.hf.architecture import Architecture, Settings
 from llmkit.hf.decoders import GPT2, Llama
 from llmkit.hf.encoders import Bert, DistilBert, Roberta
@@ -121,25 +122,49 @@ def with_arguments(published: Settings, head: Any) -> Any:
 class Published(Stored):
     """A published model, converted: every weight of it is to be taken, or belongs to a head."""
 
-
-def starting_point(init_from: str) -> tuple[Stored, Tokenizer]:
-    """Return the weights and the tokenizer that ``model.init_from`` means, of a checkpoint or a published model."""
-    return published(init_from) if is_published(init_from) else initial(init_from)
+    adapter: Adapter | None = None
+    """Adapters that are not merged."""
 
 
-def published(init_from: str) -> tuple[Published, Tokenizer]:
-    """Return a published model as a checkpoint would hold it, and its tokenizer.
+def starting_point(init_from: str | None, adapter: str | None, apart: bool) -> tuple[Stored, Tokenizer]:
+    """Return the weights and the tokenizer that ``model.init_from`` means, of a checkpoint or a published model.
+
+    Args:
+        init_from: the key ``model.init_from``.
+        adapter: the key ``model.adapter``.
+        apart: whether the adapter is kept apart, and not merged.
+
+    Raises UserError when a file is missing or damaged, or what is in it does not fit together.
+    """
+    if init_from is not None and is_published(init_from):
+        return published(init_from, adapter, apart)
+    if adapter is not None or init_from is None:
+        raise UserError(Problem("model.adapter", "needs the model that it adapts: model.init_from: hf:NAME_OR_FOLDER"))
+    return initial(init_from)
+
+
+def published(init_from: str, adapter: str | None = None, apart: bool = False) -> tuple[Published, Tokenizer]:
+    """Return a published model as a checkpoint would hold it, perhaps with an adapter, and its tokenizer.
 
     Raises UserError when a file is missing or damaged, or weights are missing or left over.
     """
     source = Source.of(init_from)
     config = source.config()
     if config.model_type == OWN:
+        if adapter is not None:
+            raise UserError(
+                Problem("model.adapter", f"is for models of transformers' own, and {init_from} is llmkit's")
+            )
         own = _own(source, config)
         return Published(own.path, own.content), restore_tokenizer(own.part, source.text)
     architecture = architecture_of(config)
     settings, task = architecture.settings(), architecture.task()
     theirs = _network_names(architecture, source.weights())
+    adapts = None if adapter is None else read_adapter(adapter, architecture)
+    if adapts is not None:
+        theirs |= adapts.saved
+        if not apart:
+            adapts.merge(theirs)
     weights = [dataclasses.replace(weight, ours=f"net.{weight.ours}") for weight in architecture.weights()]
     state = take(weights, theirs, source.text)
     if state["net.embedding.weight"].shape != (settings["vocab_size"], settings["dim"]):
@@ -161,7 +186,8 @@ def published(init_from: str) -> tuple[Published, Tokenizer]:
         "head_info": task.info if task else {},
         "config": {},
     }
-    return Published(Path(init_from), {"llmkit": part, "state_dict": state}), tokenizer
+    kept = adapts if apart else None
+    return Published(Path(init_from), {"llmkit": part, "state_dict": state}, kept), tokenizer
 
 
 def own_checkpoint(name: str) -> Stored | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,24 +90,42 @@ def freeze(net: nn.Module, patterns: Sequence[str]) -> int:
 
     Args:
         net: the network, or the model around it.
-        patterns: beginnings of names, whole words between dots: ``embedding``, ``encoder.0``, ``head``, or with a range
-            of layers, ``encoder.0-3``.
+        patterns: whole words of names between dots: ``embedding``, ``encoder.0``, ``head``, ``attention``, or with a
+            range of layers, ``encoder.0-3``.
 
     Raises UserError for a pattern that no parameter fits.
     """
-    named = {name.removeprefix("net."): parameter for name, parameter in net.named_parameters()}
+    parameters = {name.removeprefix("net."): parameter for name, parameter in net.named_parameters()}
     frozen = 0
     for pattern in patterns:
-        layers = re.fullmatch(r"(\w+)\.(\d+)-(\d+)", pattern)
-        roots = [f"{layers[1]}.{i}" for i in range(int(layers[2]), int(layers[3]) + 1)] if layers else [pattern]
-        for root in roots:
-            fitting = [parameter for name, parameter in named.items() if f"{name}.".startswith(f"{root}.")]
-            if not fitting:
-                parts = dict.fromkeys(re.sub(r"^((?:encoder|decoder)\.\d+|\w+).*", r"\1", name) for name in named)
-                raise UserError(Problem("model.freeze", unknown("part", root, parts)))
-            for parameter in fitting:
-                frozen += parameter.numel() * parameter.requires_grad
-                parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in named.values()):
+        names, missing = named(parameters, pattern)
+        if missing is not None:
+            parts = dict.fromkeys(re.sub(r"^((?:encoder|decoder)\.\d+|\w+).*", r"\1", name) for name in parameters)
+            raise UserError(Problem("model.freeze", unknown("part", missing, parts)))
+        for name in names:
+            frozen += parameters[name].numel() * parameters[name].requires_grad
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError(Problem("model.freeze", "leaves nothing to train"))
     return frozen
+
+
+def named(names: Iterable[str], pattern: str) -> tuple[list[str], str | None]:
+    """Return the names that have the words of a pattern in them, and the first part of it that none has.
+
+    Args:
+        names: words between dots.
+        pattern: words between dots: ``encoder.0``, ``attention.out``; one may be a range, ``encoder.0-3.attention``.
+    """
+    layers = re.search(r"(?<=\.)(\d+)-(\d+)(?=\.|$)", pattern)
+    numbers = range(int(layers[1]), int(layers[2]) + 1) if layers else ()
+    roots = [f"{pattern[: layers.start()]}{i}{pattern[layers.end() :]}" for i in numbers] if layers else [pattern]
+    found = {root: [name for name in names if f".{root}." in f".{name}."] for root in roots}
+    return [name for part in found.values() for name in part], next((root for root in found if not found[root]), None)
+
+
+def trained_share(net: nn.Module) -> str:
+    """Return how many parameters are trained, of how many, in words."""
+    counts = [(p.numel(), p.requires_grad) for p in net.parameters()]
+    total, trained = sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer, Topology
 from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model.backbone import Backbone
+from llmkit.ops.lora import LoRA
 from llmkit.ops.metrics import Metrics
 from llmkit.sequence import Sequence
 
@@ -28,7 +30,10 @@ SHAPE = (
     *("separate_positions", "embedding_scale", "output_scale", "gradient_checkpointing"),
 )
 """The plain arguments of a model that its network takes under the same name."""
-SIZES = ("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "layer_decay", "max_bad_steps")
+SIZES = (
+    *("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "lora", "layer_decay"),
+    "max_bad_steps",
+)
 """The plain arguments of a model that its checkpoints describe."""
 
 
@@ -62,6 +67,10 @@ class Parts:
             raise UserError(Problem("model.layer_decay", f"must be above 0 and at most 1, got {sizes['layer_decay']}"))
         if not 0 <= sizes["dropout"] < 1:
             raise UserError(Problem("model.dropout", f"must be at least 0 and below 1, got {sizes['dropout']}"))
+        if sizes["lora"] is not None:  # a checkpoint has plain data
+            lora = LoRA(**sizes["lora"]) if isinstance(sizes["lora"], Mapping) else sizes["lora"]
+            lora.check()
+            sizes["lora"] = dataclasses.asdict(lora)
         keys = {key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key.startswith("model.")}
         self.factories: dict[str, Any] = {
             name: registry.resolve(family, given[name]) for name, family in keys.items() if name != "cross_attention"

@@ -125,6 +125,7 @@ class CLI(LightningCLI):
         """Build data, model and trainer, and give the model what the checkpoint carries."""
         if self.stored is not None:  # its weights replace those that its training began with
             self.config.model.init_from = None
+            self.config.model.adapter = None
             self.config.model.word_vectors = None
         try:
             super().instantiate_classes()

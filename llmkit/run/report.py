@@ -16,6 +16,7 @@ from llmkit import registry
 from llmkit.checkpoint.content import Stored
 from llmkit.errors import Problem, UserError
 from llmkit.lightning import is_debug_run
+from llmkit.model.groups import trained_share
 from llmkit.model.language_model import LanguageModel
 from llmkit.run import figures
 from llmkit.run.folder import run_folder
@@ -34,6 +35,8 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
         figures.loss_curve(metrics, curve)
     print("\nValidation:" if model.results else "\nNo validation data, so no metrics.")
     _report_metrics(trainer, model, "val")
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        print(f"\nTrained: {trained_share(model)}")
     if sample:
         print(f"\nSample:\n{sample}")
     others = [saver for saver in trainer.checkpoint_callbacks if not isinstance(saver, Checkpoints)]

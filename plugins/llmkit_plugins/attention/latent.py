@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
 from llmkit.ops.fused import fused
+from llmkit.ops.lora import whole_weight
 from llmkit.sequence import Memory, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
@@ -127,7 +128,7 @@ class Latent(Attention):
 
     def _absorbed(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Look at the latents themselves, which are keys and values that all heads share."""
-        k_HER, v_HER = self.up.weight.view(2, self.num_heads, self.head_dim, self.kv_rank)
+        k_HER, v_HER = whole_weight(self.up).view(2, self.num_heads, self.head_dim, self.kv_rank)
         q_BHTE, q_BHTP = q.split([self.head_dim, self.rope_dim], -1)
         q = torch.cat([q_BHTE @ k_HER, q_BHTP], -1)
         # The rotary channels are summed along and dropped, which costs less than values of their own.

@@ -13,6 +13,7 @@ from tokenizers import models
 
 from llmkit.errors import UserError
 
+from . import chat
 from .base import ROLES, HuggingFace, byte_level, check_ids, hidden, line, parse, rust_errors
 from .sentencepiece import source_tokenizer
 
@@ -49,6 +50,7 @@ class Pretrained(HuggingFace):
 
     def __init__(self, path: str, as_published: bool = False) -> None:
         self.path, self.as_published = path, as_published
+        self._template: str | None = None
         self._around: tuple[list[int], list[int], list[int]] = ([], [], [])
 
     def __getattr__(self, name: str) -> Any:
@@ -70,6 +72,29 @@ class Pretrained(HuggingFace):
         return self._around
 
     @property
+    def chat_template(self) -> str | None:
+        """The template of its conversations, in Jinja, if it is used as published and has one."""
+        self._ready()
+        return self._template
+
+    def chat(self, messages: list[dict[str, str]], reply: bool = False) -> tuple[list[int], list[bool]]:
+        """Return the ids of a conversation by its template, and which of them the assistant wrote.
+
+        Args:
+            messages: ``role`` and ``content`` of each.
+            reply: whether the conversation ends where the assistant begins to write.
+
+        Raises UserError when there is no template, or it refuses the messages.
+        """
+        template = self.chat_template
+        if template is None:
+            raise UserError("messages: this tokenizer has no chat template (a chat_template.jinja, say)")
+        hf = self._ready()
+        names = {f"{role}_token": hf.id_to_token(getattr(self, f"{role}_id")) or "" for role in ROLES}
+        names = {role: name.removesuffix(hidden("")) for role, name in names.items()}
+        return chat.encode(hf, template, messages, names, reply)
+
+    @property
     def trained(self) -> bool:
         return True
 
@@ -80,7 +105,8 @@ class Pretrained(HuggingFace):
         model = json.loads(self._ready().to_str())
         ids = {role: getattr(self, f"{role}_id") for role in ROLES}
         around = {"around": self.around} if any(self.around) else {}
-        return self._pack(model=model, vocab_size=self._vocab_size, special_ids=ids, **around)
+        chats = {} if self._template is None else {"chat_template": self._template}
+        return self._pack(model=model, vocab_size=self._vocab_size, special_ids=ids, **around, **chats)
 
     def _ready(self) -> HFTokenizer:
         if self._hf is None:
@@ -93,25 +119,49 @@ class Pretrained(HuggingFace):
                 last = max(hf.get_vocab().values(), default=-1) + 1
                 ids, size = shared(ids, last, what), last
                 self._around = around(hf, what)
+                self._template = self._conversations()
             self._set(parse(data, what), ids, size)
         return super()._ready()
 
-    def _named(self) -> dict[str, str]:
-        """Return the token of each role, as far as a tokenizer_config.json next to the tokenizer.json says."""
+    def _file(self, name: str) -> Path | None:
+        """Return a file next to the tokenizer.json; None: there is none."""
         path = Path(self.path).expanduser()
-        file = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+        file = (path if path.is_dir() else path.parent) / name
         if not path.exists():
             try:
-                file = Path(hf_hub_download(self.path, file.name))
+                file = Path(hf_hub_download(self.path, name))
             except Exception:  # it is optional, and tokenizer.json was there
-                return {}
-        if not file.is_file():
-            return {}
+                return None
+        return file if file.is_file() else None
+
+    def _config(self) -> dict[str, Any]:
+        """Return the content of tokenizer_config.json; {}: there is none. Raises UserError."""
+        file = self._file("tokenizer_config.json")
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            tokens = {key: config.get(f"{key}_token") for key in (*ROLES, "cls")}
-        except (ValueError, AttributeError, RecursionError) as error:
+            config = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not a mapping in JSON: {line(error)}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file} is not a mapping in JSON")
+        return config
+
+    def _conversations(self) -> str | None:
+        """Return the chat template: chat_template.jinja, or the default one in tokenizer_config.json."""
+        file = self._file("chat_template.jinja")
+        template: Any = self._config().get("chat_template") if file is None else file.read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
+        if template is not None and (not isinstance(template, str) or len(template) > chat.LONGEST):
+            raise UserError(f"pretrained tokenizer '{self.path}': its chat_template should be text")
+        return template
+
+    def _named(self) -> dict[str, str]:
+        """Return the token of each role, as far as a tokenizer_config.json next to the tokenizer.json says."""
+        config = self._config()
+        if not config:
+            return {}
+        tokens = {key: config.get(f"{key}_token") for key in (*ROLES, "cls")}
         texts = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
         named = {key: text for key, text in texts.items() if isinstance(text, str)}
         other = {"bos": "cls", "eos": "sep", "sep": "eos"}
@@ -163,7 +213,10 @@ class Pretrained(HuggingFace):
             or not all(type(number) is int and 0 <= number < size for part in around for number in part)
         ):
             raise self._broken()
-        self._around = (around[0], around[1], around[2])
+        template = data.get("chat_template")
+        if template is not None and (not isinstance(template, str) or len(template) > chat.LONGEST):
+            raise self._broken()
+        self._around, self._template = (around[0], around[1], around[2]), template
         self._set(hf, ids, size)
         return hf
 
