@@ -34,7 +34,7 @@ from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.ops.lora import LoRA
-from llmkit.sequence import DecodingOptions, on_device
+from llmkit.sequence import DecodingOptions
 
 
 class LanguageModel(Loadable):
@@ -217,17 +217,6 @@ class LanguageModel(Loadable):
     def _build_head(self, head: Head) -> None:
         head.set_tokenizer(self._trained_tokenizer)
         head.build(self.spec["dim"], self._vocab_size)
-
-    @property
-    def size(self) -> str:
-        """The size of the vocabulary and the number of parameters, in words, once they are known."""
-        if self.net is None or self.tokenizer is None:
-            return ""
-        return f", vocabulary {self.tokenizer.vocab_size:,}, {self.net.num_parameters()['total']:,} parameters"
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move the tensors of a batch; Lightning's own way takes 3 us for each string in it."""
-        return on_device(batch, device)
 
     # Training
 
