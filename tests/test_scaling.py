@@ -338,6 +338,9 @@ def test_a_refused_exponent_is_in_no_file(in_tmp: None) -> None:
     rows = list(csv.DictReader(Path("x/table.csv").read_text().splitlines()))
     assert [row["value"] for row in rows if row["parameter"] in ("alpha", "beta", "exponent")] == [""] * 3
     assert "---" in Path("x/table.tex").read_text()
+    results = json.loads(Path("x/results.json").read_text())["variants"]["runs"]
+    assert [one["value"] for one in results["parameters"].values()][:3] == [None] * 3
+    assert not any("exponent" in row for row in results["conventions"]) and results["bias"] is None
 
 
 def test_files_of_tensorboard(in_tmp: None) -> None:

@@ -92,6 +92,8 @@ def test_sizes_from_parameters_and_learning_rates(experiment: Path) -> None:
     # 12 x 3 layers x 48^2 = 82,944 and 12 x 7 layers x 112^2 = 1,053,696
     assert [(width, found.layers(width)) for width in found.widths] == [(48, 3), (112, 7)]
     assert (found.learning_rate, found.seeds, found.hold_out) == (Power(64, -1), 3, (4e9,))
+    shipped = read(str(Path(__file__).parent.parent / "docs" / "studies" / "scaling" / "sizes.yaml"), {}, [])
+    assert shipped.folder == Path("runs/sizes")
     rule = grid.interpolated({1e4: 0.01, 1e6: 0.001})
     assert rule(1e5) == pytest.approx(math.sqrt(0.01 * 0.001))
 

@@ -73,7 +73,10 @@ def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any],
     groups = isoflop.budgets(runs.C, runs.budget)
     parabolas = {axis: _parabolas(runs, groups, getattr(runs, axis)) for axis in ("N", "D")}
     laws = {axis: isoflop.power_law(found) for axis, found in parabolas.items()}
-    biased = isoflop.bias(fit.surface, groups, runs.C, runs.N, cost)
+    biased = None if reasons else isoflop.bias(fit.surface, groups, runs.C, runs.N, cost)
+    for name, one in parameters.items():  # what the runs do not determine is in no file
+        if not one["determined"] or (reasons and name != "E"):
+            one["value"] = None
     against = _parabola_reasons(parabolas["N"], laws["N"])
     everything = np.concatenate([runs.C, held.C]) if held else runs.C
     grid = np.geomspace(everything.min(), 10 * everything.max(), POINTS)
@@ -92,9 +95,9 @@ def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any],
         "parabolas": {axis: [one._asdict() for one in found] for axis, found in parabolas.items()},
         "laws": {axis: law and law._asdict() for axis, law in laws.items()},
         "parabola_reasons": against,
-        "all_vertices": {axis: _every(found) for axis, found in parabolas.items()},
+        "all_vertices": {axis: None if against else _every(found) for axis, found in parabolas.items()},
         "bias": biased and {**biased._asdict(), "at": _bias_at(biased, fit.surface, cost, float(runs.C.max()))},
-        "conventions": _conventions(runs, groups),
+        "conventions": _conventions(runs, groups, bool(reasons)),
         "optimum": _optimum(fit.surface, drawn, cost, grid),
         "points": _points(runs, fit),
         "held_out": _predictions(fit, drawn, held) if held else [],
@@ -209,8 +212,12 @@ def _bias_at(law: PowerLaw, surface: Surface, cost: Cost, largest: float) -> lis
     return rows
 
 
-def _conventions(runs: Runs, groups: Sequence[list[int]]) -> list[dict[str, Any]]:
-    """Return the exponents by each convention of counting parameters and FLOPs, and by each method."""
+def _conventions(runs: Runs, groups: Sequence[list[int]], refused: bool) -> list[dict[str, Any]]:
+    """Return the exponents by each convention of counting parameters and FLOPs, and by each method.
+
+    Without exponents are the surfaces of all conventions if those of N were ``refused``, and of others whose sizes span
+    less than a decade or whose fit is degenerate.
+    """
     sizes = {"N": runs.N, **{key: runs.sizes[key] for key in SIZES[1:] if key in runs.sizes}}
     known = {name for name, values in sizes.items() if name != "N" and np.array_equal(values, runs.N)}
     sizes = {name: values for name, values in sizes.items() if not (name == "N" and known)}
@@ -224,14 +231,17 @@ def _conventions(runs: Runs, groups: Sequence[list[int]]) -> list[dict[str, Any]
             cost = SIX if how == "6ND" else Cost.counted(size, runs.D, C)
             own = groups if how == "counted" or not runs.counted else isoflop.budgets(C, runs.budget)
             shown = Runs(size, runs.D, runs.L, C, runs.counted, {}, runs.budget, runs.places)
-            law = isoflop.power_law(_parabolas(shown, own, size))
+            curves = _parabolas(shown, own, size)
+            law = isoflop.power_law(curves)
             for method, fit in fits.items():
-                alpha, beta = fit.surface.alpha, fit.surface.beta
-                rows.append(
-                    {"N": name, "flops": how, "method": method, "exponent": cost.exponent(alpha, beta)}
-                    | fit.surface._asdict()
+                E, A, B, alpha, beta = fit.surface
+                condition = conditions(fit.surface, size, runs.D)["five_log"]
+                vague = refused or size.max() < DECADE * size.min() or min(E, A, B) <= 0 or condition > CONDITION
+                numbers = (
+                    {} if vague else {"exponent": cost.exponent(alpha, beta), "alpha": alpha, "beta": beta, "E": E}
                 )
-            if law is not None:
+                rows.append({"N": name, "flops": how, "method": method, **numbers})
+            if law is not None and not _parabola_reasons(curves, law):
                 rows.append({"N": name, "flops": how, "method": "parabolas", "exponent": law.exponent})
     return rows
 

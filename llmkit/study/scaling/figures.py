@@ -251,7 +251,9 @@ def _multipliers(rows: Sequence[Mapping[str, Any]]) -> Any:
         ends = [[row[end] for row in bounded] for end in ("low", "high")]
         axes.fill_between([row["C"] for row in bounded], *ends, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(1, color=drawing.BLACK, linewidth=0.8)
-    axes.set_yscale("log")
+    values = [row[key] for row in rows for key in ("value", "low", "high") if row[key] is not None]
+    _log(axes.yaxis, [*values, 0.8, 1.25], 1.1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _log(axes.xaxis, [row["C"] for row in rows], flops=True)
     axes.set(xlabel="FLOPs C", ylabel=f"compute of {rows[0]['baseline']}, times")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -79,10 +79,7 @@ def _parameters(variant: Mapping[str, Any]) -> str:
 def _conventions(variant: Mapping[str, Any]) -> str:
     rows = []
     for one in variant["conventions"]:
-        reasons = variant["parabola_reasons" if one["method"] == "parabolas" else "reasons"]
-        numbers = [
-            f"{one[key]:.3f}" if key in one and not reasons else "" for key in ("exponent", "alpha", "beta", "E")
-        ]
+        numbers = [f"{one[key]:.3f}" if key in one else "" for key in ("exponent", "alpha", "beta", "E")]
         rows.append([one["N"], one["flops"], one["method"], *numbers])
     if (law := variant["all_vertices"]["N"]) and law != variant["laws"]["N"]:
         rows.append(

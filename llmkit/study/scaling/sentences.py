@@ -22,9 +22,8 @@ MULTIPLIERS = (
 
 def shown(variant: Mapping[str, Any], name: str) -> float | None:
     """Return the value of a parameter; None: the runs do not determine it."""
-    one = variant["parameters"][name]
-    hidden = variant["reasons"] if name != "E" else []
-    return None if hidden or not one["determined"] else float(one["value"])
+    value = variant["parameters"][name]["value"]
+    return None if value is None else float(value)
 
 
 def interval(ends: Sequence[float | None]) -> str:
@@ -65,7 +64,8 @@ def facts(variant: Mapping[str, Any]) -> list[str]:
     """Return what was fitted, and how well the question was posed."""
     spans = {key: f"{size(low)} to {size(high)}" for key, (low, high) in variant["spans"].items() if key != "C"}
     low, high = variant["spans"]["C"]
-    outliers = f"; {variant['outliers']} outliers count less" if variant["outliers"] else ""
+    many = variant["outliers"] > 1
+    outliers = f"; {variant['outliers']} outlier{'s count' if many else ' counts'} less" if variant["outliers"] else ""
     text = (
         f"{variant['runs']} runs: {spans['N']} parameters, {spans['D']} tokens, {low:.2g} to {high:.2g} FLOPs. "
         f"A run differs from the surface by {100 * variant['noise']:.2g} % (standard deviation{outliers})."
@@ -93,7 +93,7 @@ def parabolas(variant: Mapping[str, Any]) -> str:
         text += "."
         if every and every != law:
             text += f" With all vertices, refused ones too, N* would grow as C^{every['exponent']:.3f}."
-    if (bias := variant["bias"]) and not variant["reasons"]:
+    if bias := variant["bias"]:
         here, _, far = bias["at"]
         own = variant["parameters"]["exponent"]["value"]
         text += (
