@@ -278,6 +278,13 @@ def test_a_value_at_the_edge_is_reported(tmp_path: Path) -> None:
     assert plan.chosen("a") == (max(plan.values("a")), True)
 
 
+def test_of_equally_good_values_the_one_of_the_base_config_is_taken(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    end(plan, lambda cell: 1.0)
+    assert plan.values("a") == pytest.approx([0.002, 0.004, 0.008])  # an edge that is no better is not followed
+    assert plan.chosen("a") == (0.004, False)
+
+
 def test_a_changed_config_gives_other_cells(tmp_path: Path) -> None:
     one, other = planned(tmp_path), planned(tmp_path)
     other.variants["b"].tree = {**other.variants["b"].tree, "trainer": {"max_steps": 5}}

@@ -114,8 +114,11 @@ class StudyPlan:
         return (None, False) if best is None else (values[best], best in (0, len(values) - 1))
 
     def _best(self, name: str, tune: Tune, values: list[float]) -> int | None:
-        """Return the place of the best value; None while one has not ended, or all diverged."""
-        scores = []
+        """Return the place of the best value, of equally good ones of that nearest to the base config's.
+
+        None while one has not ended, or when all diverged.
+        """
+        scores, start = [], base_value(self.variants[name], tune)
         for value in values:
             outcomes = [self.outcome(self._cell("tune", name, seed, value)) for seed in tuning_seeds(tune)]
             if None in outcomes:
@@ -123,9 +126,9 @@ class StudyPlan:
             results = [outcome.value for outcome in outcomes if outcome is not None]
             bad = None in results
             mean = math.inf if bad else sum(result for result in results if result is not None) / len(results)
-            scores.append(mean if bad or self.better == "min" else -mean)
+            scores.append((mean if bad or self.better == "min" else -mean, abs(math.log(value / start))))
         best = min(scores)
-        return None if best == math.inf else scores.index(best)
+        return None if best[0] == math.inf else scores.index(best)
 
     def _cell(self, phase: str, name: str, seed: int, value: float | None, variant: Variant | None = None) -> Cell:
         """Return a cell, whose name ends in a digest of all that its result depends on."""
