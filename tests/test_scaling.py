@@ -251,7 +251,7 @@ def test_coverage_of_intervals() -> None:
             "The sizes span a factor",
         ),
         ({"noise": 0.15}, "The 90 % interval of"),
-        ({"around": np.array([1.0, 1.0001]), "count": 8}, "The condition of the Hessian in log parameters"),
+        ({"around": np.array([1.0, 1.0001]), "count": 6}, "The condition of the Hessian in log parameters"),
         ({"surface": HOFFMANN._replace(E=0.0)}, "E is at 0"),
         ({"surface": HOFFMANN._replace(B=1e-9)}, "The 90 % interval of beta"),
     ],

@@ -14,9 +14,8 @@ from command import done, llmkit
 
 from llmkit.commands.scale import study as command
 from llmkit.errors import Stopped, UserError
-from llmkit.study import drawing
 from llmkit.study.outcomes import OUTCOME, Cell
-from llmkit.study.scaling import grid
+from llmkit.study.scaling import figures, grid
 from llmkit.study.scaling.spec import Power, read
 from llmkit.study.scaling.surface import Surface
 from llmkit.study.spec import Tune
@@ -128,7 +127,7 @@ class Fake:
 
 @pytest.fixture
 def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cell trains, figures are empty, and sizes are built once."""
+    """No cell trains, nothing is drawn (test_scaling looks at figures), and sizes are built once."""
     built: list[Any] = []
     build = grid.sizes
 
@@ -136,14 +135,10 @@ def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         built.extend([] if built else build(*arguments))
         return built
 
-    def touch(figure: Any, path: Path) -> None:
-        for kind in ("png", "pdf"):
-            path.with_suffix(f".{kind}").touch()
-
     monkeypatch.setattr(command, "executor", Fake)
     monkeypatch.setattr(command, "DRAWS", 30)
     monkeypatch.setattr(grid, "sizes", once)
-    monkeypatch.setattr(drawing, "save", touch)
+    monkeypatch.setattr(figures, "draw", lambda results: {})
     monkeypatch.setattr(Fake, "asked", [])
     monkeypatch.setattr(Fake, "stop_after", 10**9)
 

@@ -20,6 +20,7 @@ from llmkit.study.scaling import grid, report, sentences
 from llmkit.study.scaling.analysis import analyse, predictions
 from llmkit.study.scaling.gather import ended, foreseen, runs_of
 from llmkit.study.scaling.grid import Point, Size
+from llmkit.study.scaling.runs import check
 from llmkit.study.scaling.spec import ScaleStudy, read
 from llmkit.study.scaling.surface import scipy_part
 from llmkit.study.spec import Tune
@@ -163,9 +164,13 @@ def _gathered(study: ScaleStudy, plan: StudyPlan, points: list[Point]) -> tuple[
 
 
 def _predict(study: ScaleStudy, runs: Mapping[str, Any], held: list[Point]) -> None:
-    """Write what the grid predicts of the runs that are held out, before they run."""
+    """Write what the grid predicts of the runs that are held out, before they run.
+
+    Raises UserError where too few runs of a variant are left.
+    """
     rows = []
     for name, fitted in runs.items():
+        check(fitted, f"variant {name}: ")  # cells may have failed
         own = [point for point in held if point.size.variant == name]
         unknown = runs_of([(point, point.name, 1.0, None) for point in own], by_budget=True)
         for point, row in zip(own, predictions(fitted, unknown, DRAWS), strict=True):
