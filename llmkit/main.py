@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugins": ("llmkit.commands:run_verb", "list, describe, check or create plugins"),
     "inspect": ("llmkit.commands.inspect:run", "describe the model of a config: parameters, FLOPs, memory"),
     "config": ("llmkit.commands:run_verb", "print a config in full, compare two, or print their schema"),
-    "verify": ("llmkit.commands:run_verb", "check on your config that resuming or batching changes no number"),
+    "verify": ("llmkit.commands:run_verb", "check on your config that resuming and batching are exact, or muP"),
 }
 """Command -> where its ``run(command, argv) -> exit code`` is, and one line of help."""
 

@@ -20,10 +20,10 @@ STRUCTURE = (
     *PLUGINS,
     *("dim", "num_layers", "vocab_size", "norm_first", "tie_embeddings"),
     *("embedding_norm", "token_types", "output_bias", "lora"),
-    *("decoder_layers", "separate_positions", "embedding_scale", "output_scale"),
+    *("decoder_layers", "separate_positions", "embedding_scale", "output_scale", "mup_base_dim"),
 )
 """The arguments of a model that decide which weights it has, and what they are multiplied by."""
-MEANING = ("attention", "position", "feedforward", "norm", "norm_first")
+MEANING = ("attention", "position", "feedforward", "norm", "norm_first", "mup_base_dim")
 """The arguments that decide what weights of the same names and shapes mean."""
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "verify": {
         "resume": "kill a run at random moments, resume it, and compare it bit by bit with an undisturbed run",
         "metrics": "compute losses, gradients and metrics with many ways of batching, and compare them",
+        "mup": "train a few steps at several widths, and compare how far outputs move (coordinate check of muP)",
     },
     "plugins": {
         "check": "test a plugin against its contract",

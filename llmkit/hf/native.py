@@ -33,6 +33,8 @@ def native(
     """
     head, given = part("head", spec["head"])
     try:
+        if spec.get("mup_base_dim") not in (None, spec["dim"]):
+            raise NoCounterpartError("the output multiplier of mup_base_dim")
         facts = facts_of(spec, state)
         content = _content(facts, head, given)
     except NoCounterpartError as error:

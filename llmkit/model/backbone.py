@@ -137,6 +137,7 @@ class Backbone(nn.Module, Network):
         self.topology, self._max_length = topology, max_length
         self.gradient_checkpointing = gradient_checkpointing
         self.embedding_scale, self.output_scale = embedding_scale, output_scale
+        self.output_multiplier = 1.0  # of the output matrix; llmkit.model.mup sets it
         factories: dict[str, Callable[..., Any]] = {
             **{"attention": attention, "cross_attention": cross_attention, "feedforward": feedforward},
             **{"position": position, "norm": norm},
@@ -191,7 +192,8 @@ class Backbone(nn.Module, Network):
     @property
     def output_weight_VD(self) -> Tensor:
         """The matrix that turns hidden states into scores over the vocabulary."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        weight_VD = self.embedding.weight if self.output is None else self.output.weight
+        return weight_VD if self.output_multiplier == 1.0 else weight_VD * self.output_multiplier
 
     @property
     def output_bias_V(self) -> Tensor | None:
@@ -313,7 +315,7 @@ class Backbone(nn.Module, Network):
         if self.output is None and self.scored(scored_share):
             norm = norm if last.norm_first else last.feedforward_norm
             plain = last.norm_first and self.embedding_norm is None
-            scales = self.embedding_scale, self.output_scale
+            scales = self.embedding_scale, self.output_scale * self.output_multiplier
             quieten(norm, self._side(side)[0], self.embedding.num_embeddings, plain, scales)
 
     def _stack(self, side: Literal["encoder", "decoder"]) -> tuple[nn.ModuleList, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,11 @@ def fused_maps(net: nn.Module) -> dict[str, list[int]]:
 
 
 def parameter_groups(
-    net: nn.Module, kinds: dict[str, str], maps: dict[str, list[int]] | None = None, layer_decay: float = 1.0
+    net: nn.Module,
+    kinds: dict[str, str],
+    maps: dict[str, list[int]] | None = None,
+    layer_decay: float = 1.0,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups by ``kind``: matrices and embeddings with weight decay, vectors without.
 
@@ -54,25 +58,30 @@ def parameter_groups(
         maps: what ``fused_maps`` returned: the group ``matrix`` says the ``maps`` of each of its parameters.
         layer_decay: what the learning rate of a layer is multiplied by, once for each step down from the head
             (Clark et al. 2020, arXiv:2003.10555); groups are then by depth too, and say their ``lr_scale``.
+        lr_scales: what else the learning rates of some parameters are multiplied by, by name; their ``decay_scale``
+            makes up for it in the decay of a step.
     """
-    groups: dict[tuple[str, int], list[nn.Parameter]] = {}
-    rows: dict[tuple[str, int], list[list[int]]] = {}
+    groups: dict[tuple[str, int, float], list[nn.Parameter]] = {}
+    rows: dict[tuple[str, int, float], list[list[int]]] = {}
     top = 1 + max((layer_of(name) or 0 for name in kinds), default=0)
     for full_name, parameter in net.named_parameters():
         if parameter.requires_grad:
             name = full_name.replace("_fsdp_wrapped_module.", "")
             depth = layer_of(name) if layer_decay != 1 else None
-            key = kinds[name], 0 if layer_decay == 1 else top - (top if depth is None else depth)
+            below = 0 if layer_decay == 1 else top - (top if depth is None else depth)
+            key = kinds[name], below, (lr_scales or {}).get(name, 1.0)
             groups.setdefault(key, []).append(parameter)
             if maps is not None and kinds[name] == "matrix":
                 rows.setdefault(key, []).append(maps.get(name, [len(parameter)]))
     order = ("matrix", "embedding", "vector")
     found = []
-    for kind, below in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
-        group: dict[str, Any] = {"params": groups[kind, below], "kind": kind}
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), *key[1:])):
+        kind, below, scale = key
+        group: dict[str, Any] = {"params": groups[key], "kind": kind}
         group |= {"weight_decay": 0.0} if kind == "vector" else {}
-        group |= {"maps": rows[kind, below]} if (kind, below) in rows else {}
-        found.append(group | ({} if layer_decay == 1 else {"lr_scale": layer_decay**below}))
+        group |= {"maps": rows[key]} if key in rows else {}
+        group |= {} if layer_decay == 1 and scale == 1 else {"lr_scale": scale * layer_decay**below}
+        found.append(group | ({} if scale == 1 else {"decay_scale": 1 / scale}))
     return found
 
 

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from llmkit import registry
 from llmkit.contracts import Head, Stage, Tokenizer, Topology
 from llmkit.errors import Problem, UserError, blame, returned
+from llmkit.model import mup
 from llmkit.model.backbone import Backbone
 from llmkit.ops.lora import LoRA
 from llmkit.ops.metrics import Metrics
@@ -32,7 +33,7 @@ SHAPE = (
 """The plain arguments of a model that its network takes under the same name."""
 SIZES = (
     *("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "lora", "layer_decay"),
-    "max_bad_steps",
+    *("max_bad_steps", "mup_base_dim"),
 )
 """The plain arguments of a model that its checkpoints describe."""
 
@@ -79,6 +80,8 @@ class Parts:
         if cross is None and "cross" in getattr(registry.target_of(self.factories["attention"]), "roles", ()):
             cross = self.factories["attention"]
         self.factories["cross_attention"] = registry.resolve("attention", cross)
+        if sizes["mup_base_dim"] is not None:
+            mup.check(sizes["mup_base_dim"], registry.target_of(self.factories["optimizer"]))
         self.spec = {**{name: registry.spec_of(factory) for name, factory in self.factories.items()}, **sizes}
 
     def build(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -88,11 +91,26 @@ class Parts:
 
     def backbone(self, topology: Topology, vocab_size: int, num_layers: int | None = None) -> Backbone:
         """Return the network; ``num_layers`` in the place of what is configured, of each side."""
+        net = self._network(self.spec["dim"], topology, vocab_size, num_layers)
+        base = self.spec["mup_base_dim"]
+        if base is not None and base != self.spec["dim"]:
+            mup.parametrize(net, self.base_backbone(topology, vocab_size, num_layers))
+        return net
+
+    def base_backbone(self, topology: Topology, vocab_size: int, num_layers: int | None = None) -> Backbone:
+        """Return the network at the base width of muP, without memory. Raises UserError when there is none."""
+        try:
+            with torch.device("meta"):
+                return self._network(self.spec["mup_base_dim"], topology, vocab_size, num_layers)
+        except UserError as error:
+            raise UserError(Problem("model.mup_base_dim", f"no such model: {error.problems[0].text}")) from error
+
+    def _network(self, dim: int, topology: Topology, vocab_size: int, num_layers: int | None) -> Backbone:
         depth = {} if num_layers is None else {"num_layers": num_layers, "decoder_layers": None}
         names = ("attention", "cross_attention", "position", "feedforward", "norm")
         return Backbone(
             vocab_size=vocab_size,
-            dim=self.spec["dim"],
+            dim=dim,
             topology=topology,
             max_length=self.spec["context"],
             **{**{name: self.spec[name] for name in ("num_layers", *SHAPE)}, **depth},
@@ -108,10 +126,12 @@ class Parts:
         return tokenizer.vocab_size if rows is None else int(rows)
 
     def optimizer(self, groups: Iterable[Any]) -> Optimizer:
-        """Return the optimizer; a group that says its ``lr_scale`` gets the learning rate times that."""
+        """Return the optimizer; learning rate and weight decay times ``lr_scale`` and ``decay_scale`` of a group."""
         optimizer: Optimizer = self.build("optimizer", groups)
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
+            if "decay_scale" in group:
+                group["weight_decay"] *= group["decay_scale"]
         return optimizer
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:

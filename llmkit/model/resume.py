@@ -45,7 +45,8 @@ def stored_settings(trainer: pl.Trainer, spec: Mapping[str, Any], checkpoint: di
             f"that begins with these weights, use model.init_from instead of --ckpt_path"
         )
         raise UserError(Problem("model.optimizer", text))
-    for name, default in {"freeze": None, "layer_decay": 1.0}.items():  # they decide what the optimizer's groups are
+    # They decide what the optimizer's groups are.
+    for name, default in {"freeze": None, "layer_decay": 1.0, "mup_base_dim": None}.items():
         if spec[name] != (before := checkpoint["llmkit"]["model"].get(name, default)):
             text = f"is {spec[name]}, but the checkpoint has {before}: a resumed run keeps its parameter groups"
             raise UserError(Problem(f"model.{name}", text))

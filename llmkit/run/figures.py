@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,19 @@ def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str =
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside, so that it covers no curve
+    figure.savefig(png_file, dpi=150, bbox_inches="tight")
+
+
+def coordinates(widths: Sequence[int], changes: Mapping[str, Sequence[float]], png_file: Path) -> None:
+    """Draw by how much the outputs of each part changed, against the width, both in logarithms."""
+    figure, axes = _axes()
+    for number, (name, values) in enumerate(changes.items()):
+        axes.plot(widths, values, "-" if number < 10 else "--", label=name, linewidth=1.6, marker="o", markersize=3)
+    axes.set(xscale="log", yscale="log", xlabel="width", ylabel="mean absolute change of a coordinate")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(png_file, dpi=150, bbox_inches="tight")
 
 

@@ -59,6 +59,7 @@ class Differential(GroupedQuery):
         if not 0 <= lambda_init < 1:
             raise UserError(f"lambda_init must be at least 0 and below 1, got {lambda_init}")
         super().__init__(dim, role, 2 * num_heads, 2 * num_heads, qk_norm, bias, dropout)
+        self.scale = self.head_dim**-0.5  # written out, because queries are padded below
         self.lookup = Lookup(role, num_heads)  # one position bias for both maps of a head
         self.lambda_init = lambda_init
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
@@ -116,5 +117,5 @@ class Differential(GroupedQuery):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
         )

@@ -68,6 +68,7 @@ class Latent(Attention):
             raise UserError(f"rope_dim must be even and at least 2, got {rope_dim}")
         if role == "cross":
             self.rope_dim = 0
+        self.scale = (self.head_dim + self.rope_dim) ** -0.5
         self.q = nn.Linear(dim, num_heads * (self.head_dim + self.rope_dim), bias=False)
         narrow = [self.kv_rank, self.rope_dim] if self.rope_dim else [self.kv_rank]
         self.down = fused(nn.Linear(dim, sum(narrow), bias=False), narrow)
@@ -145,7 +146,7 @@ class Latent(Attention):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
-            scale=(self.head_dim + self.rope_dim) ** -0.5,
+            scale=self.scale,
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return y[..., : v.shape[-1]]
