@@ -239,20 +239,21 @@ measured); the wall-clock time is given below each table, on a machine that had 
 The settings of SST-2 (dropout, minimum frequency, epochs) and TREC (dropout) were chosen from a handful of variants
 with both validation and test accuracy visible, so these two test figures may be slightly optimistic. Those of all
 other rows were chosen on validation data alone. That includes the fine-tuning rate of sst2_pretrained, although test
-figures with a lower rate had been measured before. XQuAD and CMRC are one file each: their figures are for the
-tenth of its paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of
-its validation split. No row but sst2_bert was repeated with other seeds: differences between variants of about a point may
-be chance.
+figures with a lower rate had been measured before. XQuAD and CMRC are one file each: their figures are for the tenth
+of its paragraphs that is set aside, which also chose the checkpoint. The test data of DialogSum is the file of its
+validation split. No row but sst2_bert was repeated with other seeds: differences between variants of about a point
+may be chance.
 
-The rows sst2_bert and trec_bert begin with a published MiniLM; `hf:FOLDER` is a copy of it. Of sst2_bert other settings were
-compared on the validation sentences alone: its own has 88.3 and 88.9 there with two seeds, a rate of 2e-4 with a layer_decay
-of 0.8 or 0.9 88.4, four epochs of the latter 87.8, and batches of 16 with a rate of 5e-5 87.4. None is better than a seed.
+The rows sst2_bert and trec_bert begin with a published MiniLM; `hf:FOLDER` is a copy of it. Of sst2_bert other
+settings were compared on the validation sentences alone: its own has 88.3 and 88.9 there with two seeds, a rate of
+2e-4 with a layer_decay of 0.8 or 0.9 88.4, four epochs of the latter 87.8, and batches of 16 with a rate of 5e-5
+87.4. None is better than a seed.
 
-**All rows but those of MiniLM are from before these changes, and a row trained today differs**: batches by length mix rows in
-each epoch
-(every row but those of language modelling), Muon takes fused maps by their parts (tinyshakespeare, multi30k, tatoeba,
-masked words, dialogsum), LSTM and GRU run in single precision, WikiText-2 keeps its blank lines, bits per byte charge
-unknown tokens for the bytes they hide and count the newlines of single lines, and BLEU of Chinese is no longer `13a`.
+**All rows but those of MiniLM are from before these changes, and a row trained today differs**: batches by length mix
+rows in each epoch (every row but those of language modelling), Muon takes fused maps by their parts (tinyshakespeare,
+multi30k, tatoeba, masked words, dialogsum), LSTM and GRU run in single precision, WikiText-2 keeps its blank lines,
+bits per byte charge unknown tokens for the bytes they hide and count the newlines of single lines, and BLEU of
+Chinese is no longer `13a`.
 """
 
 
