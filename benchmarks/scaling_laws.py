@@ -1,6 +1,6 @@
 """The oracles of the scaling fits in full: published figures, exact surfaces, and the coverage of intervals.
 
-    python benchmarks/scaling_laws.py [--draws 4000] [--samples 300] [--data FOLDER]
+    python benchmarks/scaling_laws.py [--draws 4000] [--samples 200] [--data FOLDER]
 
 Takes about ten minutes. What it printed last is in docs/results/scaling_laws.txt. FOLDER: with ``epoch_chinchilla/``
 and ``isoflops/``, the tables of arXiv:2404.10102 and of Open Athena's digitisations.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +99,6 @@ def coverage(samples: int) -> None:
     for title, count, sizes, seeds, noise in (
         ("5 budgets x 5 sizes, noise 0.5 %", 5, 5, 1, 0.005),
         ("5 budgets x 5 sizes x 3 seeds, 1 %", 5, 5, 3, 0.01),
-        ("4 budgets x 4 sizes, 0.3 %", 4, 4, 1, 0.003),
-        ("5 budgets x 5 sizes, 0.5 %, t noise", 5, 5, 1, -0.005),
     ):
         N, D = grid(HOFFMANN, np.geomspace(1 / 6, 6, sizes), count, seeds)
         C = np.repeat([1e21, 4e21, 1e22], 3)
@@ -110,8 +107,7 @@ def coverage(samples: int) -> None:
         hits = {kind: dict.fromkeys(names, 0) for kind in ("bootstrap", "profile")}
 
         def draw(count: int, noise: float = noise, chance: np.random.Generator = chance) -> Floats:
-            heavy = chance.standard_t(3, count) / 3**0.5 if noise < 0 else chance.standard_normal(count)
-            return np.asarray(1 + abs(noise) * heavy)
+            return np.asarray(1 + noise * chance.standard_normal(count))
 
         for sample in range(samples):
             loss = HOFFMANN.loss(N, D) * draw(len(N))
@@ -137,16 +133,14 @@ def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4000)
-    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLMKIT_DATA", "."), "scaling_laws"))
     options = parser.parse_args()
-    start = time.process_time()
     exact()
     if options.data.is_dir():
         tables(options.data)
         epoch(options.data, options.draws)
     coverage(options.samples)
-    print(f"{time.process_time() - start:.0f} CPU seconds")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,7 @@ def test_learning_rates_are_tuned_at_two_sizes(faked: None) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({", 1.0e+9]": "]", "16, 32": "16"}, "4 runs; a surface has 5 parameters and needs more"),
         ({"1.0e+8": "1.0e+5"}, "budgets: 1e+05 FLOPs are less than 10 steps of every size; the smallest makes 0"),
         ({"0.01, 10000": "5000, 10000"}, "tokens a parameter, and ratio allows 5000 to 10000: no size fits"),
         (

@@ -65,6 +65,9 @@ def run(command: str, argv: list[str]) -> int:
             raise UserError(Problem("metric", f"{study.metric} is no loss: a surface is fitted to one"))
         points = grid.points(study, sizes)
         held = grid.held_out(study, sizes)
+        for name in study.variants:  # before anything is spent
+            own = [(point, "", 1.0, None) for point in points if point.size.variant == name]
+            check(runs_of(own * study.seeds, by_budget=False))
         if options.plan:
             grid.timed(sizes, build)
     print(describe(study, sizes, points, held), flush=True)

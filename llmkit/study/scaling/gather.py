@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.errors import UserError
 from llmkit.study.cells import StudyPlan
 from llmkit.study.outcomes import outcome_of
 from llmkit.study.scaling.analysis import analyse
@@ -69,10 +68,7 @@ def foreseen(study: ScaleStudy, grid: Sequence[Point]) -> list[str]:
     noise = 1 + study.noise * np.random.default_rng(0).standard_normal(len(points))
     runs.L = surface.loss(runs.N, runs.D) * noise
     assumed = f"if alpha is {ALPHA}, beta {BETA} and the noise of a run {100 * study.noise:.2g} % of its loss"
-    try:
-        results: dict[str, Any] = analyse({"planned": runs}, "plan", draws=60)["variants"]["planned"]
-    except UserError as error:
-        return [f"no exponent, {assumed}: {error}"]
+    results: dict[str, Any] = analyse({"planned": runs}, "plan", draws=60)["variants"]["planned"]
     one = results["parameters"]["exponent"]
     used = [parabola for parabola in results["parabolas"]["N"] if not parabola["refused"]]
     vertices = f"{len(used)} of {len(results['parabolas']['N'])} vertices of parabolas would be used"
