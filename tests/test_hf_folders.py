@@ -447,6 +447,7 @@ def test_export(folder: Path, fitted: Result, tmp_path: Path) -> None:
             {"attention": {"name": "multi_head", "qk_norm": False, "scale": 1.0}, "feedforward": "swiglu"},
             "a scale of scores, embedding_scale or output_scale in a network with one stack",
         ),
+        ({"feedforward": "swiglu", "mup_base_dim": 8}, "the output multiplier of mup_base_dim"),
     ],
 )
 def test_what_transformers_does_not_have_is_an_architecture_of_our_own(

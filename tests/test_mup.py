@@ -13,8 +13,11 @@ from torch import Tensor
 
 import llmkit as package
 from llmkit import LanguageModel, UserError, plugin
+from llmkit.checkpoint.content import section
 from llmkit.commands.verify.mup import table
+from llmkit.hf.export import export
 from llmkit.model.use import batch_of
+from llmkit.sequence import Sequence
 from llmkit.testing.coordinates import Part, slope
 
 ROWS = [{"text": "a text of some length"}, {"text": "another"}]
@@ -166,6 +169,22 @@ def test_a_run_is_resumed_and_loaded(tmp_path: Path) -> None:
     for other in ("null", "4"):
         result = llmkit(*words, "--trainer.max_steps", 4, *last, "--model.mup_base_dim", other)
         assert result.code == 2 and "model.mup_base_dim: is " in result.err, result.err
+
+
+def test_an_exported_model_keeps_it(tmp_path: Path) -> None:
+    """A folder of llmkit's own brings the multiplier back, and takes no other base width."""
+    built = model(16, 8)
+    part = section(built.spec, built.tokenizer, built.head, {})  # type: ignore[arg-type]
+    export(tmp_path / "out", part, built.state_dict(), built.tokenizer, "")  # type: ignore[arg-type]
+    name = f"hf:{tmp_path / 'out'}"
+    ids = torch.tensor([[1, 2, 3]])
+    scores = [
+        one.network.decode(ids, Sequence.of(ids)) @ one.network.output_weight_VD.T
+        for one in (built.eval(), LanguageModel.published(name).eval())
+    ]
+    assert torch.equal(*scores)
+    with pytest.raises(UserError, match="model.mup_base_dim: is 4, but the model of init_from has 8"):
+        LanguageModel(built.head.__class__, dim=16, num_layers=2, context=32, init_from=name, mup_base_dim=4)
 
 
 def test_the_coordinate_check(tmp_path: Path) -> None:
