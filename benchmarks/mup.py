@@ -53,7 +53,7 @@ def main() -> None:
     """Sweep, and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--powers", type=int, nargs=2, default=[-8, -3], help="of 2: the lowest and highest rate")
+    parser.add_argument("--powers", type=int, nargs=2, default=[-11, -6], help="of 2: the lowest and highest rate")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()

@@ -141,6 +141,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (("--widths", "64"), "verify mup: argument --widths: must be two or more widths with commas between them"),
         (("--widths", "8,x"), "must be two or more widths with commas between them, got '8,x'"),
         (("--widths", "16,18", *data(tmp_path)), "width 18: "),
+        (("--picture", tmp_path / "text.txt" / "x.png", *data(tmp_path)), "text.txt"),
         (("--steps", "0"), "argument --steps: must be at least 1, got 0"),
     ):
         result = llmkit("verify", "mup", *words)

@@ -62,7 +62,7 @@ def coordinates(widths: Sequence[int], changes: Mapping[str, Sequence[float]], p
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(png_file, dpi=150, bbox_inches="tight")
+    figure.savefig(png_file, format="png", dpi=150, bbox_inches="tight")  # whatever a user calls the file
 
 
 def confusion_matrix(counts: list[list[int]], labels: list[str], png_file: Path) -> None:

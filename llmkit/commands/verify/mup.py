@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmkit.commands import Parser, at_least, columns
 from llmkit.commands.fit import run_instead
+from llmkit.errors import UserError
 from llmkit.run.cli import CLI
 from llmkit.run.figures import coordinates as draw
 from llmkit.testing.coordinates import SLOPE, Part, check
@@ -55,10 +56,14 @@ def _check(options: argparse.Namespace, cli: CLI) -> int:
     def log(line: str) -> None:
         print(f"{time.monotonic() - start:4.0f} s: {line}", file=sys.stderr, flush=True)
 
+    picture = options.picture or Path(cli.config_init["output"]) / cli.config_init["name"] / "mup.png"
+    try:  # now rather than after the work
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.touch()
+    except OSError as error:
+        raise UserError(f"the picture cannot be written: {error}") from error
     model = cli.model.to(cli.trainer.strategy.root_device)
     parts = check(model, cli.datamodule, options.widths, options.steps, options.seeds, log)
-    picture = options.picture or Path(cli.config_init["output"]) / cli.config_init["name"] / "mup.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
     draw(options.widths, {part.name: part.moved for part in parts}, picture)
     base = model.spec["mup_base_dim"]
     how = "the standard parametrization" if base is None else f"muP of base width {base}"
