@@ -117,9 +117,7 @@ def bowl(values: dict[str, Any]) -> float | None:
     return (x + 2.5) ** 2 + 0.1 * int(values["n"]) + (0.3 if values["c"] == "a" else 0)
 
 
-def suggested(
-    sampler: str, rounds: Sequence[int], result: Callable[[Any], float | None] = bowl
-) -> list[dict[str, Any]]:
+def suggested(sampler: str, rounds: Sequence[int]) -> list[dict[str, Any]]:
     suggester = Suggester(SPACE, sampler, 0, "min")
     found = []
     for count in rounds:
