@@ -55,8 +55,8 @@ def run(command: str, argv: list[str]) -> int:
         if name not in ("config", "plan", "report") and value is not None
     }
     optuna_part()  # a missing package is noticed before anything runs
-    search = read(options.config, given, rest)
-    with each_note_once():
+    with each_note_once():  # the base config is read once for each value that is checked, and each trial
+        search = read(options.config, given, rest)
 
         def build(work: Callable[[Any], int], words: list[str]) -> int:
             with one_device():
