@@ -16,6 +16,7 @@ import yaml
 from command import done, llmkit
 
 from llmkit.commands import tune as command
+from llmkit.commands.cell import fit_cell
 from llmkit.errors import Stopped, UserError
 from llmkit.study import drawing, match
 from llmkit.study.outcomes import OUTCOME, Cell
@@ -155,6 +156,9 @@ def test_importance() -> None:
 
 # Searches
 
+BUILT: dict[str, Any] = {}
+"""Configs that were built, by their words."""
+
 
 class Fake:
     """An executor that trains nothing: the best are a learning rate of 0.003, no dropout, one layer."""
@@ -188,14 +192,13 @@ def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cell trains, figures are empty, and a config is built once."""
     pytest.importorskip("optuna")
     pytest.importorskip("scipy")
-    built: dict[str, Any] = {}
     build = match.variants
 
     def once(study: Any, how: Any) -> Any:
         key = json.dumps([study.base, study.variants])
-        if key not in built:
-            built[key] = build(study, how)
-        return built[key]
+        if key not in BUILT:
+            BUILT[key] = build(study, how)
+        return BUILT[key]
 
     def touch(figure: Any, path: Path) -> None:
         for kind in ("png", "pdf"):
@@ -291,10 +294,21 @@ def test_mistakes_in_the_base_config(faked: None) -> None:
     assert "--report nowhere: no results.json of a search there" in llmkit("tune", "--report", "nowhere").err
 
 
-def test_a_search_that_trains(experiment: Path) -> None:
+class Here:
+    """An executor that trains in this process."""
+
+    def __init__(self, plan: Any) -> None:
+        self.root, self.failed = plan.root, dict[str, str]()
+
+    def __call__(self, cells: Sequence[Cell], total: int) -> None:
+        assert [fit_cell(self.root / cell.name, cell, 1) for cell in cells] == [0] * len(cells)
+
+
+def test_a_search_that_trains(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best config runs, and with its seed it gives the best trial's result to the last bit."""
     pytest.importorskip("optuna")
     pytest.importorskip("scipy")
+    monkeypatch.setattr(command, "executor", Here)
     shipped = yaml.safe_load((Path(__file__).parent.parent / "configs" / "tune.yaml").read_text())
     shipped.update(base="experiment.yaml", overrides={"trainer.limit_val_batches": 1}, trials=3)
     shipped["space"]["model.num_layers"]["high"] = 2
