@@ -74,7 +74,8 @@ class Shipped(NamedTuple):
 
 def shipped() -> list[Shipped]:
     found = []
-    others = {CONFIGS / "compare.yaml", *(CONFIGS / "probes").iterdir()}  # a study, and configs that are all alike
+    # Studies, and configs that are all alike.
+    others = {CONFIGS / "compare.yaml", CONFIGS / "tune.yaml", *(CONFIGS / "probes").iterdir()}
     for path in sorted({*CONFIGS.rglob("*.yaml")} - others):
         lines = [re.sub(r"(^| +)# .*", "", line) for line in path.read_text(encoding="utf-8").splitlines()]
         found.append(Shipped(path.stem, [line for line in lines if line.strip()]))

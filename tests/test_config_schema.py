@@ -26,7 +26,8 @@ from llmkit.run.cli import GROUPS, TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {ROOT / "configs" / "compare.yaml"})
+STUDIES = {ROOT / "configs" / "compare.yaml", ROOT / "configs" / "tune.yaml"}
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - STUDIES)
 LOCAL = ROOT / "examples" / "local_plugin"
 KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": int | float}
 

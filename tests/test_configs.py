@@ -21,7 +21,7 @@ from llmkit import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
-CONFIGS.remove("compare.yaml")  # a study
+CONFIGS = [name for name in CONFIGS if name not in ("compare.yaml", "tune.yaml")]  # studies
 PROBES = [name for name in CONFIGS if name.startswith("probes/")]  # which test_probes trains
 CONFIGS = [name for name in CONFIGS if name not in PROBES]
 LINES = 400  # of each file; spread over the whole file, so that every label is among them

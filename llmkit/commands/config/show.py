@@ -36,22 +36,35 @@ def run(command: str, argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help=text)
     options, argv = parser.parse_known_args(argv)
     config = plan("fit", argv, command).config
-    for key, value in filled_in(config.tree["trainer"]).items():
-        config.put(f"trainer.{key}", value, COMPUTED[key])
-    tree = {key: value for key, value in config.tree.items() if value is not None}
-    if not options.all:
-        given = {key: item for key, item in tree["trainer"].items() if _is_set(f"trainer.{key}", item, config)}
-        tree["trainer"] = given
-    tree = shortened(tree)
+    tree = _tree(config, options.all)
     if options.json:
         found = {key: {"value": value, "origin": _origin(key, value, config)} for key, value in flat(tree).items()}
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
+    print(_as_text(tree, config))
+    return 0
+
+
+def effective(argv: list[str], command: str) -> str:
+    """Return the effective config of the options in ``argv`` as YAML, the origin of each value in a comment."""
+    config = plan("fit", argv, command).config
+    return _as_text(_tree(config, False), config)
+
+
+def _tree(config: Stack, everything: bool) -> Tree:
+    for key, value in filled_in(config.tree["trainer"]).items():
+        config.put(f"trainer.{key}", value, COMPUTED[key])
+    tree = {key: value for key, value in config.tree.items() if value is not None}
+    if not everything:
+        given = {key: item for key, item in tree["trainer"].items() if _is_set(f"trainer.{key}", item, config)}
+        tree["trainer"] = given
+    return shortened(tree)
+
+
+def _as_text(tree: Tree, config: Stack) -> str:
     lines = list(_lines(tree, config))
     width = min(max(len(text) for text, _ in lines), 50)
-    for text, origin in lines:
-        print(f"{text:<{width}}  # {origin}" if origin else text)
-    return 0
+    return "\n".join(f"{text:<{width}}  # {origin}" if origin else text for text, origin in lines)
 
 
 def _is_set(key: str, value: Any, config: Stack) -> bool:

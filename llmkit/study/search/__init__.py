@@ -1,0 +1,1 @@
+"""A search for settings: its space, the suggestions, the trials, and the report."""
