@@ -413,7 +413,7 @@ def test_the_file_can_be_copied(tmp_path: Path) -> None:
     """A copy with scores of its own is a variant that decodes; masks, padding and the cache come with it."""
     assert softmax.__file__ is not None
     text = Path(softmax.__file__).read_text()
-    changed = text.replace("is_causal=is_causal,\n", "is_causal=is_causal,\n            scale=0.1,\n")
+    changed = text.replace("scale=self.scale,\n", "scale=0.1,\n")
     (tmp_path / "mine.py").write_text(changed)
     spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
     assert changed != text and spec is not None and spec.loader is not None

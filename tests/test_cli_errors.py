@@ -198,7 +198,7 @@ WRONG_VALUES = [
     fit("--data.encoding", "utf9", says=("command line: data.encoding: unknown encoding: utf9",)),
     fit(
         *("--data.pack", "true", "--model.head", "classification"),
-        says=("command line: data.pack: is for heads that join their rows, and Classification does not",),
+        says=("data.pack: is for completion and heads that join their rows, and Classification does not",),
     ),
     fit("--model.num_layers", "0", says=("model.num_layers", "at least 1")),
     fit("--model.context", "1", says=("model.context", "at least 2")),  # the next token of one token is in no block

@@ -75,7 +75,7 @@ def test_the_fit_of_epoch_ai() -> None:
     assert fit.surface == pytest.approx((1.8172, 477.84, 2143.86, 0.34731, 0.36718), rel=2.5e-4)
     assert fit.objective == pytest.approx(0.00101827403, rel=2e-8)
     drawn = bootstrap(*runs, fit.surface, 60, lambda N, D, loss, start: huber(N, D, loss, start=start))
-    errors = np.std(drawn, axis=0)  # of 60 draws; benchmarks/scaling_laws.py takes 4,000 and comes within 10 %
+    errors = np.std(drawn, axis=0)  # of 60 draws; docs/studies/scaling/fits.py takes 4,000 and comes within 10 %
     assert errors == pytest.approx((0.026, 124.5, 1293.3, 0.015, 0.021), rel=0.3)
 
 
@@ -225,7 +225,7 @@ def test_the_bias_of_parabolas_off_centre() -> None:
 
 
 def test_coverage_of_intervals() -> None:
-    """benchmarks/scaling_laws.py simulates more, with 1,000 draws."""
+    """docs/studies/scaling/fits.py simulates more, with 1,000 draws."""
     chance, inside, profiles = np.random.default_rng(2), 0, 0
     C = 4e21
     N = HOFFMANN.optimum(C, SIX)[0] * np.array([0.5, 1, 2])

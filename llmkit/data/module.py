@@ -181,7 +181,7 @@ class DataModule(pl.LightningDataModule):
             head_ready: the head has been restored from a checkpoint and need not learn from the training rows.
         """
         if self.pack and head.layout != "blocks" and not getattr(head, "packs", False):
-            text = f"is for heads that join their rows, and completion: {type(head).__name__} does not"
+            text = f"is for completion and heads that join their rows, and {type(head).__name__} does not"
             raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
         self._learned, self._splits, self._entries = False, {}, {}

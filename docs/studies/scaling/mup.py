@@ -1,6 +1,6 @@
 """Whether the best learning rate stays where it is over widths, with muP and with the standard parametrization.
 
-    LLMKIT_DATA=../shared/data python benchmarks/mup.py
+    LLMKIT_DATA=../shared/data python docs/studies/scaling/mup.py
 
 A decoder of two layers on characters of Shakespeare (``$LLMKIT_DATA/tinyshakespeare/input.txt``), 150 steps of 8 rows
 of 64, warmup of 15 and cosine, for learning rates a factor of 2 apart, at several widths. Printed is the validation

@@ -1,8 +1,8 @@
 """The oracles of the scaling fits in full: published figures, exact surfaces, and the coverage of intervals.
 
-    python benchmarks/scaling_laws.py [--draws 4000] [--samples 200] [--data FOLDER]
+    python docs/studies/scaling/fits.py [--draws 4000] [--samples 200] [--data FOLDER]
 
-Takes about ten minutes. What it printed last is in docs/results/scaling_laws.txt. FOLDER: with ``epoch_chinchilla/``
+Takes about ten minutes. What it printed last is in docs/studies/scaling/fits.txt. FOLDER: with ``epoch_chinchilla/``
 and ``isoflops/``, the tables of arXiv:2404.10102 and of Open Athena's digitisations.
 """
 
