@@ -18,11 +18,12 @@ TITLES = {
     ),
     "slices": (
         "Each key",
-        "Trials by the value of one key; the others vary too. Darker: later. Star: the best. Arrow: outside the axis.",
+        "Trials by the value of one key; the others vary too. Darker: later. Star: the best. Cross: "
+        "without a result. Arrow: outside the axis.",
     ),
     "importance": (
         "Importance",
-        "Share of each key in what tells the best tenth of the trials from the others (PED-ANOVA). From few trials it "
+        "Share of each key in what tells the best tenth of the trials from all (PED-ANOVA). From few trials it "
         "is rough, and it holds for this space only.",
     ),
 }
@@ -50,9 +51,15 @@ def _limits(results: Results) -> tuple[float, float]:
     return min(near) - gap, max(near) + gap
 
 
-def _mark(axes: Any, x: Any, row: Mapping[str, Any], limits: tuple[float, float], best: bool, **look: Any) -> None:
+def _mark(
+    axes: Any, x: float, row: Mapping[str, Any], results: Results, limits: tuple[float, float], **look: Any
+) -> None:
     value = row["value"]
-    if best:
+    if value is None:
+        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        worst = 1.0 if results["better"] == "min" else 0.0
+        axes.plot(x, worst, "x", **{**look, "color": drawing.VERMILLION}, **edge)
+    elif row["trial"] == results["best"]:
         axes.plot(x, value, "*", markersize=9, color=drawing.VERMILLION, zorder=4)
     elif limits[0] <= value <= limits[1]:
         axes.plot(x, value, "o", **look)
@@ -71,13 +78,8 @@ def _progress(results: Results) -> Any:
     finite = np.isfinite(line)
     numbers = np.array([row["trial"] for row in rows])
     axes.step(numbers[finite], line[finite], where="post", color=drawing.BLACK)
-    lost = 1.0 if results["better"] == "min" else 0.0
     for row in rows:
-        if row["value"] is None:
-            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot(row["trial"], lost, "x", color=drawing.VERMILLION, **edge)
-        else:
-            _mark(axes, row["trial"], row, limits, row["trial"] == results["best"], color=drawing.BLUE)
+        _mark(axes, row["trial"], row, results, limits, color=drawing.BLUE)
     axes.set(xlabel="trial", ylabel=results["metric"], ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y")
@@ -87,7 +89,7 @@ def _progress(results: Results) -> Any:
 def _slices(results: Results) -> Any:
     space, limits = results["space"], _limits(results)
     figure, panels = drawing.panel_grid(len(space), 1.9, 3, sharey=True)
-    rows = [row for row in results["trials"] if row["value"] is not None]
+    rows = results["trials"]
     for axes, (key, kind) in zip(panels, space.items(), strict=True):
         found = [row["values"][key] for row in rows]
         if kind["choices"]:
@@ -100,11 +102,12 @@ def _slices(results: Results) -> Any:
             low, high = kind["ends"]
             if kind["log"]:
                 drawing.log_axis(axes.xaxis, low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             else:
                 axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         for number, (place, row) in enumerate(zip(places, rows, strict=True)):
             shade = 0.25 + 0.75 * (number + 1) / len(rows)
-            _mark(axes, place, row, limits, row["trial"] == results["best"], color=drawing.BLUE, alpha=shade)
+            _mark(axes, place, row, results, limits, color=drawing.BLUE, alpha=shade)
         axes.set(xlabel=_short(key, 34), ylim=limits)
         axes.grid(axis="y")
     figure.supylabel(results["metric"], fontsize=8)
