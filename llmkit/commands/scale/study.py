@@ -70,8 +70,8 @@ def run(command: str, argv: list[str]) -> int:
             check(runs_of(own * study.seeds, by_budget=False))
         if options.plan:
             grid.timed(sizes, build)
-    print(describe(study, sizes, points, held), flush=True)
-    return 0 if options.plan else _run(study, points, held)
+        print(describe(study, sizes, points, held), flush=True)
+        return 0 if options.plan else _run(study, points, held)
 
 
 class _Stages:
