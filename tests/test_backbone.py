@@ -168,7 +168,7 @@ def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBac
 @pytest.mark.parametrize(
     ("topology", "variant", "backend"),
     [
-        pytest.param("decoder", "multi_head", "inductor", marks=pytest.mark.slow),
+        ("decoder", "multi_head", "inductor"),
         ("decoder", "multi_head", "aot_eager"),
         ("decoder", "sliding_window", "aot_eager"),
         ("decoder", "linear", "aot_eager"),
@@ -177,6 +177,7 @@ def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBac
         ("encoder_decoder", "multi_head", "aot_eager"),
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_network_trains_alike(topology: str, variant: str, backend: str) -> None:
     # One layer a side holds all that an encoder-decoder has; inductor waits for C++, and the others hold the rest.
     short = topology == "encoder_decoder" or backend == "inductor"

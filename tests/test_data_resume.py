@@ -59,10 +59,15 @@ CASES += [("examples", {"streaming": True}), ("blocks", {"streaming": True, "shu
 CASES += [("examples", {"streaming": True, "num_workers": 2})]
 
 
+def params(cases: list[Any]) -> list[Any]:
+    """Return cases as parameters of a fixture; those with worker processes are slow."""
+    return [pytest.param(case, marks=pytest.mark.slow) if "num_workers" in case[1] else case for case in cases]
+
+
 BY_STEPS: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 2}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=params(CASES), ids=str)
 def whole_run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], int, list[Any]]:
@@ -92,7 +97,7 @@ class Failing(Recorder):
         return super().training_step(batch)
 
 
-@pytest.fixture(scope="module", params=[CASES[0], CASES[3], CASES[4]], ids=str)
+@pytest.fixture(scope="module", params=params([CASES[0], CASES[3], CASES[4]]), ids=str)
 def run_in_epochs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], dict[str, Any], list[Any]]:

@@ -66,6 +66,7 @@ class Bad(Fuzz):
     _tokenizer = _data = _checkpoint
 
 
+@pytest.mark.slow
 def test_what_must_not_happen_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "LIMIT", 1.0)
     monkeypatch.setattr(fuzzing, "PATIENCE", 3.0)

@@ -19,7 +19,13 @@ from llmkit.testing import check, examination, properties
 test_plain = examination("attention", PlainAttention, reference=plain_attention.reference, compile_backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", registry.entries("attention"))
+QUICK = ("multi_head", "linear", "lstm")
+"""One of each kind; the others are slow together."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in registry.entries("attention")]
+)
 def test_registered(name: str) -> None:
     report = check("attention", name, compile_backend="aot_eager")
     assert not report.failed, str(report)

@@ -75,12 +75,8 @@ def python(*words: object, folder: Path, **environment: object) -> str:
     return answer.stdout
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "attention" else name for name in FAMILIES
-    ],  # its examination
-)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_printed_commands_work(
     family: str, written: tuple[Path, dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

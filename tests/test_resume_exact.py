@@ -110,6 +110,7 @@ def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     ("by", "accumulate", "interval"),
     [("steps", 1, 10), ("steps", 3, 1000), ("epochs", 1, 1000), ("epochs", 3, 10)],  # each pair of values occurs
 )
+@pytest.mark.slow
 def test_a_run_that_dies_after_each_epoch(
     by: str, accumulate: int, interval: int, folder: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_run_that_dies_after_each_epoch(
     assert differences == []
 
 
+@pytest.mark.slow
 def test_killed_processes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_study_without_a_file(experiment: Path) -> None:
 # Cells
 
 
+@pytest.mark.slow
 def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time.
 
@@ -302,6 +303,7 @@ def test_a_missing_metric_is_refused(tmp_path: Path) -> None:
 # Variants
 
 
+@pytest.mark.slow
 def test_all_variants_cost_the_same(experiment: Path) -> None:
     """Counted on networks that were built, not by the formula that matched them."""
     names = [name for name, entry in entries("attention").items() if entry.distribution == "llmkit"]
@@ -425,6 +427,7 @@ def test_mistakes_of_all_variants_are_reported_together(experiment: Path) -> Non
     assert "Did you mean 'lstm'?" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command to its report; a cell is a fit, bit for bit; a second call has nothing left to run."""
     argv = ["compare", "--config", "experiment.yaml", "--vary", "model.attention=multi_head,lstm", "--seeds", "2"]

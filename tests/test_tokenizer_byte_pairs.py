@@ -83,6 +83,7 @@ def test_equals_tokenizers_alone(name: str, request: pytest.FixtureRequest) -> N
 
 
 @pytest.mark.parametrize("name", ["wikitext-2/valid.txt", "multi30k/train.de", "chnsenticorp/train.tsv"])
+@pytest.mark.slow
 def test_equals_tokenizers_on_real_text(name: str, gpt2: Pretrained, data_folder: Callable[[str], Path]) -> None:
     folder, file = name.split("/")
     text = (data_folder(folder) / file).read_text("utf-8")[:300_000]
@@ -94,6 +95,7 @@ def test_equals_tokenizers_on_real_text(name: str, gpt2: Pretrained, data_folder
         assert tokenizer._encoder is not None and tokenizer._encoder._fast is not None
 
 
+@pytest.mark.slow
 def test_every_character(bpe: BPE) -> None:
     characters = [chr(i) for i in [*range(0xD800), *range(0xE000, 0x10000), *range(0x1F300, 0x1F700), 0x10FFFF]]
     texts = [f"{c}. {c} \n{c}{c} a{c}1 {c}a\n" for c in characters]
