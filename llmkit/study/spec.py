@@ -128,20 +128,53 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
             raise UserError("compare needs a study (a YAML file with 'variants'), or --config FILE and --vary KEY=A,B")
         tree = {"base": file, "variants": _varied(vary)}
     values = {**DEFAULTS, "name": Path(file).stem if is_study and file else "compare", **tree, **given}
-    shared = values.pop("overrides") or {}
-    if not isinstance(shared, dict):
-        problems.append(Problem("overrides", "expected keys and their values, such as trainer.max_steps: 100"))
-        shared = {}
     folder = Path(file or "").parent if is_study else Path()
-    values["base"] = (*base_words(values["base"], folder, problems), *words(shared), *rest)
+    values["base"] = (*base_words(values["base"], folder, problems), *_shared(values, problems), *rest)
     values["variants"] = _variants(values["variants"], problems)
     values["tune"] = _tune(values["tune"], problems)
     values["executor"] = executor_settings(values["executor"], problems)
     _check(values, problems)
+    refuse(problems, layer, given)
+    return Study(**values)
+
+
+def opened(
+    file: str, defaults: Mapping[str, Any], given: Mapping[str, Any], rest: list[str], problems: list[Problem]
+) -> tuple[Layer, dict[str, Any]]:
+    """Return a study's file, and the value of each of its keys, the config files and overrides as words in ``base``.
+
+    Args:
+        file: its path.
+        defaults: key -> value.
+        given: options of the command by the name of the study's key; they take the place of the file's values.
+        rest: further words of ``llmkit fit`` for all runs.
+        problems: is extended by what is wrong.
+    """
+    layer = read_yaml(file)
+    tree = plain(layer.tree)
+    for key in [key for key in tree if key not in defaults]:
+        problems.append(Problem(key, unknown("key", key, defaults)))
+        del tree[key]
+    values = {**defaults, "name": Path(file).stem, **tree, **given}
+    values["base"] = (*base_words(values["base"], Path(file).parent, problems), *_shared(values, problems), *rest)
+    values["executor"] = executor_settings(values["executor"], problems)
+    return layer, values
+
+
+def _shared(values: dict[str, Any], problems: list[Problem]) -> list[str]:
+    """Take ``overrides`` out of the values; returns them as words."""
+    shared = values.pop("overrides") or {}
+    if not isinstance(shared, dict):
+        problems.append(Problem("overrides", "expected keys and their values, such as data.batch_size: 16"))
+        return []
+    return words(shared)
+
+
+def refuse(problems: list[Problem], layer: Layer, given: Mapping[str, Any]) -> None:
+    """Raise UserError with every problem of a study and its place; none: do nothing."""
     if problems:
         places = {**layer.places, **dict.fromkeys(given, COMMAND_LINE)}
         raise UserError(*(f"{places.get(one.place_of or one.key, layer.source)}: {one}" for one in problems))
-    return Study(**values)
 
 
 def plain(value: Any) -> Any:

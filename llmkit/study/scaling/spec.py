@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmkit.config.files import read_yaml
-from llmkit.config.layers import COMMAND_LINE
 from llmkit.config.stored import is_below
 from llmkit.errors import Problem, UserError, unknown
-from llmkit.study.spec import Tune, base_words, executor_settings, plain, words
+from llmkit.study.spec import Tune, opened, refuse
 
 LR = "model.optimizer.lr"
 
@@ -110,27 +108,14 @@ def read(file: str | None, given: Mapping[str, Any], rest: list[str]) -> ScaleSt
     """
     if not file:
         raise UserError("scale needs a study: --config FILE, or a table of runs: llmkit scale fit FILE")
-    layer = read_yaml(file)
     problems: list[Problem] = []
-    tree = plain(layer.tree)
-    for key in [key for key in tree if key not in DEFAULTS]:
-        problems.append(Problem(key, unknown("key", key, DEFAULTS)))
-        del tree[key]
-    values = {**DEFAULTS, "name": Path(file).stem, **tree, **given}
-    shared = values.pop("overrides") or {}
-    if not isinstance(shared, dict):
-        problems.append(Problem("overrides", "expected keys and their values, such as data.batch_size: 16"))
-        shared = {}
-    values["base"] = (*base_words(values["base"], Path(file).parent, problems), *words(shared), *rest)
+    layer, values = opened(file, DEFAULTS, given, rest, problems)
     values["variants"] = _variants(values["variants"], problems)
-    values["executor"] = executor_settings(values["executor"], problems)
     values["learning_rate"] = _learning_rate(values["learning_rate"], problems)
     _check(values, problems)
     if not problems:
         values["widths"] = _widths(values, values.pop("params"), problems)
-    if problems:
-        places = {**layer.places, **dict.fromkeys(given, COMMAND_LINE)}
-        raise UserError(*(f"{places.get(one.place_of or one.key, layer.source)}: {one}" for one in problems))
+    refuse(problems, layer, given)
     return ScaleStudy(**values)
 
 

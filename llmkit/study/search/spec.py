@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.config.files import read_yaml
 from llmkit.config.layers import COMMAND_LINE
 from llmkit.config.plan import plan
 from llmkit.config.stored import is_below
 from llmkit.errors import Problem, UserError, unknown
-from llmkit.study.spec import Study, base_words, executor_settings, plain, words
+from llmkit.study.spec import Study, opened, refuse, words
 
 SAMPLERS = ("tpe", "random", "qmc", "gp")
 RESERVED = ("name", "output", "ckpt_path", "seed", "seed_everything", "config", "imports")
@@ -141,27 +140,14 @@ def read(file: str | None, given: Mapping[str, Any], rest: list[str]) -> Search:
     """
     if not file:
         raise UserError("tune needs a study: --config FILE, a YAML file with 'base' and 'space'")
-    layer = read_yaml(file)
     problems: list[Problem] = []
-    tree = plain(layer.tree)
-    for key in [key for key in tree if key not in DEFAULTS]:
-        problems.append(Problem(key, unknown("key", key, DEFAULTS)))
-        del tree[key]
-    values = {**DEFAULTS, "name": Path(file).stem, **tree, **given}
-    shared = values.pop("overrides") or {}
-    if not isinstance(shared, dict):
-        problems.append(Problem("overrides", "expected keys and their values, such as trainer.max_steps: 100"))
-        shared = {}
-    values["base"] = (*base_words(values["base"], Path(file).parent, problems), *words(shared), *rest)
+    layer, values = opened(file, DEFAULTS, given, rest, problems)
     values["space"] = _space(values["space"], problems)
-    values["executor"] = executor_settings(values["executor"], problems)
     _check(values, problems)
     if not problems:
         plan("fit", [*values["base"]], "tune")  # raises with the places in the config itself
         problems += _refused(values["base"], values["space"])
-    if problems:
-        places = {**layer.places, **dict.fromkeys(given, COMMAND_LINE)}
-        raise UserError(*(f"{places.get(one.place_of or one.key, layer.source)}: {one}" for one in problems))
+    refuse(problems, layer, given)
     return Search(**values)
 
 
