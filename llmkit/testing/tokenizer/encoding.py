@@ -7,6 +7,7 @@ import random
 import time
 from typing import Any
 
+from llmkit.contracts import Tokenizer
 from llmkit.testing.report import Properties, Violation, raised
 from llmkit.testing.tokenizer.subject import (
     NAMES,
@@ -156,6 +157,13 @@ def round_trip(subject: Subject) -> str:
     return f"{exact} of {len(subject.texts)} texts are restored exactly"
 
 
+def _timed(tokenizer: Tokenizer, text: str) -> tuple[list[int], float]:
+    """Return the ids of a text, and the CPU seconds that it took to encode it."""
+    start = time.process_time()
+    ids = tokenizer.encode(text)
+    return ids, time.process_time() - start
+
+
 @PROPERTIES(
     "encoding time is proportional to the length of the text",
     "Encoding a book, or a file without spaces, never ends.",
@@ -165,12 +173,13 @@ def long_text(subject: Subject) -> str:
     units = {"of words": "the lazy dog sleeps ", "without a space": "abcdefgh", "of one letter": "a", "of spaces": " "}
     speed = 0.0
     for name, unit in units.items():
-        before = 0.0
+        shorter, before = "", 0.0
         for length in (4_000, 20_000, 100_000):
             text = unit * (length // len(unit))
-            start = time.process_time()
-            row = tokenizer.encode(text)
-            spent = time.process_time() - start
+            row, spent = _timed(tokenizer, text)
+            if before and spent > max(0.1, 3 * 5 * before):
+                # A busy machine, or a page fault, can make one call slow: the fastest of three counts.
+                before, spent = (min(_timed(tokenizer, again)[1] for _ in range(3)) for again in (shorter, text))
             if before and spent > max(0.1, 3 * 5 * before):
                 raise Violation(
                     f"{length // 5:,} characters {name} took {before:.2g} s, five times as many took {spent:.2g} s: "
@@ -182,7 +191,7 @@ def long_text(subject: Subject) -> str:
             if name == "of words" and len(row) < 0.5 * most:
                 copies = len(text) // len(unit)
                 raise Violation(f"{unit!r} times {copies} has {len(row)} ids, expected about {most}; is it truncated?")
-            before = spent
+            shorter, before = text, spent
             if spent > 0.3:
                 break
     return f"{speed / 1e6:.2g} million characters a second"
