@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
     "eval": ("llmkit.commands.eval:run", "judge a language model by minimal pairs (BLiMP)"),
+    "serve": ("llmkit.commands.serve:run", "serve a checkpoint over HTTP, in the shape of OpenAI's API"),
+    "chat": ("llmkit.commands.chat:run", "talk to a checkpoint in a terminal"),
     "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
     "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),
     "compare": ("llmkit.commands.compare:run", "train variants at equal cost, and report which differences are real"),

@@ -64,7 +64,7 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
 
 ROOMS = (
     *("errors", "registry", "imports", "check"),
-    *("sequence", "contracts", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop"),
+    *("sequence", "contracts", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop", "serving"),
     *("run", "config", "testing", "study", "commands", "main", "__main__"),
 )
 """The modules and packages of llmkit from the bottom to the top: each may import itself and what stands before it."""

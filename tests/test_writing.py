@@ -12,7 +12,7 @@ from small_networks import decided
 
 from llmkit.contracts import Tokenizer
 from llmkit.ops import decoding
-from llmkit.ops.writing import CUT, LAG, Written, _Stream, split, write
+from llmkit.ops.writing import CUT, LAG, Written, Stream, split, write
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Sequence
 from llmkit_plugins.tokenizer import BPE, Byte, Char, Unigram, Word, WordPiece
@@ -59,7 +59,7 @@ def test_prompt_and_text_are_what_all_tokens_are_decoded_to(tokenizer: Tokenizer
 def test_pieces_are_the_text(tokenizer: Tokenizer) -> None:
     for prompt, new in drawn(tokenizer, 200):
         for stops in ([], ["'"], ["cat", "e "]):
-            stream = _Stream(tokenizer, prompt, stops)
+            stream = Stream(tokenizer, prompt, stops)
             pieces = "".join(map(stream.add, new))
             final = "".join(split(tokenizer, prompt, new, stops))
             rest = stream.rest(final)

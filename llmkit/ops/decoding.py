@@ -73,7 +73,7 @@ class Decoder:
             self.steps -= 1
         hidden_BTD, last_B = self.states(ids_BT, segments_BT)
         rows = None if last_B is None else torch.arange(len(last_B), device=ids_BT.device)
-        return self._scores(hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B])
+        return self.scores(hidden_BTD[:, -1] if rows is None else hidden_BTD[rows, last_B])
 
     def states(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Feed columns; return states, theirs at the end, and the place of each row's last real one (None: the end)."""
@@ -101,7 +101,8 @@ class Decoder:
         with _without_onednn() if self.exact and ids_BT.shape[1] == 1 else contextlib.nullcontext():
             return self.net.decode(ids_BT, seq, memory=self.memory, state=self.state)
 
-    def _scores(self, last_BD: Tensor) -> Tensor:
+    def scores(self, last_BD: Tensor) -> Tensor:
+        """Return the scores over the vocabulary of states (B, D) at the end of a text, (B, V)."""
         output_VD = self.net.output_weight_VD if self.output_VD is None else self.output_VD
         bias_V = self.net.output_bias_V
         return F.linear(last_BD, output_VD.to(last_BD.dtype), None if bias_V is None else bias_V.to(last_BD.dtype))
@@ -116,7 +117,7 @@ class Decoder:
             positions_b1 = seen if isinstance(seen, Tensor) else torch.full((1, 1), seen, device=ids_B1.device)
 
             def run(ids_B1: Tensor, positions_b1: Tensor) -> Tensor:
-                return self._scores(self._decode(ids_B1, Sequence(positions_b1))[:, -1])
+                return self.scores(self._decode(ids_B1, Sequence(positions_b1))[:, -1])
 
             self.static = StaticSteps(run, self.state, positions_b1, capture)
         if not isinstance(self.seen, Tensor):  # else it is counted along
@@ -194,8 +195,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt and return the new ids, without the final eos.
 
-    With ``num_beams`` above 1 by beam search, else by sampling, which is greedy at temperature 0. A text that outgrows
-    the context is continued from its last half.
+    By beam search if ``num_beams`` is above 1, else by sampling. A text that outgrows the context keeps its last half.
 
     Args:
         net: the network, in eval mode.

@@ -115,7 +115,7 @@ class Chooser:
             width = max(map(len, prompts))
             self.texts_BL = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         rows_B = torch.arange(len(prompts)) if rows is None else rows
-        self.keys_B = scrambled(scrambled(torch.tensor(options.seed, device=device)) + rows_B.to(device))
+        self.keys_B = row_keys(options.seed, rows_B.to(device))
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, scores_BV: Tensor) -> Tensor:
@@ -170,6 +170,11 @@ def drawn(scores_BV: Tensor, options: DecodingOptions, keys_B: Tensor) -> Tensor
     at_B1 = sums_BV[:, -1:] * (keys_B[:, None] & 2**BITS - 1) >> BITS
     chosen_B1 = torch.searchsorted(sums_BV, at_B1, right=True).clamp(max=sums_BV.shape[1] - 1)  # NaN: no share at all
     return (chosen_B1 if order_BV is None else order_BV.gather(1, chosen_B1))[:, 0]
+
+
+def row_keys(seed: int, rows_B: Tensor) -> Tensor:
+    """Return a random integer for each row of a seed; a draw is ``scrambled(key + tokens after the prompt)``."""
+    return scrambled(scrambled(torch.tensor(seed, device=rows_B.device)) + rows_B)
 
 
 def scrambled(values: Tensor) -> Tensor:

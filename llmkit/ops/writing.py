@@ -77,15 +77,15 @@ def write(
         found = []
         for group in groups:
             own = [prompts[row] for row in group]
-            found += beam_search(net, own, rules, memory, _Ends(tokenizer, own, stops) if stops else None)
+            found += beam_search(net, own, rules, memory, Ends(tokenizer, own, stops) if stops else None)
     else:
-        streams = [] if on_text is None else [_Stream(tokenizer, prompt, stops) for prompt in prompts]
+        streams = [] if on_text is None else [Stream(tokenizer, prompt, stops) for prompt in prompts]
 
         def on_token(row: int, token: int) -> None:
             if on_text is not None:
                 on_text(row, streams[row].add(token))
 
-        ends = _Ends(tokenizer, prompts, stops) if stops else None
+        ends = Ends(tokenizer, prompts, stops) if stops else None
         new = generate(
             net, prompts, options, eos_id=tokenizer.eos_id, banned=banned, memory=memory, rows=rows, device=device,
             on_token=on_token if on_text is not None else None, ends=ends,
@@ -141,7 +141,7 @@ def scored(total: float, tokens: int) -> dict[str, Any]:
     return {"log_probability": -total, "tokens": tokens, "perplexity": perplexity}
 
 
-class _Ends:
+class Ends:
     """Says whether a continuation holds one of the stop strings: see ``Ends`` in ``llmkit.ops.decoding``."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]], stops: list[str]) -> None:
@@ -156,7 +156,7 @@ class _Ends:
         return any(stop in text for stop in self.stops)
 
 
-class _Stream:
+class Stream:
     """The text of one row, piece by piece: each piece is text that later tokens leave as it is.
 
     That is what the last decodings agree on, without characters that are not complete or may begin a stop string.

@@ -1,0 +1,1 @@
+"""A checkpoint behind an HTTP interface: many clients, one network."""
