@@ -50,6 +50,10 @@ def plain_options(options: DecodingOptions) -> DecodingOptions:
     return dataclasses.replace(options, num_beams=1, num_return_sequences=1, length_penalty=1.0, temperature=0.0)
 
 
+REREAD = 8
+"""Tokens of a text that may be read again for each that is written, so that others can join."""
+
+
 class BusyError(Exception):
     """As much is waiting as the engine accepts."""
 
@@ -260,7 +264,7 @@ class _Text:
 class Texts(Engine):
     """Continues prompts. A text may join and leave at any token: it never waits for the others to end.
 
-    All texts take each step together. When one joins, what the others have written is read again with it, in one pass.
+    All texts take each step together. When some join, what the others have written is read again with them, in one pass.
     What is written for a prompt does not depend on its neighbours: see ``llmkit.ops.sampling``.
     """
 
@@ -292,9 +296,13 @@ class Texts(Engine):
         with column_major(self.model.network):
             decoder: Decoder | None = None
             chosen: list[int] = []
+            steps = 0  # since a text joined
             while not self._closed:
-                room = self.max_batch - len(self._texts)
+                # Reading all again must stay cheap next to the steps between: a long text lets others wait longer.
+                longest = max((len(text.ids) - text.start for text in self._texts), default=0)
+                room = self.max_batch - len(self._texts) if REREAD * steps >= longest else 0
                 joined = [_Text(job, self.tokenizer) for job in self._taken(room, wait=not self._texts)]
+                steps = 0 if joined else steps + 1
                 self._texts += joined
                 if not self._texts:
                     continue
