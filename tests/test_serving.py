@@ -210,6 +210,7 @@ def test_log_probabilities_are_those_of_the_score(client: TestClient, model: Lan
         ("completions", {}, 400, "prompt: Field required"),
         ("completions", {"prompt": "a", "temprature": 1}, 400, "temprature"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature"),
+        ("completions", {"prompt": "a", "logprobs": False}, 400, "logprobs"),
         ("completions", {"prompt": "a", "max_tokens": 65}, 400, "at most 64 tokens"),
         ("completions", {"prompt": "a" * 25}, 400, "the context is 24"),
         ("completions", {"prompt": "a", "logprobs": 1, "max_tokens": 24}, 400, "must fit into the context"),

@@ -264,7 +264,7 @@ class _Text:
 class Texts(Engine):
     """Continues prompts. A text may join and leave at any token: it never waits for the others to end.
 
-    All texts take each step together. When some join, what the others have written is read again with them, in one pass.
+    All texts take each step together. When some join, what the others have written is read again with them.
     What is written for a prompt does not depend on its neighbours: see ``llmkit.ops.sampling``.
     """
 

@@ -46,14 +46,14 @@ class Limits:
 class StreamOptions(BaseModel):
     """What a stream has besides its text."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = Field(False, description="Whether the last event has the number of tokens.")
 
 
 class Writing(BaseModel):
     """How text is written, for both kinds of completions. What is left out is as the checkpoint says."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: Text | None = Field(None, description="The name of the model, as /v1/models lists it.")
     temperature: float | None = Field(None, ge=0, le=100, description="0: always the most probable token.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -103,7 +103,7 @@ class CompletionRequest(Writing):
 class Message(BaseModel):
     """What somebody said."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant", "tool"]
     content: Text
 
@@ -123,7 +123,7 @@ class ChatRequest(Writing):
 class RowsRequest(BaseModel):
     """Rows for a head that answers each as a whole: texts, or objects with the fields that it reads."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: Text | None = Field(None, description="The name of the model, as /v1/models lists it.")
     inputs: Annotated[list[Text | dict[Text, Text]], Field(min_length=1, max_length=MOST_TEXTS)]
 
