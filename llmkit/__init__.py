@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkit.analysis.explain import explain
     from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
     from llmkit.errors import UserError
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     name: f"llmkit.{home}"
     for home, names in {
+        "analysis.explain": "explain",
         "contracts": "Attention Feedforward Head Norm Position Tokenizer",
         "data": "DataModule",
         "errors": "UserError",
@@ -50,6 +52,7 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "__version__",
+    "explain",
     "load",
     "plugin",
     "register",

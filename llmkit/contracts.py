@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llmkit.sequence import DecodingOptions, Memory, Sequence, State, first_rows
+from llmkit.sequence import DecodingOptions, Memory, Mixing, Sequence, State, first_rows
 from llmkit.sequence import Loss as Loss
 
 Topology = Literal["decoder", "encoder", "encoder_decoder"]
@@ -36,11 +36,7 @@ class Dataset(ABC):
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
-
-    A tokenizer is built from plain arguments, then either trained on texts or restored from its JSON state, which
-    travels inside every checkpoint. Ids of special tokens are never produced from plain text.
-    """
+    """Text to ids and back, trained on texts or restored from its state. Special ids never come from plain text."""
 
     pad_id: int
     bos_id: int
@@ -77,7 +73,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_state(self) -> str:
-        """Return everything learned as a JSON string."""
+        """Return everything learned as a JSON string, which travels inside every checkpoint."""
 
     @abstractmethod
     def from_state(self, state: str) -> None:
@@ -146,9 +142,11 @@ class Attention(nn.Module, ABC):
         """
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
-        """Return an empty decoding state for ``max_length`` columns, in ``like``'s dtype and device; None: the variant
-        keeps no state, and decoding runs the full forward pass for each new token.
-        """
+        """Return an empty decoding state for ``max_length`` columns, of the kind of ``like``; None: it keeps none."""
+        return None
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return what a full pass takes from where, in eval mode; None: ``llmkit explain`` shows a Jacobian."""
         return None
 
     def mixing_flops(self, length: int) -> float:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
+    "explain": ("llmkit.commands:run_verb", "show what each answer of a checkpoint rests on"),
     "eval": ("llmkit.commands.eval:run", "judge a language model by minimal pairs (BLiMP)"),
     "serve": ("llmkit.commands.serve:run", "serve a checkpoint over HTTP, in the shape of OpenAI's API"),
     "chat": ("llmkit.commands.chat:run", "talk to a checkpoint in a terminal"),

@@ -7,8 +7,9 @@ H heads, E width of one head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -165,6 +166,37 @@ class Memory(NamedTuple):
             positions if len(positions) == 1 else positions[rows], None if segments is None else segments[rows]
         )
         return Memory(self.x_BSD[rows], kept)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What each position of a layer takes from which: the layer's output is ``finish(weights @ values)``.
+
+    Softmax attention has its weights; of a recurrence, or of attention without a softmax, they are the matrix that is
+    applied implicitly (Zimerman et al. 2024, arXiv:2405.16504).
+
+    Attributes:
+        values_BHSE: what is taken from each position, by head.
+        weights: how much of it, (B, H, T, S); 0 where a position may not look. They may be negative and need not sum
+            to one. Or, where all of them would not fit into memory, a function that returns those of some heads.
+        finish: makes the output, (B, T, D), of the sums, (B, H, T, E): joins the heads, and normalises, gates or
+            projects them.
+        unit: what has a map of its own: a head, or a channel.
+    """
+
+    values_BHSE: Tensor
+    weights: Tensor | Callable[[slice], Tensor]
+    finish: Callable[[Tensor], Tensor]
+    unit: Literal["head", "channel"] = "head"
+
+    def of(self, heads: slice) -> Tensor:
+        """Return the weights of some heads, (B, heads, T, S)."""
+        return self.weights[:, heads] if isinstance(self.weights, Tensor) else self.weights(heads)
+
+    def output(self) -> Tensor:
+        """Return what the layer's ``forward`` returns for real positions, (B, T, D)."""
+        parts = [slice(first, first + 8) for first in range(0, self.values_BHSE.shape[1], 8)]
+        return self.finish(torch.cat([self.of(heads) @ self.values_BHSE[:, heads] for heads in parts], 1))
 
 
 MAX_BEAMS = 1024

@@ -168,6 +168,15 @@ BUGS = [
         "            return self.__dict__[name + '_']",
         "decoding_reorder",
     ),
+    Bug(
+        "a map without its position bias", "looked = looked if bias is None else looked + bias", "", "map_gives_output"
+    ),
+    Bug(
+        "a map that looks ahead",
+        "Mixing(values, shares,",
+        "Mixing(values, shares.masked_fill(hidden, 1e-9),",
+        "map_looks_where_allowed",
+    ),
     Bug("length never counted", "state.length += x_BTD.shape[1]", "pass", "decoding_steps"),
     Bug(
         "bidirectional LSTM in a decoder",

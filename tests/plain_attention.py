@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 
 
 class PlainAttention(Attention):
@@ -50,6 +50,19 @@ class PlainAttention(Attention):
         y = weights @ v
         joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return joined
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the weights of the softmax."""
+        looked_at, key = (x_BTD, seq) if memory is None else (memory.x_BSD, memory.seq)
+        q, k, values = self.heads(self.q(x_BTD)), self.heads(self.k(looked_at)), self.heads(self.v(looked_at))
+        bias = None
+        if memory is None:
+            q, k, bias = seq.rotate(q), seq.rotate(k), seq.bias(key, self.num_heads)
+        looked = q @ k.mT * self.temperature / math.sqrt(self.dim // self.num_heads)
+        looked = looked if bias is None else looked + bias
+        hidden = ~self.seen(seq, x_BTD, self.segments(key, looked_at))
+        shares = looked.masked_fill(hidden, -1e30).softmax(-1)
+        return Mixing(values, shares, lambda y: self.out(y.transpose(1, 2).flatten(-2)))
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return an empty state; keys, values and where they stand are appended to it."""

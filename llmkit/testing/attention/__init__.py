@@ -1,7 +1,7 @@
 """The properties of attention variants."""
 
 from llmkit.testing import modules
-from llmkit.testing.attention import decoding, forward, numbers
+from llmkit.testing.attention import decoding, forward, mixing, numbers
 from llmkit.testing.attention.subject import Reference, Subject, subject
 from llmkit.testing.report import Properties
 
@@ -19,6 +19,7 @@ PROPERTIES: Properties[Subject] = Properties(
     modules.meta_device,
     numbers.PROPERTIES,
     decoding.PROPERTIES,
+    mixing.PROPERTIES,
 )
 
 __all__ = ["PROPERTIES", "Reference", "Subject", "subject"]

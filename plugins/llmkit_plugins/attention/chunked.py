@@ -176,6 +176,15 @@ def _read_documents(q_BHTE: Tensor, sums_BMHEF: Tensor, seq: Sequence) -> Tensor
     return ((q_BHTE[:, None] * own_bM1T1) @ sums_BMHEF).sum(1)
 
 
+def pairs(seq: Sequence, *, causal: bool, rate_H: Tensor | None = None) -> Tensor:
+    """Return how much each pair of columns counts in ``Chunks.mix``, written out, (b, h, T, T); 0: not seen."""
+    segments_bT = segments_or_ones(seq)
+    rank_bT = (segments_bT > 0).cumsum(-1)
+    distance_bTT = (rank_bT[:, :, None] - rank_bT[:, None]).abs()
+    seen_bTT = segments_bT[:, :, None] == segments_bT[:, None]
+    return _decayed(seen_bTT.tril() if causal else seen_bTT, distance_bTT, rate_H)
+
+
 class Carry(NamedTuple):
     """How the sums over a document pass from chunk to chunk; see the example at the top."""
 

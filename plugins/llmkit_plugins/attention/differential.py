@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import join, nearest, split
-from llmkit_plugins.attention.softmax import GroupedQuery
+from llmkit_plugins.attention.softmax import GroupedQuery, softmax_weights
 
 
 class Differential(GroupedQuery):
@@ -71,6 +71,16 @@ class Differential(GroupedQuery):
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
         """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
+        q_BMTE, k, v, mask, is_causal = self.look(x_BTD, seq, memory, state)
+        first, second = (  # attend: (B, H, T, 2 E) each
+            self._map(q, k, v, mask, is_causal) for q, k in zip(q_BMTE.chunk(2, 1), k.chunk(2, 1), strict=True)
+        )
+        return self._finish(first - self._share(first.dtype) * second)  # subtract: (B, H, T, 2 E)
+
+    def look(
+        self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+        """Return queries and keys of each map, values of each head, the mask, and whether plain causal order holds."""
         M, H = self.num_heads, self.num_heads // 2  # maps, heads
         if self.role == "cross":
             q_BMTE = self.norm(split(self.q(x_BTD), M))  # project
@@ -79,11 +89,22 @@ class Differential(GroupedQuery):
             qk, v = self.qkv(x_BTD).split_with_sizes([2 * self.dim, self.dim], -1)  # project: (B, T, 2 D), (B, T, D)
             q_BMTE, k = seq.rotate(self.norm(split(qk, 2 * M))).chunk(2, 1)  # rotate: (B, M, T, E) each
             (k, v), mask, is_causal = self.lookup(q_BMTE, seq, state, k=k, v=split(v, H))  # cache: see ``read``
-        first, second = (  # attend: (B, H, T, 2 E) each
-            self._map(q, k, v, mask, is_causal) for q, k in zip(q_BMTE.chunk(2, 1), k.chunk(2, 1), strict=True)
-        )
+        return q_BMTE, k, v, mask, is_causal
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the first map of each head minus its share of the second."""
+        q_BMTE, k_BMSE, v_BHSF, mask, is_causal = self.look(x_BTD, seq, memory, None)
+        both = zip(q_BMTE.chunk(2, 1), k_BMSE.chunk(2, 1), strict=True)
+        first, second = (softmax_weights(q, k, mask, is_causal, self.scale) for q, k in both)
+        return Mixing(v_BHSF, first - self._share(first.dtype) * second, self._finish)
+
+    def _share(self, dtype: torch.dtype) -> Tensor:
+        """Return the share of the second map that is subtracted."""
         share = torch.dot(self.lambda_q1, self.lambda_k1).exp() - torch.dot(self.lambda_q2, self.lambda_k2).exp()
-        y_BHTF = first - (share + self.lambda_init).to(first.dtype) * second  # subtract: (B, H, T, 2 E)
+        return (share + self.lambda_init).to(dtype)
+
+    def _finish(self, y_BHTF: Tensor) -> Tensor:
+        """Return the heads' sums normalised, joined and projected, (B, T, D)."""
         scale = (1 - self.lambda_init) * self.head_scale
         y_BHTF = F.rms_norm(y_BHTF, (2 * self.head_dim,), scale.to(y_BHTF.dtype), eps=1e-6)
         y: Tensor = self.out(join(y_BHTF))  # out: (B, T, D)

@@ -16,9 +16,10 @@ from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
 from llmkit.ops.fused import fused
 from llmkit.ops.lora import whole_weight
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
+from llmkit_plugins.attention.softmax import softmax_weights
 
 
 class Latent(Attention):
@@ -81,6 +82,20 @@ class Latent(Attention):
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
         """Return the mixed sequence, (B, T, D); see ``GroupedQuery.forward``."""
+        q, latent, mask, is_causal = self._look(x_BTD, seq, memory, state)
+
+        # Products per head, rotary channels aside, over two. Absorbed: T queries and T outputs through ``up``, then R
+        # instead of E channels for each pair; expanded: S keys and S values through ``up``.
+        T, S, E, R = q.shape[2], latent.shape[1], self.head_dim, self.kv_rank
+        absorbed = T * E * R + T * S * R < S * E * R + T * S * E
+        y_BHTE = (self._absorbed if absorbed else self._expanded)(q, latent, mask, is_causal)  # attend
+        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
+        return y
+
+    def _look(
+        self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Return queries, latents with their rotary keys, the mask, and whether plain causal order holds."""
         E, R, P = self.head_dim, self.kv_rank, self.rope_dim
         q = split(self.q(x_BTD), self.num_heads)  # project: (B, H, T, E + P)
         if self.role == "cross":
@@ -92,14 +107,13 @@ class Latent(Attention):
             k_BTP = seq.rotate(k_BTP[:, None])[:, 0]  # rotate: (B, T, P)
             latent = torch.cat([self._norm(latent), k_BTP], -1)  # (B, T, R + P)
             (latent,), mask, is_causal = self.lookup(q, seq, state, latent=latent)  # cache: (B, S, R + P)
+        return q, latent, mask, is_causal
 
-        # Products per head, rotary channels aside, over two. Absorbed: T queries and T outputs through ``up``, then R
-        # instead of E channels for each pair; expanded: S keys and S values through ``up``.
-        T, S = q.shape[2], latent.shape[1]
-        absorbed = T * E * R + T * S * R < S * E * R + T * S * E
-        y_BHTE = (self._absorbed if absorbed else self._expanded)(q, latent, mask, is_causal)  # attend
-        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
-        return y
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the weights of the softmax over keys that are made from the latents."""
+        q, latent, mask, is_causal = self._look(x_BTD, seq, memory, None)
+        k, v = self._keys_and_values(latent)
+        return Mixing(v, softmax_weights(q, k, mask, is_causal, self.scale), lambda y_BHTE: self.out(join(y_BHTE)))
 
     def read(self, memory: Memory) -> dict[str, Tensor]:
         """Return the latents of an encoder's memory, (B, S, R)."""
@@ -121,11 +135,15 @@ class Latent(Attention):
 
     def _expanded(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Make keys and values from the latents and look at them."""
+        return self._weighted(q, *self._keys_and_values(latent_BSZ), mask, is_causal)
+
+    def _keys_and_values(self, latent_BSZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys, (B, H, S, E + P), and values, (B, H, S, E), of latents with their rotary keys."""
         latent_BSR, k_BSP = latent_BSZ.split([self.kv_rank, self.rope_dim], -1)
         kv: Tensor = self.up(latent_BSR)
         k_BHSE, v_BHSE = kv.unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2).chunk(2, 1)
         k_BHSP = k_BSP[:, None].expand(-1, self.num_heads, -1, -1)
-        return self._weighted(q, torch.cat([k_BHSE, k_BHSP], -1), v_BHSE, mask, is_causal)
+        return torch.cat([k_BHSE, k_BHSP], -1), v_BHSE
 
     def _absorbed(self, q: Tensor, latent_BSZ: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Look at the latents themselves, which are keys and values that all heads share."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.cache import from_memory
-from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, read_documents
+from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, pairs, read_documents
 from llmkit_plugins.attention.heads import check_heads, join, split
 
 
@@ -60,6 +60,21 @@ class Linear(Attention):
         y_BHTE = values_BHTE / weights_BHT1.clamp(min=1e-12)  # nothing to read: zero, not NaN
         y: Tensor = self.out(join(y_BHTE.to(x_BTD.dtype)))
         return y
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the products of the features, divided by their sums."""
+        q_BHTE = features(split(self.q(x_BTD), self.num_heads))
+        k_BHSE, v_BHSE = self._keys_and_values(x_BTD if memory is None else memory.x_BSD)
+        if memory is None:
+            seen = pairs(seq, causal=self.role == "causal")
+            products_BHTS = (seq.rotate(q_BHTE) @ seq.rotate(k_BHSE).mT) * seen
+        else:
+            mask = seq.mask(memory.seq, causal=False)
+            seen = torch.ones((), device=x_BTD.device) if mask is None else mask
+            products_BHTS = (q_BHTE @ k_BHSE.mT) * seen
+        sums_BHT1 = ((q_BHTE @ k_BHSE.mT) * seen).sum(-1, keepdim=True)
+        weights_BHTS = products_BHTS / sums_BHT1.clamp(min=1e-12)
+        return Mixing(v_BHSE, weights_BHTS.to(v_BHSE.dtype), lambda y_BHTE: self.out(join(y_BHTE)))
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return empty sums, (B, H, E, E) and (B, H, E, 1); a ``cross`` state is filled at the first call."""
@@ -117,17 +132,36 @@ class Retention(Attention):
         self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None, state: State | None = None
     ) -> Tensor:
         """Return the mixed sequence, (B, T, D); see ``Attention.forward``."""
+        q_BHTE, k_BHTE, v_BHTE = self._parts(x_BTD, seq)
+        chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=self._rate(x_BTD, seq))
+        return self._finish(x_BTD, chunks.mix(q_BHTE, k_BHTE, v_BHTE, "sums"))
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the decayed products of queries and keys."""
+        q_BHTE, k_BHTE, v_BHTE = self._parts(x_BTD, seq)
+        weights_BHTS = (q_BHTE @ k_BHTE.mT) * pairs(seq, causal=self.role == "causal", rate_H=self._rate(x_BTD, seq))
+        return Mixing(v_BHTE, weights_BHTS.to(v_BHTE.dtype), lambda y_BHTE: self._finish(x_BTD, y_BHTE))
+
+    def _parts(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, turned by their positions, (B, H, T, E)."""
         q_BHTE, k_BHTE, v_BHTE = (split(part(x_BTD), self.num_heads) for part in (self.q, self.k, self.v))
         k_BHTE = k_BHTE * k_BHTE.shape[-1] ** -0.5
+        return seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE
+
+    def _rate(self, x_BTD: Tensor, seq: Sequence) -> Tensor:
+        """Return how fast each head forgets, (H,)."""
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
         memo_key = ("retention", self.num_heads, exact)
         if memo_key not in seq.memo:  # for all layers
             powers_H = torch.arange(5, 5 + self.num_heads, dtype=exact, device=x_BTD.device)
             seq.memo[memo_key] = -torch.log1p(-(2.0**-powers_H))
-        chunks = Chunks(seq, causal=self.role == "causal", state=state, rate_H=seq.memo[memo_key])
-        y_BHTE = chunks.mix(seq.rotate(q_BHTE), seq.rotate(k_BHTE), v_BHTE, "sums")
-        y_BTD = self._normalised(join(y_BHTE)).to(v_BHTE.dtype)
-        y: Tensor = self.out(F.silu(self.gate(x_BTD)) * y_BTD)
+        rate_H: Tensor = seq.memo[memo_key]
+        return rate_H
+
+    def _finish(self, x_BTD: Tensor, y_BHTE: Tensor) -> Tensor:
+        """Return the heads' sums normalised, gated and projected, (B, T, D)."""
+        gate_BTD = F.silu(self.gate(x_BTD))
+        y: Tensor = self.out(gate_BTD * self._normalised(join(y_BHTE)).to(gate_BTD.dtype))
         return y
 
     def _normalised(self, y_BTD: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.cache import from_memory
-from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, read_documents
+from llmkit_plugins.attention.chunked import Chunks, document_sums, empty_state, flops, pairs, read_documents
 
 
 class LowRank(Attention):
@@ -66,6 +66,20 @@ class LowRank(Attention):
             y_B1TD = chunks.mix(read_B1TK / total_B1TK, write_B1TK, value_B1TD, "slots")
         y: Tensor = self.out(y_B1TD[:, 0].to(x_BTD.dtype))
         return y
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the mixing matrix L R, whose rows sum to one."""
+        read_B1TK = self.read(x_BTD).softmax(-1)[:, None]
+        write_B1SK, value_B1SD = self._written(x_BTD if memory is None else memory.x_BSD)
+        if memory is None:
+            seen = pairs(seq, causal=self.role == "causal").to(write_B1SK.dtype)
+        else:
+            mask = seq.mask(memory.seq, causal=False)
+            T, S = read_B1TK.shape[2], write_B1SK.shape[2]
+            seen = write_B1SK.new_ones(1, 1, T, S) if mask is None else mask.to(write_B1SK.dtype)
+        total_B1TK = (seen @ write_B1SK).clamp(min=1e-4)
+        weights_B1TS = (read_B1TK / total_B1TK) @ write_B1SK.mT * seen
+        return Mixing(value_B1SD, weights_B1TS, lambda y_B1TD: self.out(y_B1TD[:, 0]))
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return empty slots, (B, 1, K, D), and their totals; a ``cross`` state is filled at the first call."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.contracts import Attention, Role
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.chunked import reverse
 from llmkit_plugins.attention.heads import check_directions
 
@@ -52,6 +52,24 @@ class MinGRU(Attention):
             y_BTD = torch.cat([there, back], -1)
         return y_BTD.to(candidate_BTD.dtype)
 
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return how much of each candidate h still holds, channel by channel; one value has one channel."""
+        candidate_BDT1 = self.candidate(x_BTD).mT[..., None]
+        both, gate_BTD = self.role != "causal", self.gate(x_BTD)
+        there = gates(gate_BTD, seq.segments_BT)
+        back = gates(gate_BTD.flip(1), None if seq.segments_BT is None else reverse(seq.segments_BT))
+        half = self.dim // 2 if both else self.dim
+
+        def weights(channels: slice) -> Tensor:
+            first, last, _ = channels.indices(self.dim)
+            forward_BCTT = unrolled(*(x_BTD[..., first : min(last, half)] for x_BTD in there))
+            if last <= half:
+                return forward_BCTT
+            back_BCTT = unrolled(*(x_BTD[..., max(first, half) : last] for x_BTD in back)).flip(2, 3)
+            return torch.cat([forward_BCTT, back_BCTT], 1)
+
+        return Mixing(candidate_BDT1, weights, lambda y_BDT1: y_BDT1[..., 0].mT, unit="channel")
+
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return zeros for h, (B, D) and at least in float32, and the number of its document, (B,)."""
         if self.role != "causal":
@@ -73,15 +91,8 @@ def recur(gate_BTD: Tensor, candidate_BTD: Tensor, segments_BT: Tensor | None, s
         segments_BT: h starts from zero with each document; None: one document.
         state: when decoding, h and the document of the last real column; it is updated.
     """
-    # Not 1 - z: a gate that is nearly shut would be rounded away.
-    exact = torch.promote_types(gate_BTD.dtype, torch.float32)
-    keep_BTD, new_BTD = (-gate_BTD.to(exact)).sigmoid(), gate_BTD.to(exact).sigmoid() * candidate_BTD
-    if segments_BT is not None:
-        before_B = torch.zeros_like(segments_BT[:, 0]) if state is None else state["segment"]
-        running_BT = torch.cat([before_B[:, None], segments_BT], 1).cummax(1).values
-        keep_BTD = keep_BTD.masked_fill((segments_BT > running_BT[:, :-1])[..., None], 0.0)
-        padding_BT1 = (segments_BT == 0)[..., None]
-        keep_BTD, new_BTD = keep_BTD.masked_fill(padding_BT1, 1.0), new_BTD.masked_fill(padding_BT1, 0.0)
+    keep_BTD, new_BTD = gates(gate_BTD, segments_BT, None if state is None else state["segment"])
+    new_BTD = new_BTD * candidate_BTD
     if state is not None:
         # The state enters through the first column.
         first_B1D = new_BTD[:, :1] + keep_BTD[:, :1] * state["h"][:, None]
@@ -90,9 +101,40 @@ def recur(gate_BTD: Tensor, candidate_BTD: Tensor, segments_BT: Tensor | None, s
     if state is not None:
         state["h"] = h_BTD[:, -1]
         if segments_BT is not None:
-            state["segment"] = running_BT[:, -1]
+            state["segment"] = torch.maximum(state["segment"], segments_BT.amax(1))
         state.length += h_BTD.shape[1]
     return h_BTD
+
+
+def gates(gate_BTD: Tensor, segments_BT: Tensor | None, before_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return how much of h is kept and how much of the candidate comes in, (B, T, D) each and at least in float32.
+
+    Args:
+        gate_BTD: gates before the sigmoid.
+        segments_BT: nothing is kept where a document begins, and all of it at padding; None: one document.
+        before_B: the document of the last real column before the first one; None: there was none.
+    """
+    # Not 1 - z: a gate that is nearly shut would be rounded away.
+    exact = torch.promote_types(gate_BTD.dtype, torch.float32)
+    keep_BTD, new_BTD = (-gate_BTD.to(exact)).sigmoid(), gate_BTD.to(exact).sigmoid()
+    if segments_BT is not None:
+        before_B = torch.zeros_like(segments_BT[:, 0]) if before_B is None else before_B
+        running_BT = torch.cat([before_B[:, None], segments_BT], 1).cummax(1).values
+        keep_BTD = keep_BTD.masked_fill((segments_BT > running_BT[:, :-1])[..., None], 0.0)
+        padding_BT1 = (segments_BT == 0)[..., None]
+        keep_BTD, new_BTD = keep_BTD.masked_fill(padding_BT1, 1.0), new_BTD.masked_fill(padding_BT1, 0.0)
+    return keep_BTD, new_BTD
+
+
+def unrolled(keep_BTC: Tensor, new_BTC: Tensor) -> Tensor:
+    """Return the matrix of each channel's recurrence, (B, C, T, T): h = matrix @ candidates."""
+    B, T, C = keep_BTC.shape
+    rows = [keep_BTC.new_zeros(B, C, T)]
+    for t in range(T):
+        row_BCT = rows[-1] * keep_BTC[:, t, :, None]
+        row_BCT[..., t] = new_BTC[:, t]
+        rows.append(row_BCT)
+    return torch.stack(rows[1:], 2)
 
 
 class Scan(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkit import registry
 from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 
 
 class Pattern(Attention):
@@ -57,6 +57,10 @@ class Pattern(Attention):
         """Return what the layer's variant makes of the sequence, (B, T, D)."""
         mixed_BTD: Tensor = self.variant(x_BTD, seq, memory=memory, state=state)
         return mixed_BTD
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the map of the layer's variant."""
+        return self.variant.mixing(x_BTD, seq, memory=memory)
 
     def init_state(self, batch_size: int, max_length: int, like: Tensor) -> State | None:
         """Return the empty state of the layer's variant."""

@@ -18,7 +18,7 @@ from llmkit.contracts import Attention, Role
 from llmkit.errors import UserError
 from llmkit.ops.elementwise import rms_norm
 from llmkit.ops.fused import fused
-from llmkit.sequence import Memory, Sequence, State
+from llmkit.sequence import Memory, Mixing, Sequence, State
 from llmkit_plugins.attention.cache import Cache, Lookup
 from llmkit_plugins.attention.heads import check_dropout, check_heads, join, split
 
@@ -88,6 +88,14 @@ class GroupedQuery(Attention):
         Raises:
             ValueError: when the state has no room for the columns, or a cross-attention gets no memory.
         """
+        y_BHTE = self.attend(*self.look(x_BTD, seq, memory, state))  # attend: (B, H, T, E)
+        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
+        return y
+
+    def look(
+        self, x_BTD: Tensor, seq: Sequence, memory: Memory | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+        """Return queries, keys, values, the mask, and whether plain causal order holds."""
         H, K = self.num_heads, self.num_kv_heads
         if self.role == "cross":
             q_BHTE = self.norm(split(self.q(x_BTD), H))  # project: (B, H, T, E)
@@ -96,9 +104,13 @@ class GroupedQuery(Attention):
             qk, v = split(self.qkv(x_BTD), H + 2 * K).split_with_sizes([H + K, K], 1)  # project: (B, H + K or K, T, E)
             q_BHTE, k = self.turn(qk, seq)  # rotate: (B, H or K, T, E)
             (k, v), mask, is_causal = self.lookup(q_BHTE, seq, state, k=k, v=v)  # cache: (B, K, S, E) each
-        y_BHTE = self.attend(q_BHTE, k, v, mask, is_causal)  # attend: (B, H, T, E)
-        y: Tensor = self.out(join(y_BHTE))  # out: (B, T, D)
-        return y
+        return q_BHTE, k, v, mask, is_causal
+
+    def mixing(self, x_BTD: Tensor, seq: Sequence, *, memory: Memory | None = None) -> Mixing | None:
+        """Return the weights of the softmax, computed outside the fused kernel."""
+        q, k, v, mask, is_causal = self.look(x_BTD, seq, memory, None)
+        k, v = (x_BKSE.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for x_BKSE in (k, v))
+        return Mixing(v, softmax_weights(q, k, mask, is_causal, self.scale), lambda y_BHTE: self.out(join(y_BHTE)))
 
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Return softmax(q k^T scale) v, (B, H, T, E)."""
@@ -141,6 +153,20 @@ class GroupedQuery(Attention):
     def mixing_flops(self, length: int) -> float:
         """Scores and weighted sum: 4 * length * H * E; half of it when causal, the average over the positions."""
         return 4.0 * length * self.num_heads * self.head_dim * (0.5 if self.role == "causal" else 1.0)
+
+
+def softmax_weights(
+    q_BHTE: Tensor, k_BHSE: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Return softmax(q k^T scale), (B, H, T, S), under a mask as ``Lookup`` gives it; zeros where nothing is seen."""
+    scores_BHTS = q_BHTE @ k_BHSE.mT * (q_BHTE.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BHTE.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores_BHTS = scores_BHTS + mask
+    return scores_BHTS.softmax(-1).nan_to_num()
 
 
 class MultiHead(GroupedQuery):

@@ -1,0 +1,1 @@
+"""What trained models do, and what they can do without."""
