@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
     "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
+    "explain": ("llmkit.commands:run_verb", "show what each answer of a checkpoint rests on"),
     "eval": ("llmkit.commands.eval:run", "judge a language model by minimal pairs (BLiMP)"),
     "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
     "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),

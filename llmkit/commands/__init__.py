@@ -18,6 +18,7 @@ VERBS = {
         "diff": "print how the configs of two runs differ",
         "schema": "print a JSON schema of configs, for editors",
     },
+    "explain": {},
     "scale": {
         "fit": "fit the loss by size and tokens to runs in a CSV file, and report what they determine",
     },
@@ -129,11 +130,14 @@ def run_verb(command: str, argv: list[str]) -> int:
     """
     verbs, verb = VERBS[command], argv[0] if argv else ""
     words = [word for word in argv[:2] if not word.startswith("-")]
-    unnamed = {"plugins": "listing", "scale": "study"}.get(command)  # what the command does without a verb
+    # What the command does without a verb.
+    unnamed = {"plugins": "listing", "scale": "study", "explain": "rows"}.get(command)
     if command == "plugins" and verb not in verbs and len(words) < 2:  # nothing, options, or the name of a family
         verb, argv = "listing", ["", *argv]
     elif command == "scale" and (not verb or verb.startswith("-")):
         verb, argv = "study", ["", *argv]
+    elif command == "explain" and verb not in verbs:
+        verb, argv = "rows", ["", *argv]
     elif verb in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10}{text}" for name, text in verbs.items())
         print(f"usage: llmkit {command} COMMAND [options]\n\ncommands:\n{rows}")

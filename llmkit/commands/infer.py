@@ -8,10 +8,10 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.commands import Parser, at_least, imported
+from llmkit.commands.inputs import device_of, lines_of, row_of
 from llmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ def run(command: str, argv: list[str]) -> int:
     add("--batch_size", type=at_least(1), default=32, metavar="N", help="texts per batch; default: 32")
     parser.add_imports()
     args = parser.parse(argv)
-    texts = [*args.texts, *_lines(args.input)]
+    texts = [*args.texts, *lines_of("infer", args.input)]
     if not texts:
         raise UserError("infer: no text given: add it to the command line, or use --input FILE (- for standard input)")
     from llmkit.model.language_model import load
 
     with imported(args.imports):
-        model = load(args.checkpoint, _device(args.device))
+        model = load(args.checkpoint, device_of("infer", args.device))
     head = model.head
     options = _options(args, head.decoding)
     if "" in args.texts:
         raise UserError("infer: the text is empty, but a prompt needs at least one token")
     fields = (*head.inputs, *head.targets) if args.score else head.inputs
     given = [text for text in texts if text]
-    rows: list[Any] = given if len(fields) == 1 else [_row(text, fields) for text in given]
+    rows: list[Any] = given if len(fields) == 1 else [row_of("infer", text, fields) for text in given]
     streams = "on_text" in inspect.signature(head.predict).parameters and options.num_beams == 1
     streaming = streams and sys.stdout.isatty() and not (args.json or args.score)
 
@@ -119,39 +119,3 @@ def _score(answer: dict[str, Any]) -> str:
 
 def _print_piece(row: int, piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-def _row(text: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """Return the JSON object in a text as a row for a head that reads several fields."""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError:
-        row = None
-    if isinstance(row, dict) and all(isinstance(row.get(field), str) and row[field] for field in fields):
-        return row
-    shape = json.dumps(dict.fromkeys(fields, "..."))
-    raise UserError(f"infer: this checkpoint reads {' and '.join(fields)}: expected '{shape}', got {text[:60]!r}")
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"infer: --device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _lines(source: str | None) -> list[str]:
-    """Return the lines of a file in UTF-8, whatever the locale; blank ones are empty."""
-    if source is None:
-        return []
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"infer: --input {source}: {error}") from error
-    if not lines[-1]:  # what follows the last line end is no line
-        lines.pop()
-    return [line.removesuffix("\r") if line.strip() else "" for line in lines]

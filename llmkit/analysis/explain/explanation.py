@@ -82,7 +82,7 @@ def explain(
         model: a model from ``llmkit.load``.
         rows: texts, or rows with the head's input fields. A row of a head that writes text may have its targets too:
             these are explained then.
-        options: how text is written; None: as the checkpoint says, at most 32 tokens.
+        options: how text is written; None: as the checkpoint says, but a language model writes at most 32 tokens.
         write: whether text is written; False: a language model reads each text as it is.
 
     Raises UserError when a row lacks a field, or has nothing to read.

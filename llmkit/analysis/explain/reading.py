@@ -55,7 +55,7 @@ def read(
     Args:
         model: the model.
         row: a text, or the fields of a row.
-        options: how text is written; None: as the checkpoint says, at most ``WRITTEN`` tokens.
+        options: how text is written; None: as the checkpoint says, but ``shortened``.
         write: whether text is written; else a row needs its targets, and a language model reads the text as it is.
 
     Raises UserError for a row that lacks a field, or cannot be answered.
@@ -72,6 +72,13 @@ def read(
     return Reading(given, answer, head.show(answer), batch, recording.passes)
 
 
+def shortened(options: DecodingOptions) -> DecodingOptions:
+    """Return options with which a language model writes at most ``WRITTEN`` tokens; a translation is written whole."""
+    most = None if options.max_new_tokens is None else min(options.max_new_tokens, WRITTEN)
+    least = options.min_new_tokens if most is None else min(options.min_new_tokens, most)
+    return dataclasses.replace(options, max_new_tokens=most, min_new_tokens=least)
+
+
 def _written(model: LanguageModel, row: Mapping[str, Any], options: DecodingOptions | None, write: bool) -> Reading:
     head, answer, shown = model.head, dict[str, Any](), ""
     assert isinstance(head, Scores)
@@ -80,9 +87,7 @@ def _written(model: LanguageModel, row: Mapping[str, Any], options: DecodingOpti
         shape = json.dumps(dict.fromkeys([*head.inputs, *head.targets], "..."))
         raise UserError(f"explain: nothing is to be written, so a row needs its {' and '.join(missing)}: {shape}")
     if write and (missing or not head.targets):
-        options = options or dataclasses.replace(
-            model.head.decoding, max_new_tokens=min(model.head.decoding.max_new_tokens or WRITTEN, WRITTEN)
-        )
+        options = options or shortened(model.head.decoding)
         (answer,) = model.predict([row], options)
         shown, row = model.head.show(answer), _with_answer(row, head, answer)
     batch = _batch(model, row, (*head.inputs, *head.targets))

@@ -1,0 +1,94 @@
+"""Explanations as pictures for a paper."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llmkit.analysis.explain.explanation import Explanation
+from llmkit.analysis.explain.maps import Map
+from llmkit.errors import UserError
+from llmkit.study import drawing
+
+LABELS = 48
+"""Longest text whose tokens stand at the axes."""
+FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+         "SimHei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")  # fmt: skip
+"""Fonts that have Chinese, the first that is installed is used."""
+MOST = 64
+"""Most pictures of a figure."""
+
+
+def draw(one: Explanation, path: Path, layer: int | None = None, head: int | None = None) -> None:
+    """Write the maps of an explanation as one PNG: of cross-attention where there is some, else of all layers.
+
+    Args:
+        one: the explanation.
+        path: the file.
+        layer: this layer alone.
+        head: this head alone.
+
+    Raises UserError when there is no such layer or head.
+    """
+    part = "cross" if any(found.part == "cross" for found in one.maps) else "attention"
+    chosen = [found for found in one.maps if found.part == part]
+    layers = sorted({found.layer for found in chosen})
+    if layer is not None and layer not in layers:
+        raise UserError(f"explain: there is no layer {layer}; layers: {', '.join(map(str, layers))}")
+    chosen = [found for found in chosen if layer is None or found.layer == layer]
+    most = max(len(found.heads) for found in chosen)
+    if head is not None and head >= most:
+        raise UserError(f"explain: there is no head {head}; heads: 0 to {most - 1}")
+    pictures = [
+        (found, number) for found in chosen for number in range(len(found.heads)) if head is None or number == head
+    ][:MOST]
+    with drawing.style():
+        import matplotlib
+
+        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_installed()]
+        _figure(one, pictures).savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _installed() -> list[str]:
+    from matplotlib import font_manager
+
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in FONTS if name in known][:1]
+
+
+def _figure(one: Explanation, pictures: list[tuple[Map, int]]) -> Any:
+    T = max(found.weights_HTS.shape[1] for found, _ in pictures)
+    S = max(found.weights_HTS.shape[2] for found, _ in pictures)
+    labelled = max(T, S) <= LABELS
+    columns = min(len(pictures), 2 if labelled and max(T, S) > 12 else 4)
+    rows = math.ceil(len(pictures) / columns)
+    side = drawing.WIDTH / columns if len(pictures) > 1 else drawing.WIDTH * 0.7
+    figure = drawing.canvas(side * columns, rows * (side * min(1.6, max(0.35, T / S)) + 0.35))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(pictures) :]:
+        axis.remove()
+    for axis, (found, number) in zip(axes, pictures, strict=False):
+        weights_TS = found.weights_HTS[number].float().numpy()
+        signed = bool((weights_TS < 0).any())
+        largest = float(abs(weights_TS).max()) or 1.0
+        axis.imshow(
+            weights_TS, cmap="RdBu" if signed else "Blues", vmin=-largest if signed else 0, vmax=largest, aspect="auto"
+        )
+        stack = f"{found.stack} " if len({other.stack for other, _ in pictures}) > 1 else ""
+        axis.set_title(f"{stack}layer {found.layer}, {found.heads[number]}", fontsize=7)
+        query, key = one.texts[found.query], one.texts[found.key]
+        if labelled:
+            asked = query.says if query.writes else query.tokens
+            small = {"fontsize": max(3.5, min(7, 90 * side / 6.9 / max(T, S) * 1.8))}
+            axis.set_yticks(range(weights_TS.shape[0]), [_label(token) for token in asked[: len(weights_TS)]], **small)
+            axis.set_xticks(range(weights_TS.shape[1]), [_label(token) for token in key.tokens], rotation=90, **small)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(True)
+    figure.supxlabel("read", fontsize=7)
+    figure.supylabel("written" if one.texts[pictures[0][0].query].writes else "token", fontsize=7)
+    return figure
+
+
+def _label(token: str) -> str:
+    return token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").strip() or "\N{OPEN BOX}"

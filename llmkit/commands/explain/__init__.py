@@ -1,0 +1,1 @@
+"""``llmkit explain``: what a checkpoint's answers rest on."""
