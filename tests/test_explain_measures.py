@@ -13,7 +13,7 @@ from llmkit import LanguageModel, plugin
 from llmkit.analysis.explain.attribution import integrated_gradients, jacobian, occlusion
 from llmkit.analysis.explain.faithfulness import METHODS, areas, bootstrap, measure, randomised, ranks
 from llmkit.analysis.explain.lens import guesses_by_layer, losses_by_layer
-from llmkit.analysis.explain.patterns import PATTERNS, even_scores, pattern_scores, random_ids
+from llmkit.analysis.explain.patterns import PATTERNS, even_scores, pattern_scores, random_ids, score_heads
 from llmkit.analysis.explain.probing import Items, items_of, probe
 from llmkit.analysis.explain.rollout import rollout, shares
 from llmkit.analysis.explain.scored import ScoredRow, watched
@@ -131,7 +131,8 @@ def test_every_variant_is_measured(attention: str, monkeypatch: pytest.MonkeyPat
     row = ScoredRow(model, "abcdef")
     maps = row.maps()
     assert len(maps) == 2 and all(map_HPP.shape[1:] == (6, 6) for map_HPP in maps)
-    scores = pattern_scores(maps[0][None])
+    scores = score_heads(model, random_ids(Byte(), 2, 5)).scores
+    assert len({(one.layer, one.head) for one in scores}) == len(scores) >= 2
     assert all(0 <= getattr(one, name) <= 1 for one in scores for name in PATTERNS)
     found = measure(model, ["abcdef"], METHODS)
     for name, figures in found.items():
@@ -195,8 +196,8 @@ def test_pattern_scores() -> None:
     for t in range(L, T):
         map_HTT[1, t] = 0
         map_HTT[1, t, t - L + 1] = -3
-    random, copying = pattern_scores(map_HTT[None], 7)
-    assert (copying.layer, copying.head, copying.induction, copying.duplicate) == (7, 1, 1.0, 0.0)
+    random, copying = pattern_scores(map_HTT[None], 7, ["a", "b"])
+    assert (copying.layer, copying.head, copying.induction, copying.duplicate) == (7, "b", 1.0, 0.0)
     weights = map_HTT[0] / map_HTT[0].sum(-1, keepdim=True)
     mean = {
         "induction": [weights[t, t - L + 1] for t in range(L, T)],
@@ -210,7 +211,13 @@ def test_pattern_scores() -> None:
     assert (random.offset, random.at_offset) == (0, random.self)
     assert even_scores(L, causal=True).previous == pytest.approx(sum(1 / (t + 1) for t in range(1, T)) / (T - 1))
     assert even_scores(L, causal=False).induction == pytest.approx(1 / T)
+    model = tiny("generation")
     ids = random_ids(Byte(), 3, 20)
+    nats = [
+        -float(row)
+        for row in guesses_by_layer(model, {"ids": ids[:, :-1], "targets": ids[:, 1:]})[-1].target_BT.log().mean(0)
+    ]
+    assert score_heads(model, ids).losses == pytest.approx((sum(nats[:19]) / 19, sum(nats[20:]) / 19), rel=1e-4)
     assert ids.shape == (3, 40) and torch.equal(ids[:, :20], ids[:, 20:])
     assert all(len(set(row[:20])) == 20 and min(row) >= 6 for row in ids.tolist())
 
@@ -246,7 +253,7 @@ def test_the_states_that_a_probe_reads() -> None:
     torch.testing.assert_close(items.states_LND[2, 3], calls[0].y[0, 9:].mean(0))
     whole = items_of(model, [{"w": "Ann is in Rome", "t": 1}, {"w": "A", "t": 2}], "w", "t")
     torch.testing.assert_close(whole.states_LND[2, 0], calls[0].y[0].mean(0))
-    assert whole.labels == ["1", "2"] and whole.types[0] == whole.types[1]
+    assert whole.labels == ["1", "2"] and whole.types == ["Ann", "A"]
     with pytest.raises(UserError, match="row 1 has no column u; it has w, t"):
         items_of(model, [{"w": "a", "t": "b"}], "w", "u")
     with pytest.raises(UserError, match="row 1: w and t should be a text and a label, or lists of equal length"):

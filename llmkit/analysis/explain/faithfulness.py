@@ -60,6 +60,10 @@ class Faithfulness(NamedTuple):
     randomised: Mean | None
     """Rank correlation of the relevances with those of the same network with random weights: near 0 is good."""
 
+    def facts(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
+        return {name: list(value) if isinstance(value, Mean) else value for name, value in self._asdict().items()}
+
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Mean:
     """Return the mean of values with its interval."""

@@ -60,7 +60,7 @@ def guesses_by_layer(model: LanguageModel, batch: Batch, most: int = 1) -> list[
     net, targets_BT = model.network, batch["targets"]
     found = []
     for state_BTD in states_by_layer(model, batch):
-        probabilities_BTV = vocabulary_scores(net, net.decoder_norm(state_BTD)).float().softmax(-1)
+        probabilities_BTV = vocabulary_scores(net, net.decoder_norm(state_BTD) * net.output_scale).float().softmax(-1)
         best = probabilities_BTV.topk(min(most, probabilities_BTV.shape[-1]))
         target_BT = probabilities_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
         target_BT = target_BT.masked_fill(targets_BT == IGNORE, torch.nan)

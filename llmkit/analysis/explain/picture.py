@@ -46,11 +46,11 @@ def draw(one: Explanation, path: Path, layer: int | None = None, head: int | Non
     with drawing.style():
         import matplotlib
 
-        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_installed()]
+        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
         _figure(one, pictures).savefig(path, dpi=200, metadata={"Software": None})
 
 
-def _installed() -> list[str]:
+def installed() -> list[str]:
     from matplotlib import font_manager
 
     known = {font.name for font in font_manager.fontManager.ttflist}

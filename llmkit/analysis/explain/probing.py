@@ -37,7 +37,7 @@ class Items:
     """The states of each layer, before the first one at 0."""
     labels: list[str]
     types: list[str]
-    """The word that decides about the label of the control task: the word itself, or a text's first token."""
+    """The word that decides about the label of the control task: the word itself, or the first one of a text."""
     texts: list[int]
     """The number of the text that each item is of."""
 
@@ -154,7 +154,7 @@ def items_of(
         else:
             fits = 1
             labels.append(str(given))
-            types.append(str(pieces[-1][0][len(tokenizer.around[0])]))
+            types.append(next(iter(words.split() if " " in words else words), ""))
         texts += [index] * fits
     found = []
     with evaluating(model):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llmkit.analysis.explain.capture import Recording
 from llmkit.analysis.explain.maps import of
+from llmkit.analysis.explain.tokens import labels
 from llmkit.contracts import IGNORE, Batch, Network, Tokenizer
 from llmkit.errors import UserError
-from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import batch_of
 from llmkit.sequence import on_device
@@ -133,8 +133,19 @@ class ScoredRow:
 
     @property
     def tokens(self) -> list[str]:
-        """The text of each token."""
-        return self.tokenizer.decode_batch([[number] for number in self.ids])
+        """The tokens as a person reads them."""
+        return labels(self.tokenizer, self.ids)
+
+    @property
+    def explained(self) -> str:
+        """What the score is of: the name of the class, or the target tokens."""
+        if self.class_ is not None:
+            names = self.head.info().get("labels")
+            return str(names[self.class_]) if isinstance(names, list) else f"output {self.class_}"
+        targets = self.batch.get("targets")
+        if not self.by_token or targets is None:
+            return "the targets"
+        return "".join(labels(self.tokenizer, targets[targets != IGNORE].tolist()))
 
     @torch.no_grad()
     def maps(self) -> list[Tensor]:
@@ -202,9 +213,9 @@ class ScoredRow:
         """Return the sum of the log probabilities of each row's targets, (B,)."""
         targets_BT = batch["targets"]
         places = (targets_BT[0] != IGNORE).nonzero()[:, 0]
-        with watched(self.net.decoder_norm) as calls:
-            self.head.loss(self.net, batch)
-        scores = vocabulary_scores(self.net, calls[0].y[:, places]).float().log_softmax(-1)
+        recording = Recording(self.net)
+        self.head.loss(recording, batch)
+        scores = vocabulary_scores(self.net, recording.passes[-1].hidden_BTD[:, places]).float().log_softmax(-1)
         return scores.gather(-1, targets_BT[:, places, None]).sum((1, 2))
 
     def _repeated(self, count: int) -> Batch:
@@ -252,12 +263,12 @@ class ScoredRow:
 
 def next_scores(model: LanguageModel, batch: Batch) -> Tensor:
     """Return the scores over the vocabulary at each position of a decoder, (B, T, V)."""
-    with watched(model.network.decoder_norm) as calls:
-        model.head.loss(model.network, batch)
-    return vocabulary_scores(model.network, calls[0].y)
+    recording = Recording(model.network)
+    model.head.loss(recording, batch)
+    return vocabulary_scores(model.network, recording.passes[-1].hidden_BTD)
 
 
-def vocabulary_scores(net: Backbone, normed_BTD: Tensor) -> Tensor:
-    """Return the scores over the vocabulary of states that have passed the last norm, (B, T, V)."""
-    scores = (normed_BTD * net.output_scale) @ net.output_weight_VD.to(normed_BTD.dtype).T
+def vocabulary_scores(net: Network, hidden_BTD: Tensor) -> Tensor:
+    """Return the scores over the vocabulary of what a network returned, (B, T, V)."""
+    scores = hidden_BTD @ net.output_weight_VD.to(hidden_BTD.dtype).T
     return scores if net.output_bias_V is None else scores + net.output_bias_V
