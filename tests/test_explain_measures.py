@@ -274,6 +274,11 @@ def test_which_tokens_are_explained() -> None:
         ScoredRow(model, "abcd", 3)
     with pytest.raises(UserError, match="Classification has no target tokens"):
         ScoredRow(tiny("classification"), "abcd", 3)
+    long = ScoredRow(model, "x" * 90 + "abcd")  # the end is read, as much as fits
+    assert len(long.ids) <= 64 and long.tokens[-4:] == list("abcd")
+    reader = tiny("question_answering")
+    asked = {name: FIELDS[name][0] for name in reader.head.inputs}
+    assert ScoredRow(reader, asked).count == 1
     translator = tiny("translation")
     answer = translator.predict(["a b"])[0]["text"]
     assert ScoredRow(translator, "a b").batch["reference"] == [answer]

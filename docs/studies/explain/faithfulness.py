@@ -1,10 +1,10 @@
 """How far each method that explains can be trusted, for each attention variant on one task.
 
-    LLMKIT_DATA=../shared/data python docs/studies/explain/faithfulness.py [--texts 40] [VARIANT ...]
+    LLMKIT_DATA=../shared/data python docs/studies/explain/faithfulness.py [--texts 30] [VARIANT ...]
 
 A classifier of TREC's questions (``$LLMKIT_DATA/trec``): two layers, 64 wide, whole words, two passes over the training
 questions, seed 0. The figures are over the first test questions. They go into docs/studies/explain/faithfulness.json,
-from which ``python docs/reproduce.py --render`` writes the table of docs/results.md. Needs captum. Takes some five
+from which ``python docs/reproduce.py --render`` writes the table of docs/results.md. Needs captum. Takes some three
 minutes of one core.
 """
 
@@ -46,7 +46,7 @@ def train(variant: str, folder: Path, cache: str) -> LanguageModel:
         pattern=PATTERN,
         encoding="latin-1",
         tokenizer=words,
-        batch_size=50,
+        batch_size=100,
         cache_dir=cache,
     )
     model = LanguageModel(
@@ -56,8 +56,8 @@ def train(variant: str, folder: Path, cache: str) -> LanguageModel:
         num_layers=2,
         context=64,
         dropout=0.3,
-        optimizer=plugin("optimizer", "adamw", lr=4e-3),
-        scheduler=plugin("scheduler", "cosine", warmup_steps=20),
+        optimizer=plugin("optimizer", "adamw", lr=6e-3),
+        scheduler=plugin("scheduler", "cosine", warmup_steps=10),
     )
     trainer = pl.Trainer(
         max_epochs=2,
@@ -78,7 +78,7 @@ def main() -> None:
     """Train, measure, and write the figures of the variants."""
     parser = argparse.ArgumentParser()
     parser.add_argument("variants", nargs="*", default=VARIANTS)
-    parser.add_argument("--texts", type=int, default=40)
+    parser.add_argument("--texts", type=int, default=30)
     options = parser.parse_args()
     folder = Path(os.environ.get("LLMKIT_DATA", "../shared/data")) / "trec"
     source = local("data.test", str(folder / "TREC.test"), Options(pattern=PATTERN, encoding="latin-1"))

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from llmkit.analysis.explain.capture import Recording
 from llmkit.analysis.explain.maps import of
+from llmkit.analysis.explain.reading import row_batch
 from llmkit.analysis.explain.tokens import labels
 from llmkit.contracts import IGNORE, Batch, Network, Tokenizer
 from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.use import batch_of
-from llmkit.sequence import on_device
 
 
 class Call(NamedTuple):
@@ -82,12 +81,12 @@ class ScoredRow:
         """Whether the loss is the cross-entropy of the decoder's states: then rows are scored many at once."""
         with torch.no_grad():
             if isinstance(head, Scoring):
-                self.batch = self._batch(given, head.inputs)
+                self.batch = row_batch(model, given, head.inputs)
                 scores = head.scores(self.net, self.batch)
                 if isinstance(scores, Tensor) and scores.dim() == 2:
                     self.class_ = int(scores[0].argmax())
             if self.class_ is None:
-                self.batch = self._batch(self._complete(given), (*head.inputs, *head.targets))
+                self.batch = row_batch(model, self._complete(given), (*head.inputs, *head.targets))
                 self._choose_targets(at)
                 loss = head.loss(self.net, self.batch)
                 self.count = int(loss.count)
@@ -232,15 +231,15 @@ class ScoredRow:
         score: Tensor = cast(Scoring, self.head).scores(net, self.batch)[0, self.class_]
         return score
 
-    def _batch(self, given: Mapping[str, Any], fields: tuple[str, ...]) -> Batch:
-        return on_device(batch_of(self.head, self.tokenizer, self.model.context, [given], fields), self.model.device)
-
     def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row with its targets, taken from the model's answer where it lacks them."""
         if missing := [name for name in self.head.targets if name not in row]:
             answer = self.model.predict([row])[0]
             for name in missing:
-                if (value := answer.get(name, answer.get("text"))) is None:
+                value = answer.get(name, answer.get("text"))
+                if value is None and {"answer", "start"} <= answer.keys():  # a span of the context
+                    value = {"text": [answer["answer"]], "answer_start": [answer["start"]]}
+                if value is None:
                     raise UserError(f"the row needs the field {name}: {type(self.head).__name__} does not answer in it")
                 row[name] = value
         return row

@@ -38,9 +38,9 @@ def run(command: str, argv: list[str]) -> int:
     args = parser.parse(argv)
     from llmkit.analysis.explain import figures
     from llmkit.analysis.explain.lens import losses_by_layer
+    from llmkit.analysis.explain.reading import row_batch
     from llmkit.model.language_model import load
-    from llmkit.model.use import batch_of, evaluating
-    from llmkit.sequence import on_device
+    from llmkit.model.use import evaluating
 
     with imported(args.imports):
         model = load(args.checkpoint, device_of(command, args.device))
@@ -56,8 +56,7 @@ def run(command: str, argv: list[str]) -> int:
                     raise UserError(
                         f"{command}: row {number + 1} has no {' and no '.join(missing)}: expected '{shape}'"
                     )
-                assert model.tokenizer is not None
-                batch = on_device(batch_of(head, model.tokenizer, model.context, [row], fields), model.device)
+                batch = row_batch(model, row if isinstance(row, dict) else {fields[0]: row}, fields)
                 losses = losses_by_layer(model, batch)
                 totals = [a + b for a, b in zip(totals or [0.0] * len(losses), losses, strict=True)]
                 count += int(head.loss(model.network, batch).count)
