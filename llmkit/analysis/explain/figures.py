@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llmkit.analysis.explain.patterns import PATTERNS, HeadScores, Scored
-from llmkit.analysis.explain.picture import installed
+from llmkit.analysis.explain.picture import installed, save
 from llmkit.analysis.explain.probing import Probed
 from llmkit.study.drawing import BLACK, COLOURS, GREY, canvas, panel_grid, style
 
@@ -18,10 +17,6 @@ TITLES = {
     "first": "first token",
     "self": "the token itself",
 }
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def heads_of_one(scores: Sequence[HeadScores], path: Path) -> None:
@@ -48,7 +43,7 @@ def heads_of_one(scores: Sequence[HeadScores], path: Path) -> None:
                         colour = "white" if value > 0.6 else BLACK
                         axis.text(place, layer, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=6)
         figure.colorbar(image, ax=axes, label="share of the weight", shrink=0.6, aspect=40)
-        _save(figure, path)
+        save(figure, path)
 
 
 def heads_over_steps(steps: Sequence[int], found: Sequence[Scored], even: HeadScores, path: Path) -> None:
@@ -83,7 +78,7 @@ def heads_over_steps(steps: Sequence[int], found: Sequence[Scored], even: HeadSc
             axis.set_xlabel("optimizer step")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        _save(figure, path)
+        save(figure, path)
 
 
 def by_layer(title: str, ylabel: str, curves: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -98,7 +93,7 @@ def by_layer(title: str, ylabel: str, curves: Mapping[str, Sequence[float]], pat
         axis.grid(alpha=0.5)
         if len(curves) > 1:
             axis.legend()
-        _save(figure, path)
+        save(figure, path)
 
 
 def probes(found: Sequence[Probed], most: float, path: Path) -> None:
@@ -119,7 +114,7 @@ def probes(found: Sequence[Probed], most: float, path: Path) -> None:
         axis.set_xticks(layers)
         axis.grid(alpha=0.5)
         axis.legend()
-        _save(figure, path)
+        save(figure, path)
 
 
 def contributions(tokens: Sequence[str], rows: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -138,4 +133,4 @@ def contributions(tokens: Sequence[str], rows: Mapping[str, Sequence[float]], pa
         else:
             axis.set_xlabel("token")
         figure.colorbar(image, ax=axis, label="contribution", shrink=0.9)
-        _save(figure, path)
+        save(figure, path)

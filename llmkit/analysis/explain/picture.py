@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 from llmkit.analysis.explain.explanation import Explanation
 from llmkit.analysis.explain.maps import Map
-from llmkit.errors import UserError
+from llmkit.errors import UserError, note
 from llmkit.study import drawing
 
 LABELS = 48
@@ -47,7 +48,16 @@ def draw(one: Explanation, path: Path, layer: int | None = None, head: int | Non
         import matplotlib
 
         matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
-        _figure(one, pictures).savefig(path, dpi=200, metadata={"Software": None})
+        save(_figure(one, pictures), path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, with a note where characters are missing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    if any("missing from font" in str(one.message) for one in caught):
+        note(f"{path.name} shows boxes for characters that no font of this machine has: install Noto Sans CJK, say")
 
 
 def installed() -> list[str]:

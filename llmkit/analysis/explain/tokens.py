@@ -10,6 +10,8 @@ from llmkit.contracts import Batch, Tokenizer
 from llmkit.ops.writing import CUT, special_ids
 
 ROLES = ("pad", "bos", "eos", "unk", "mask", "sep")
+PIECE = re.compile(r"(.*) (\d)/\d", re.DOTALL)
+"""How a token is shown that is a piece of a character."""
 LONGEST = 8
 """Most tokens of one character: four bytes, and some that spell it in two steps."""
 
@@ -81,20 +83,26 @@ def says(
             said[place] = str(guess[0]["token"])
         return said
     if isinstance(span := answer.get("answer"), str) and span and "words" in batch:
-        for place in _span(span, names, batch["words"][row].tolist()[: len(ids)]):
+        owners = batch["words"][row].tolist()[: len(ids)]
+        for place in _span(span, answer["start"], batch["text"][0], names, owners):
             said[place] = "answer"
     return said
 
 
-def _span(span: str, names: list[str], owners: list[int]) -> range:
-    """Return the tokens of the context that spell a span, by their letters; none if it is not there."""
-    letters, owner_of = "", list[int]()
+def _span(span: str, start: int, context: str, names: list[str], owners: list[int]) -> range:
+    """Return the tokens that spell a span of a context, of which they may be a part; none if it is not in there."""
+    letters, token_of = "", list[int]()
     for place, (name, owner) in enumerate(zip(names, owners, strict=True)):
-        text = re.sub(r"\W", "", re.sub(r" \d/\d$", "", name)) if owner >= 0 and not name.endswith("/2") else ""
-        letters += text
-        owner_of += [place] * len(text)
-    sought = re.sub(r"\W", "", span)
-    start = letters.lower().find(sought.lower())
-    if start < 0 or not sought:
-        return range(0)
-    return range(owner_of[start], owner_of[start + len(sought) - 1] + 1)
+        piece = PIECE.fullmatch(name)
+        text = _letters(name) if piece is None else piece[1] if piece[2] == "1" else ""
+        if owner >= 0:
+            letters += text
+            token_of += [place] * len(text)
+    skipped = _letters(context).find(letters)
+    first = len(_letters(context[:start])) - skipped
+    last = first + len(_letters(span)) - 1
+    return range(token_of[first], token_of[last] + 1) if min(skipped, first) >= 0 and last < len(letters) else range(0)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\s", "", text).lower()

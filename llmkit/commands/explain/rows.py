@@ -78,7 +78,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _options(args: Any, default: DecodingOptions) -> DecodingOptions:
-    """Return how text is written: as the checkpoint says, but not too long. Raises UserError for options out of range."""
+    """Return how text is written: as the checkpoint says, but not too long. Raises UserError where out of range."""
     from llmkit.analysis.explain.reading import shortened
 
     given: dict[str, Any] = {}
