@@ -18,7 +18,12 @@ VERBS = {
         "diff": "print how the configs of two runs differ",
         "schema": "print a JSON schema of configs, for editors",
     },
-    "explain": {},
+    "explain": {
+        "attribute": "what each token contributes to the answer: integrated gradients, occlusion, by layer",
+        "heads": "which heads are induction, previous-token, duplicate or positional heads",
+        "lens": "what each layer would answer, and its loss",
+        "probe": "what a linear classifier reads off each layer, next to a control task",
+    },
     "scale": {
         "fit": "fit the loss by size and tokens to runs in a CSV file, and report what they determine",
     },

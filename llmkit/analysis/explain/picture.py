@@ -47,15 +47,20 @@ def draw(one: Explanation, path: Path, layer: int | None = None, head: int | Non
     with drawing.style():
         import matplotlib
 
-        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_installed()]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            _figure(one, pictures).savefig(path, dpi=200, metadata={"Software": None})
+        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
+        save(_figure(one, pictures), path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, with a note where characters are missing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
     if any("missing from font" in str(one.message) for one in caught):
         note(f"{path.name} shows boxes for characters that no font of this machine has: install Noto Sans CJK, say")
 
 
-def _installed() -> list[str]:
+def installed() -> list[str]:
     from matplotlib import font_manager
 
     known = {font.name for font in font_manager.fontManager.ttflist}

@@ -65,7 +65,7 @@ def read(
     columns_of([given], head.inputs)  # which refuses a row that lacks a field
     if isinstance(head, Scores):
         return _written(model, given, options, write)
-    batch = _batch(model, given, head.inputs)
+    batch = row_batch(model, given, head.inputs)
     with evaluating(model):
         recording = Recording(model.network)
         (answer,) = head.predict(recording, batch, model._trained_tokenizer, head.decoding)
@@ -90,7 +90,7 @@ def _written(model: LanguageModel, row: Mapping[str, Any], options: DecodingOpti
         options = options or shortened(model.head.decoding)
         (answer,) = model.predict([row], options)
         shown, row = model.head.show(answer), _with_answer(row, head, answer)
-    batch = _batch(model, row, (*head.inputs, *head.targets))
+    batch = row_batch(model, row, (*head.inputs, *head.targets), unread=1)
     with evaluating(model):
         recording = Recording(model.network)
         head.score(recording, batch)
@@ -111,14 +111,17 @@ def _with_answer(row: Mapping[str, Any], head: Scores, answer: Mapping[str, Any]
     return {**row, head.inputs[0]: [*said, {"role": "assistant", "content": answer["text"]}]}
 
 
-def _batch(model: LanguageModel, row: Mapping[str, Any], fields: tuple[str, ...]) -> Batch:
-    """Return the batch of a row. Of a text of a language model that is longer than the context the end is read."""
+def row_batch(model: LanguageModel, row: Mapping[str, Any], fields: tuple[str, ...], unread: int = 0) -> Batch:
+    """Return the batch of a row. Of a text of a language model that is longer than the context the end is read.
+
+    ``unread``: how many tokens at the end are only written, not read, and need no place.
+    """
     head, tokenizer = model.head, model._trained_tokenizer
     if head.layout == "blocks" and head.kept == "end":
         features = {
             name: values[0] for name, values in head.encode(columns_of([row], fields), tokenizer, 10**9).items()
         }
-        features["ids"] = features["ids"][-(model.context + 1 - len(tokenizer.around[0])) :]
+        features["ids"] = features["ids"][-(model.context + unread - len(tokenizer.around[0])) :]
         return on_device(head.collate([features], tokenizer), model.device)
     return on_device(batch_of(head, tokenizer, model.context, [row], fields), model.device)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.commands import VERBS, Parser, at_least, imported
+from llmkit.commands.explain import faithfulness
 from llmkit.commands.inputs import device_of, lines_of, row_of
 from llmkit.errors import UserError, note
 
@@ -39,6 +40,8 @@ def run(command: str, argv: list[str]) -> int:
     add("--seed", type=int, metavar="N", help="seed for sampling")
     add("--layer", type=at_least(0), metavar="N", help="the picture shows this layer alone, from 0")
     add("--head", type=at_least(0), metavar="N", help="the picture shows this head alone, from 0")
+    text = "measure over all rows how far each method can be trusted: deletion, insertion, random weights"
+    add("--faithfulness", action="store_true", help=text)
     add("--device", default="cpu", help="cpu, cuda, mps, ...; default: cpu")
     parser.add_imports()
     args = parser.parse(argv)
@@ -52,11 +55,13 @@ def run(command: str, argv: list[str]) -> int:
 
     with imported(args.imports):
         model = load(args.checkpoint, device_of("explain", args.device))
-        rows = [_row(text, model.head) for text in args.texts] + _rows_of(args.input, model.head)
+        rows = [text_row(text, model.head) for text in args.texts] + file_rows(args.input, model.head)
         if not rows:
             raise UserError(f"explain: --input {args.input} has no texts")
         if len(rows) > args.limit:
             note(f"explain: the first {args.limit} of {len(rows):,} rows; --limit N explains more")
+        if args.faithfulness:
+            return faithfulness.report(model, rows[: args.limit], Path(args.output), args.seed or 0)
         options = _options(args, model.head.decoding)
         found = explain(model, rows[: args.limit], options=options, write=args.max_new_tokens != 0)
     folder = Path(args.output)
@@ -90,7 +95,7 @@ def _options(args: Any, default: DecodingOptions) -> DecodingOptions:
         raise UserError(f"explain: {error}") from error
 
 
-def _row(text: str, head: Head) -> str | dict[str, Any]:
+def text_row(text: str, head: Head) -> str | dict[str, Any]:
     """Return a text as a row: a JSON object with the head's fields, or a text for a head that reads one."""
     try:
         row = json.loads(text) if text.lstrip().startswith("{") else None
@@ -101,7 +106,7 @@ def _row(text: str, head: Head) -> str | dict[str, Any]:
     return text if len(head.inputs) == 1 else row_of("explain", text, head.inputs)
 
 
-def _rows_of(source: str | None, head: Head) -> list[Any]:
+def file_rows(source: str | None, head: Head) -> list[Any]:
     """Return the rows of a file; a table or JSON has the head's fields as its columns."""
     from llmkit.data.opening import Options
     from llmkit.data.rows import Bad
@@ -110,7 +115,7 @@ def _rows_of(source: str | None, head: Head) -> list[Any]:
     if source is None:
         return []
     if not SUFFIXES.keys() & set(Path(source).suffixes):
-        return [_row(text, head) for text in lines_of("explain", source) if text]
+        return [text_row(text, head) for text in lines_of("explain", source) if text]
     rows: list[Mapping[str, Any]] = []
     for row in local("--input", source, Options()).read():
         if isinstance(row, Bad):
