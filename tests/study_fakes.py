@@ -66,10 +66,12 @@ def patient(folder: Path, cell: Cell, threads: int) -> int:
     return 128 + signal.SIGTERM
 
 
-def where(folder: Path, cell: Cell, threads: int) -> int:
-    """Write which device the cell has, its threads, and when it ran."""
+def where(folder: Path, cell: Cell, threads: int, together: int) -> int:
+    """Write which device the cell has, its threads, and when it ran; none ends before so many have begun."""
     begin = time.monotonic()
-    time.sleep(0.3)
+    (folder / "begun.txt").touch()
+    while len(list(folder.parents[2].rglob("begun.txt"))) < together:
+        time.sleep(0.01)
     row = {"device": os.environ["CUDA_VISIBLE_DEVICES"], "threads": threads, "begin": begin, "end": time.monotonic()}
     (folder / "where.json").write_text(json.dumps(row))
     return 0

@@ -174,12 +174,9 @@ def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBac
         ("encoder_decoder", "multi_head", "aot_eager"),
     ],
 )
-def test_a_compiled_network_trains_alike(
-    topology: str, variant: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("scalar_code")
+def test_a_compiled_network_trains_alike(topology: str, variant: str, backend: str) -> None:
     """Of each variant by itself, the checks of attention hold that it compiles."""
-    # Scalar code: which vector instructions a compiler knows takes it ten programs to find out.
-    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [], raising=False)
     net = build(topology, attention=variant, num_layers=1)
     plain = [trained(net, seed) for seed in (1, 2)]
     counter = compiled(net, backend)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,7 +188,8 @@ def test_each_cell_gets_a_device(tmp_path: Path) -> None:
     """None has more cells at once than it may have, and each has some."""
     for share in (1, 2):
         root = tmp_path / str(share)
-        local = Local(root, None, 3, study_fakes.where, ["study_fakes"], devices=["4", "7"], share=share)
+        where = partial(study_fakes.where, together=2 * share)
+        local = Local(root, None, 3, where, ["study_fakes"], devices=["4", "7"], share=share)
         local(cells("a", "bb", seeds=3), 6)
         rows = [json.loads(file.read_text()) for file in root.rglob("where.json")]
         assert {row["threads"] for row in rows} == {3}
