@@ -1,6 +1,6 @@
 # make quickstart        install, then train a small model
 # make compare           compare three variants of it in a few minutes, with a report
-# make test ARGS="-k x"  the tests; make test SLOW=1: those too that are marked as slow, as CI does
+# make test ARGS="-k x"  the tests, in seven minutes on two cores
 # make lint              ruff and mypy; make clean: the venv and the caches
 # make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
 # make gpu               all that only a machine with a GPU can show, within five minutes; make gpu-dry: without one
@@ -9,7 +9,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-SLOW ?=
 
 BIN := $(VENV)/bin
 OLDEST_LIGHTNING := $(shell sed -n 's/.*"lightning>=\([0-9.]*\).*/\1/p' pyproject.toml)
@@ -31,7 +30,7 @@ compare: $(VENV)/.installed-study
 # One thread each: two processes that both take every core slow each other down.
 # By default tests are dealt out one by one, and what a file's tests share is built in both processes.
 test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)

@@ -35,7 +35,7 @@ def fit(text: Path, attention: str) -> tuple[llmkit.LanguageModel, float]:
         optimizer=functools.partial(AdamW, lr=1e-2),
     )
     trainer = pl.Trainer(
-        max_steps=400,
+        max_steps=150,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -19,19 +19,24 @@ if not os.environ.get("LLMKIT_TEST_GPU"):
 # inductor's helper processes each import torch, which costs more than they bring.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
-import forked
-import torch
-
-import llmkit.commands.fit
-import llmkit.testing.resume  # noqa: F401
-
-torch.set_num_threads(1)
-# Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-forked.serve()  # before anything has run: only one thread exists
-
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import what takes seconds, except where other processes run the tests, which wait for this one to start them."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import forked
+    import torch
+
+    import llmkit.commands.fit
+    import llmkit.testing.resume  # noqa: F401
+
+    torch.set_num_threads(1)
+    # Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    forked.serve()  # before anything has run: only one thread exists
 
 
 def pytest_collection_finish() -> None:
@@ -66,6 +71,12 @@ def data_folder() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture
+def scalar_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let inductor write scalar code: it compiles ten programs to find out which vector instructions there are."""
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [], raising=False)
 
 
 @pytest.fixture

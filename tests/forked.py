@@ -26,6 +26,8 @@ import traceback
 from collections.abc import Sequence
 from typing import IO, Any
 
+PATIENCE = 1200.0
+"""Seconds; a busy machine makes processes that take a few of them take minutes."""
 DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
 _MESSAGE = struct.Struct("!cq")
 _RUNNING = 1 << 32
@@ -169,7 +171,7 @@ class Popen:
             self.returncode = None if code == _RUNNING else code
         return self.returncode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the end; returns the exit code."""
         until = time.monotonic() + timeout
         while self.poll() is None:
@@ -180,7 +182,7 @@ class Popen:
         assert self.returncode is not None
         return self.returncode
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """Wait for the end; returns what was written to stdout and stderr."""
         self.wait(timeout)
         written = []
@@ -196,7 +198,7 @@ class Popen:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def run(command: Sequence[str], timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], timeout: float = PATIENCE, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a Python module or file in a fork to its end, and return what it printed."""
     process = Popen(command, **options)
     out, err = process.communicate(timeout)

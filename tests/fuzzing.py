@@ -271,15 +271,20 @@ class Worker:
 
     def late(self) -> bool:
         """Return whether the file that it has now took too long."""
-        return self._cpu() - self.used > LIMIT or time.monotonic() - self.since > PATIENCE
+        with contextlib.suppress(OSError):  # it has died, which its pipe will say
+            if time.monotonic() - self.since > PATIENCE and self._stat()[0] != "R":  # R: it waits for a busy machine
+                return True
+            return self._cpu() - self.used > LIMIT
+        return False
 
     def _cpu(self) -> float:
-        """Return the seconds of CPU time the process has used; after it died, as many as at the start of the file."""
-        try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return self.used
+        """Return the seconds of CPU time the process has used."""
+        fields = self._stat()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _stat(self) -> list[str]:
+        """Return the fields of /proc/PID/stat from the state on."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
 
     def stop(self) -> None:
         """End it."""

@@ -70,7 +70,7 @@ def _free_ports(number: int) -> list[int]:
 
 def call(*words: str) -> str:
     """Run one of Slurm's commands; returns what it printed."""
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def pid_of(folder: Path, name: str) -> int:
@@ -98,7 +98,7 @@ def cluster(folder: Path) -> Iterator[None]:
         call("slurmctld", "-c")
         for node in ("n1", "n2"):
             call("slurmd", "-N", node)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while call("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != "2":
             assert time.monotonic() < until, (folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.1)
@@ -106,7 +106,7 @@ def cluster(folder: Path) -> Iterator[None]:
     finally:
         with suppress(subprocess.SubprocessError):
             call("scancel", "--full", "--user=root")
-            until = time.monotonic() + 10
+            until = time.monotonic() + 60
             while call("squeue", "-h") and time.monotonic() < until:
                 time.sleep(0.1)
         for name in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"):

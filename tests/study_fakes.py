@@ -15,6 +15,8 @@ from llmkit.study.execute import Local, locked
 from llmkit.study.outcomes import OUTCOME, Cell
 
 STEPS = 12
+ALLOWED = "allowed.txt"
+"""A file in the folder of a study that says how many steps all its cells may take; without it, any number."""
 
 
 def count(folder: Path, cell: Cell, threads: int, pause: float = 0.01) -> int:
@@ -30,6 +32,8 @@ def count(folder: Path, cell: Cell, threads: int, pause: float = 0.01) -> int:
         return 2
     begun = len(log.read_text().splitlines()) if log.exists() else 0
     for step in range(begun, STEPS):
+        while not _allowed(folder.parents[2]):
+            time.sleep(pause)
         with log.open("a") as file:
             file.write(f"{step}\n")
         time.sleep(pause)
@@ -40,6 +44,14 @@ def count(folder: Path, cell: Cell, threads: int, pause: float = 0.01) -> int:
     part.write_text(json.dumps({"diverged": cell.variant == "bad", "run": "version_0", "metrics": ["val_loss"]}))
     part.replace(folder / OUTCOME)
     return 0
+
+
+def _allowed(root: Path) -> bool:
+    try:
+        allowed = float((root / ALLOWED).read_text())
+    except FileNotFoundError:
+        return True
+    return sum(len(path.read_text().splitlines()) for path in root.rglob("steps.txt")) < allowed
 
 
 def patient(folder: Path, cell: Cell, threads: int) -> int:
@@ -54,10 +66,12 @@ def patient(folder: Path, cell: Cell, threads: int) -> int:
     return 128 + signal.SIGTERM
 
 
-def where(folder: Path, cell: Cell, threads: int) -> int:
-    """Write which device the cell has, its threads, and when it ran."""
+def where(folder: Path, cell: Cell, threads: int, together: int) -> int:
+    """Write which device the cell has, its threads, and when it ran; none ends before so many have begun."""
     begin = time.monotonic()
-    time.sleep(0.3)
+    (folder / "begun.txt").touch()
+    while len(list(folder.parents[2].rglob("begun.txt"))) < together:
+        time.sleep(0.01)
     row = {"device": os.environ["CUDA_VISIBLE_DEVICES"], "threads": threads, "begin": begin, "end": time.monotonic()}
     (folder / "where.json").write_text(json.dumps(row))
     return 0

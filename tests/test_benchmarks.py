@@ -57,7 +57,7 @@ def test_a_check_of_the_gpu_script_that_does_not_end_is_stopped() -> None:
         time.sleep(60)
 
     before = signal.getsignal(signal.SIGALRM)
-    rows = gpu.limited(endless, gpu.Setting("cpu", True), 0.05)
+    rows = gpu.limited(endless, gpu.Setting("cpu", True), 1.0)
     assert next(iter(rows))[1] == "first"
     with pytest.raises(TimeoutError):
         next(iter(rows))

@@ -24,6 +24,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "co
 CONFIGS = [name for name in CONFIGS if name not in ("compare.yaml", "tune.yaml")]  # studies
 PROBES = [name for name in CONFIGS if name.startswith("probes/")]  # which test_probes trains
 CONFIGS = [name for name in CONFIGS if name not in PROBES]
+FIRST_OF_A_HEAD = {Path(name).parts[0]: name for name in reversed(CONFIGS)}.values()
 LINES = 400  # of each file; spread over the whole file, so that every label is among them
 
 
@@ -179,7 +180,9 @@ def test_test(fitted: tuple[str, Result]) -> None:
 
 
 def test_the_saved_config_is_a_config(fitted: tuple[str, Result]) -> None:
-    _, result = fitted
+    name, result = fitted
+    if name not in FIRST_OF_A_HEAD:
+        return  # another config of this head is trained a second time
     again = done("fit", "--config", result.folder / "config.yaml", "--output", result.folder.parent.parent / "again")
     first, second = (yaml.safe_load((run.folder / "config.yaml").read_text()) for run in (result, again))
     assert first.pop("output") != second.pop("output")

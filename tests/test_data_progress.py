@@ -30,6 +30,7 @@ def test_long_steps_say_so(
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"a{i},x\n" for i in range(20)))
     settings: Any = {"train": str(path), "validation_share": 0.25, "tokenizer": Slow}
+    monkeypatch.setattr(progress, "FIRST", 60.0)
     bound(Labelling(), 8, tmp_path / "first", **settings)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(progress, "FIRST", 0.01)

@@ -25,8 +25,6 @@ from llmkit.study.outcomes import Cell
 from llmkit.study.ray import Ray
 from llmkit.study.slurm import Slurm
 
-pytestmark = pytest.mark.slow
-
 SLOW = partial(count, pause=0.4)
 """A cell of five seconds."""
 CELLS = cells("a", "bb", seeds=2)
@@ -45,7 +43,7 @@ def undisturbed(root: Path) -> dict[str, bytes]:
     return everything(root)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     """Return the first true value of a condition."""
     until = time.monotonic() + seconds
     while not (found := condition()):
@@ -86,7 +84,7 @@ class Meanwhile(threading.Thread):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.join(60)
+        self.join(300)
         if self.error is not None:
             raise self.error
 

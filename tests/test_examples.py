@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -23,8 +23,6 @@ from command import done
 from llmkit import LanguageModel, plugin, registry
 from llmkit.sequence import Sequence, padded, segments_of
 from llmkit_plugins.tokenizer import Byte
-
-pytestmark = pytest.mark.slow  # each example is a program of its own
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = (
@@ -109,10 +107,13 @@ def test_export(head: str, kind: str, tmp_path: Path) -> None:
 def test_local_plugin(tmp_path: Path, library: Path) -> None:
     # Its own folder is not the working folder: the YAML finds its file all the same.
     config = EXAMPLES / "local_plugin" / "running_mean.yaml"
-    given = {"STDLIB": library, "PYTHONPROFILEIMPORTTIME": 1}
-    printed = run("-m", "llmkit", "fit", "--config", config, *TINY, folder=tmp_path, **given)
-    assert "runs/running_mean/version_0/checkpoints/best.ckpt" in printed
-    loaded = set(re.findall(r"^import time:.*\| +([\w.]+)$", printed, re.M))
+    (tmp_path / "fit.py").write_text(
+        "import sys\nfrom llmkit.main import main\nmain(sys.argv[1:])\nprint(*sys.modules)\n"
+    )
+    line = [sys.executable, str(tmp_path / "fit.py"), "fit", "--config", str(config), *TINY]
+    answer = forked.run(line, cwd=tmp_path, env={**os.environ, "STDLIB": str(library)})
+    assert "runs/running_mean/version_0/checkpoints/best.ckpt" in answer.stdout, answer.stderr
+    loaded = answer.stdout.splitlines()[-1].split()
     assert "llmkit.data" in loaded and "datasets" not in loaded  # which only the sources of the Hub need
     saved = (tmp_path / "runs" / "running_mean" / "version_0" / "config.yaml").read_text()
     assert "class_path: running_mean.RunningMean" in saved

@@ -23,7 +23,6 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
     return Fuzz(tmp_path_factory.mktemp("fuzz"), 1, ["generation", "token_classification"])
 
 
-@pytest.mark.slow
 def test_damaged_files_load_or_are_refused(fuzz: Fuzz) -> None:
     found = list(results(fuzz, 150, workers=1))
     assert sorted(result.number for result in found) == list(range(150))
@@ -66,7 +65,6 @@ class Bad(Fuzz):
     _tokenizer = _data = _checkpoint
 
 
-@pytest.mark.slow
 def test_what_must_not_happen_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "LIMIT", 1.0)
     monkeypatch.setattr(fuzzing, "PATIENCE", 3.0)

@@ -228,7 +228,6 @@ assert "ld.global.v4" in code and "st.global.v4" in code, code
 
 
 @needs_triton
-@pytest.mark.slow
 def test_the_kernel_compiles_for_a_card_that_is_not_here(tmp_path: Any) -> None:
     """The interpreter accepts what the compiler refuses. Reads and writes are of 16 bytes at any vocabulary."""
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -36,10 +36,10 @@ def campaign() -> Any:
 
 
 KILL = campaign()
-NAMES = list(KILL.configs(Path("data")))
-QUICK = ("packed", "epochs, muon", "classification, stream", "translation")
-"""Both kinds of data and both moments; the others are slow together."""
-STEPS, INTERVAL = 12, 5
+LIKE_OTHERS = ("generation", "classification", "streaming, workers", "translation, workers")
+"""Configurations of the campaign that without worker processes are like another one, or are in the tests below."""
+NAMES = [name for name in KILL.configs(Path("data")) if name not in LIKE_OTHERS]
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def fit_words(folder: Path, name: str, output: Path) -> list[str]:
     config["data"]["num_workers"] = 0  # processes of their own are in the tests below
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config))
-    own = {"max_steps": STEPS, "val_check_interval": INTERVAL, "limit_val_batches": 2, "enable_progress_bar": "false"}
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    interval = 5 * accumulate - (accumulate > 1)  # in the middle of a step
+    own = {"max_steps": STEPS, "val_check_interval": interval, "limit_val_batches": 2, "enable_progress_bar": "false"}
     options = [f"--trainer.{key}={value}" for key, value in own.items()]
     every = "--checkpoint.every_n_steps=3"
     return ["fit", "--config", str(output / "config.yaml"), *options, every, "--name=run"]
@@ -78,9 +80,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     """Within a step, and within a validation or a checkpoint; nothing is tidied up, as with SIGKILL."""
     words = fit_words(folder, name, tmp_path)
@@ -110,7 +110,6 @@ def test_a_run_that_dies_twice(name: str, folder: Path, tmp_path: Path) -> None:
     ("by", "accumulate", "interval"),
     [("steps", 1, 10), ("steps", 3, 1000), ("epochs", 1, 1000), ("epochs", 3, 10)],  # each pair of values occurs
 )
-@pytest.mark.slow
 def test_a_run_that_dies_after_each_epoch(
     by: str, accumulate: int, interval: int, folder: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +138,6 @@ def test_a_run_that_dies_after_each_epoch(
     assert differences == []
 
 
-@pytest.mark.slow
 def test_killed_processes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

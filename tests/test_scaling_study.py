@@ -143,7 +143,6 @@ def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fake, "stop_after", 10**9)
 
 
-@pytest.mark.slow
 def test_a_study_of_sizes(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan; stopped within the grid and within the hold-out, and resumed: the same report as without."""
     plan = done("scale", "--config", "study.yaml", "--plan").out

@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from command import TINY, Result, done, llmkit
@@ -26,10 +26,9 @@ from llmkit.run.throughput import LOGGED as SPEED
 from llmkit.testing.resume import differ
 
 
-@pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    """A fit of 8 steps with a validation of 3 batches after every fourth one."""
-    (tmp_path / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+def words_in(folder: Path) -> list[str]:
+    """Return a fit of 8 steps with a validation of 3 batches after every fourth one."""
+    (folder / "text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
     own = ("--imports", "faults", "--model.dropout", "0.1", "--trainer.max_steps", "8")
     every = (
         "--trainer.val_check_interval",
@@ -39,8 +38,20 @@ def words(tmp_path: Path) -> list[str]:
         "--trainer.log_every_n_steps",
         "1",
     )
-    data = ("--data.train", str(tmp_path / "text.txt"))
-    return ["fit", *data, *TINY, *own, *every, "--output", str(tmp_path / "runs")]
+    data = ("--data.train", str(folder / "text.txt"))
+    return ["fit", *data, *TINY, *own, *every, "--output", str(folder / "runs")]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A fit in a folder of this test."""
+    return words_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The same fit, left alone."""
+    return done(*words_in(tmp_path_factory.mktemp("whole")), "--name", "whole")
 
 
 def sender(number: int, step: int, validation_batch: int = -1) -> tuple[str, str]:
@@ -79,10 +90,11 @@ def rows_of(run: Result) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.parametrize("where", ["in a step", "before a validation", "in a validation"])
-def test_the_run_goes_on_as_if_it_had_not_been_stopped(number: int, where: str, words: list[str]) -> None:
+def test_the_run_goes_on_as_if_it_had_not_been_stopped(
+    number: int, where: str, words: list[str], whole: Result
+) -> None:
     at = {"in a step": (5, -1), "before a validation": (3, -1), "in a validation": (4, 1)}[where]
     before = signal.getsignal(signal.SIGINT)
-    whole = done(*words, "--name", "whole")
     stopped = llmkit(*words, "--name", "parts", *sender(number, *at))
     assert stopped.code == 128 + number
     step = {"in a step": 6, "before a validation": 4, "in a validation": 4}[where]
@@ -152,36 +164,32 @@ def test_a_signal_during_compilation_stops_at_once(words: list[str], monkeypatch
     assert "stopped by SIGTERM during the compilation, before the first step; nothing more is saved" in err
 
 
-@pytest.mark.slow
 def test_signals_to_a_process_group_during_compilation(words: list[str], tmp_path: Path) -> None:
     """The real compiler, with processes of its own, of which none may be left; what Ctrl-C and ``timeout`` send."""
     plain = [word for word in words if word not in ("--imports", "faults")]
     command = [sys.executable, "-m", "llmkit", *plain, "--model.compile", "true"]
-    runs: dict[signal.Signals, subprocess.Popen[str]] = {}
+    runs: dict[signal.Signals, forked.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / number.name), "LLMKIT_TEST_RUN": str(tmp_path / number.name)}
         own["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # with processes that compile, as by default
-        runs[number] = subprocess.Popen(
-            command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        runs[number] = forked.Popen(command, env={**os.environ, **own})
     try:
         for number, run in runs.items():
             mark = f"LLMKIT_TEST_RUN={tmp_path / number.name}\0".encode()
-            until(functools.partial(has_started, run, mark), 120)
+            until(functools.partial(has_started, run, mark))
             os.killpg(run.pid, number)
-            _, printed = run.communicate(timeout=5)
+            _, printed = run.communicate()
             assert f"stopped by {number.name} during the compilation" in printed
             assert run.returncode in (-number, 128 + number)  # of a shell's view, 128 + number both
-            until(functools.partial(has_ended, mark), 5)
+            until(functools.partial(has_ended, mark))
     finally:
         for run in runs.values():
             run.kill()
-            run.communicate()
 
 
-def has_started(run: subprocess.Popen[str], mark: bytes) -> bool:
+def has_started(run: forked.Popen, mark: bytes) -> bool:
     """Return whether a run has started a process of the compiler; one that has ended never will."""
-    return len(processes(mark)) > 1 or run.poll() is not None
+    return bool(processes(mark)) or run.poll() is not None
 
 
 def has_ended(mark: bytes) -> bool:
@@ -190,7 +198,7 @@ def has_ended(mark: bytes) -> bool:
 
 
 def processes(mark: bytes) -> list[int]:
-    """Return the processes whose environment holds a mark."""
+    """Return the processes that were started with a mark in their environment; a fork has that of its server."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -199,17 +207,18 @@ def processes(mark: bytes) -> list[int]:
     return found
 
 
-def until(holds: Callable[[], object], seconds: float) -> None:
-    """Wait until something holds; fail if it does not within this time."""
-    end = time.monotonic() + seconds
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds; fail if it does not within minutes."""
+    end = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_slurm_requeues_and_goes_on(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_requeues_and_goes_on(
+    words: list[str], whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The signal comes in the middle of a step; the requeued job finds its own checkpoint, another job does not."""
-    whole = done(*words, "--name", "whole")
     for key, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(key, value)
     commands: list[Any] = []

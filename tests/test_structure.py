@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -43,10 +44,15 @@ def imports(tree: ast.AST, package: list[str], *, top_level: bool) -> Iterator[s
                 yield from imports(node, package, top_level=top_level)
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path, *, top_level: bool = False) -> set[str]:
     base = ROOT / "plugins" if path.is_relative_to(ROOT / "plugins") else ROOT
     package = list(path.parent.relative_to(base).parts)
-    return set(imports(ast.parse(path.read_text(encoding="utf-8")), package, top_level=top_level))
+    return set(imports(tree_of(path), package, top_level=top_level))
 
 
 def reaches(names: set[str], *packages: str) -> list[str]:
@@ -56,9 +62,7 @@ def reaches(names: set[str], *packages: str) -> list[str]:
 @pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_the_framework_knows_no_plugin(path: Path) -> None:
     assert not reaches(imported(path), "llmkit_plugins")
-    texts = [
-        node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Constant)
-    ]
+    texts = [node.value for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant)]
     assert not [text for text in texts if isinstance(text, str) and text.startswith("llmkit_plugins")]
 
 
@@ -158,7 +162,7 @@ PRINTING = ("errors", "main", "run.progress", "run.report", "run.shutdown", "stu
 def test_nothing_but_reports_prints(path: Path) -> None:
     calls = [
         f"line {node.lineno}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     ]
     assert not calls or reaches({module_name(path)}, *(f"llmkit.{name}" for name in PRINTING))

@@ -73,7 +73,7 @@ def test_equals_tokenizers_alone(name: str, request: pytest.FixtureRequest) -> N
 
     @given(st.lists(TEXT, max_size=5))
     @example(["a" * 100 + " b" * 30, "", " ", "\n\n", " \n x", "x \n", "\x1c a\x1c\x1d b"])
-    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def check(texts: list[str]) -> None:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         assert tokenizer.encode_batch(texts) == alone(tokenizer, texts)
@@ -83,10 +83,9 @@ def test_equals_tokenizers_alone(name: str, request: pytest.FixtureRequest) -> N
 
 
 @pytest.mark.parametrize("name", ["wikitext-2/valid.txt", "multi30k/train.de", "chnsenticorp/train.tsv"])
-@pytest.mark.slow
 def test_equals_tokenizers_on_real_text(name: str, gpt2: Pretrained, data_folder: Callable[[str], Path]) -> None:
     folder, file = name.split("/")
-    text = (data_folder(folder) / file).read_text("utf-8")[:300_000]
+    text = (data_folder(folder) / file).read_text("utf-8")[:100_000]
     trained = BPE(2000)
     trained.train(iter(text.splitlines(keepends=True)))
     for tokenizer in (gpt2, trained):
@@ -95,7 +94,6 @@ def test_equals_tokenizers_on_real_text(name: str, gpt2: Pretrained, data_folder
         assert tokenizer._encoder is not None and tokenizer._encoder._fast is not None
 
 
-@pytest.mark.slow
 def test_every_character(bpe: BPE) -> None:
     characters = [chr(i) for i in [*range(0xD800), *range(0xE000, 0x10000), *range(0x1F300, 0x1F700), 0x10FFFF]]
     texts = [f"{c}. {c} \n{c}{c} a{c}1 {c}a\n" for c in characters]

@@ -197,6 +197,7 @@ class _Naming:
         return known[1], known[2]
 
 
+@functools.cache
 def _is_library(file: Path) -> bool:
     """Return whether a file is installed, here or in an environment that this one builds on."""
     return not {"site-packages", "dist-packages"}.isdisjoint(file.parts) or any(map(file.is_relative_to, LIBRARIES))
@@ -206,7 +207,7 @@ def _file_of(name: str) -> Path | None:
     """Return the file of a module, found without importing anything; None if there is none."""
     if name in sys.modules:
         file = getattr(sys.modules[name], "__file__", None)
-        return Path(file).resolve() if file else None
+        return _resolved(file) if file else None
     top, *rest = name.split(".")
     try:
         spec, path = importlib.util.find_spec(top), top
@@ -217,6 +218,12 @@ def _file_of(name: str) -> Path | None:
     except (ImportError, ValueError):
         return None
     return Path(spec.origin).resolve() if spec and spec.has_location and spec.origin else None
+
+
+@functools.cache
+def _resolved(file: str) -> Path:
+    """Follow links, once a file: each key of the cache asks for the files of hundreds of modules."""
+    return Path(file).resolve()
 
 
 def _imports(file: Path, package: str) -> Iterator[str]:
