@@ -12,7 +12,7 @@ from small_networks import decided
 
 from llmkit.contracts import Tokenizer
 from llmkit.ops import decoding
-from llmkit.ops.writing import CUT, LAG, Written, Stream, split, write
+from llmkit.ops.writing import CUT, LAG, Stream, Written, split, write
 from llmkit.registry import plugin
 from llmkit.sequence import DecodingOptions, Sequence
 from llmkit_plugins.tokenizer import BPE, Byte, Char, Unigram, Word, WordPiece
