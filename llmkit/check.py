@@ -11,7 +11,6 @@ returns the problems ``model.dim: expected a whole number, got 'wide'`` and ``mo
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import copy
 import dataclasses
@@ -33,7 +32,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from llmkit import registry
 from llmkit.errors import Problem, UserError, nearest
-from llmkit.imports import is_importable, refusal
+from llmkit.imports import refusal, spec_of
 
 Tree = dict[str, Any]
 
@@ -42,18 +41,12 @@ NAMES: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
-    list: "a list",
-    tuple: "a list",
-    collections.abc.Iterable: "a list",
-    dict: "a mapping",
-    collections.abc.Mapping: "a mapping",
+    **dict.fromkeys((list, tuple, Iterable), "a list"),
+    **dict.fromkeys((dict, Mapping), "a mapping"),
 }
 """Types as people call them."""
 
-PLAIN = {
-    *NAMES,
-    *(Any, complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta),
-}
+PLAIN = {*NAMES, Any, complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta}
 """Types whose values are not classes."""
 
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -63,7 +56,12 @@ CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 class Raw(str):
     """A number or truth value of YAML, or a word of the command line: its value or, where only that fits, its text."""
 
-    value: Any = None
+    value: Any
+
+    def __new__(cls, text: str, value: Any = None) -> Raw:
+        raw = super().__new__(cls, text)
+        raw.value = value
+        return raw
 
 
 def settled(value: Any, as_text: bool = False) -> Any:
@@ -90,16 +88,20 @@ def _parser(kind: Any) -> ArgumentParser | None:
 
 def fits(kind: Any, value: Any) -> bool:
     """Return whether a value is of a type, as jsonargparse sees it."""
-    if value is None and kind not in (Any, inspect.Parameter.empty):  # which jsonargparse takes for a value left out
-        return type(None) in typing.get_args(kind)
-    if type(value) is kind and kind in (bool, int, float, str):  # jsonargparse takes a millisecond to say so
+    if kind is Any or (
+        type(value) is kind and kind in (bool, int, float, str)
+    ):  # jsonargparse takes a millisecond to say so
         return True
-    parser = None if kind in (Any, inspect.Parameter.empty) else _parser(kind)
+    if value is None:  # which jsonargparse takes for a value left out
+        return type(None) in typing.get_args(kind)
+    parser = _parser(kind)
+    if parser is None:
+        return True
     try:
-        # A copy, for it is changed. Text that jsonargparse would read as a number is still text.
-        found = value if parser is None else parser.parse_object({"value": copy.deepcopy(value)})["value"]
+        found = parser.parse_object({"value": copy.deepcopy(value)})["value"]  # a copy, for it is changed
     except ArgumentError:
         return False
+    # Text that jsonargparse would read as a number is still text.
     return not (isinstance(value, str) and isinstance(found, int | float))
 
 
@@ -122,8 +124,9 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of a class, in order."""
-    return inspect.signature(cls).parameters
+    """Return the arguments of a class by name, in order."""
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: one for name, one in inspect.signature(cls).parameters.items() if one.kind not in several}
 
 
 @functools.cache
@@ -138,181 +141,132 @@ def hints(cls: Any) -> Mapping[str, Any]:
     return found
 
 
-def check_arguments(cls: type, given: Tree, key: str, owners: Callable[[str], str] = lambda name: "") -> list[Problem]:
-    """Return everything that is wrong with the arguments of a class, at any depth.
+def check_arguments(cls: type, given: Tree, key: str) -> tuple[Tree, list[Problem]]:
+    """Return the arguments of a class, typed and with defaults, and everything that is wrong with them, at any depth.
 
     Args:
         cls: what the arguments are for.
-        given: the arguments; changed in place: values of the command line become typed, defaults are filled in.
+        given: the arguments.
         key: the config key of the class, ``model``, say.
-        owners: returns the whole key where an argument of that name belongs, if it is unknown here.
     """
-    walk = _Walk(owners)
-    walk.group(cls, given, key)
-    return walk.problems
+    walk = Walk({})
+    return walk.group(cls, given, key), walk.problems()
 
 
-def check_value(kind: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
-    """Return one value typed, and everything that is wrong with it."""
-    walk = _Walk(lambda name: "")
-    return walk.value(kind, value, key), walk.problems
+class Walk:
+    """The walk itself: goes down a tree and collects problems.
 
-
-def without_repetition(problems: list[Problem], splits: Iterable[str]) -> list[Problem]:
-    """Return problems without those of these splits that they have from ``data.train``."""
-    known = {(problem.key, problem.text) for problem in problems}
-    inherited = re.compile(rf"data\.({'|'.join(splits) or ' '})\b")
-    found = []
-    for problem in problems:
-        of_train = inherited.sub("data.train", problem.key)
-        if of_train == problem.key or (of_train, problem.text) not in known:
-            found.append(problem)
-    return found
-
-
-def with_arguments_of_train(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of data with each split whole that says only what is other than in a generated ``train``.
-
-    ``{train: {name: mqar, pairs: 8}, validation: {length: 256}}`` validates on ``{name: mqar, pairs: 8, length: 256}``.
+    Args:
+        meant: the key that is meant by a name which is not a key.
     """
-    found = dict(data)
-    if registry.family_at("data.train", data.get("train")):
-        with contextlib.suppress(UserError):  # which is reported for ``train`` itself
-            train = registry.expand("dataset", data["train"])
-            for split, value in data.items():
-                key = f"data.{split}"
-                if key in registry.DATASETS and isinstance(value, Mapping) and not registry.family_at(key, value):
-                    own = value.get("init_args", value)
-                    found[split] = {**train, "init_args": {**(train.get("init_args") or {}), **own}}
-    return found
 
+    def __init__(self, meant: Mapping[str, str]) -> None:
+        self._meant = meant
+        self._found: list[Problem] = []
+        self._unknown: list[tuple[str, str, Iterable[str]]] = []
+        self._classes: list[tuple[str, type]] = []  # each group and plugin, with its key
 
-def unknown_key(prefix: str, name: str, allowed: Iterable[str], elsewhere: str) -> Problem:
-    """Return the problem of a key that does not exist, with the nearest one, or the place where it belongs."""
-    hint = f" Did you mean '{elsewhere}'?" if elsewhere else nearest(name, allowed)
-    return Problem("", f"unknown key '{prefix}{name}'.{hint} Allowed: {', '.join(sorted(allowed))}.", f"{prefix}{name}")
-
-
-class _Walk:
-    """The walk itself: goes down a tree and collects problems."""
-
-    def __init__(self, owners: Callable[[str], str]) -> None:
-        self.owners = owners
-        self.problems: list[Problem] = []
+    def problems(self) -> list[Problem]:
+        """Return what is wrong so far; an unknown key with the place where it belongs, or the nearest one."""
+        unknown = []
+        for prefix, name, allowed in self._unknown:
+            homes = [f"{key}.{name}" for key, cls in self._classes if name in parameters_of(cls)]
+            home = self._meant.get(name) or min(homes, key=lambda key: key.count("."), default="")
+            hint = f" Did you mean '{home}'?" if home else nearest(name, allowed)
+            text = f"unknown key '{prefix}{name}'.{hint} Allowed: {', '.join(sorted(allowed))}."
+            unknown.append(Problem("", text, f"{prefix}{name}"))
+        return unknown + self._found
 
     def report(self, key: str, text: str, place_of: str = "") -> None:
-        self.problems.append(Problem(key, text, place_of))
+        """Add a problem."""
+        self._found.append(Problem(key, text, place_of))
 
-    def group(self, cls: type, given: Tree, key: str) -> None:
+    def unknown(self, prefix: str, name: str, allowed: Iterable[str]) -> None:
+        """Add the problem of a key that does not exist."""
+        self._unknown.append((prefix, name, allowed))
+
+    def group(self, cls: type, given: Tree, key: str) -> Tree:
         """Check the arguments of a class that is not named in the config: a group, or a dataclass in it."""
-        parameters = parameters_of(cls)
-        for name in [name for name in given if name not in parameters]:
-            self.problems.append(unknown_key(f"{key}.", str(name), parameters, self.owners(str(name))))
-        self.arguments(cls, given, key)
+        self._classes.append((key, cls))
+        for name in given:
+            if name not in parameters_of(cls):
+                self.unknown(f"{key}.", name, parameters_of(cls))
+        return self.arguments(cls, given, key)
 
-    def arguments(self, cls: type, given: Tree, key: str, passed: Iterable[str] = ()) -> None:
-        """Check the types of what is given to a class, and fill in the rest but for what is passed to it."""
-        types_of = hints(cls)
+    def arguments(self, cls: type, given: Tree, key: str, passed: Iterable[str] = ()) -> Tree:
+        """Check the types of what is given to a class; returns it, and defaults but for what is ``passed`` to it."""
+        found, types_of = {}, hints(cls)
         for name, parameter in parameters_of(cls).items():
-            inner = f"{key}.{name}"
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
             if name in given:
-                given[name] = self.value(types_of.get(name, Any), given[name], inner, parameter.default is None)
+                kind, nullable = types_of.get(name, Any), parameter.default is None
+                found[name] = self.value(kind, given[name], f"{key}.{name}", nullable)
             elif parameter.default is not parameter.empty and name not in passed:
                 with contextlib.suppress(TypeError, ValueError):  # a default that a config cannot hold
-                    given[name] = json.loads(json.dumps(parameter.default))
-        given |= {name: settled(item) for name, item in given.items()}
-        in_order = {name: given[name] for name in [*parameters_of(cls), *given] if name in given}
-        given.clear()
-        given |= in_order
+                    found[name] = json.loads(json.dumps(parameter.default))
+        return found | {name: settled(item) for name, item in given.items() if name not in found}
 
-    def value(self, kind: Any, value: Any, key: str, nullable: bool = False) -> Any:
+    def value(self, kind: Any, given: Any, key: str, nullable: bool = False) -> Any:
         """Check one value, and return it typed."""
-        if isinstance(value, Raw):
-            value = self.typed(kind, value, key)
-        elif isinstance(value, dict):
-            value = self.words(kind, value, key)
+        value = given.value if isinstance(given, Raw) else given
         if value is None and nullable:
             return None
-        family = None if value is None else registry.family_at(key, value)
-        if family is not None:
+        if value is not None and (family := registry.family_at(key, value)):
             return self.plugin(family, value, key)
         record = next((item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None)
         if record is not None and isinstance(value, dict):
-            self.group(typing.cast(type, record), value, key)
-            return value
-        before = len(self.problems)
+            return self.group(typing.cast(type, record), value, key)
+        before = len(self._found)
         value = self.classes(kind, value, key)
-        texts, value = settled(value, as_text=True), settled(value)
-        if texts != value and not fits(kind, value) and fits(kind, texts):
-            value = texts
-        if len(self.problems) == before and not fits(kind, value):
-            allowed, got = expected(kind), shown(value)
-            either = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
-            hint = nearest(got, allowed)
-            self.report(key, f"expected {either}, got '{got}'{'.' if hint else ''}{hint}")
-        return value
+        if len(self._found) > before or fits(kind, settled(value)):
+            return settled(value)
+        for text in [settled(value, as_text=True), *([str(given)] if isinstance(given, Raw) else [])]:
+            if fits(kind, text):
+                return text
+        self.mismatch(kind, value, key)
+        return settled(value)
 
-    def typed(self, kind: Any, text: Raw, key: str) -> Any:
-        """Return a value of the command line as the type wants it."""
-        value = text.value
-        if key in registry.FAMILY_OF or _named_class(kind, value) or fits(kind, value) or not fits(kind, str(text)):
-            return value
-        return str(text)
-
-    def words(self, kind: Any, given: Tree, key: str) -> Tree:
-        """Return a mapping with the words of the command line in it typed: ``--data.limit.train 100``."""
-        mapping = next((item for item in (kind, *typing.get_args(kind)) if typing.get_origin(item) is dict), None)
-        if mapping is None:
-            return given
-        inner = typing.get_args(mapping)[1]
-        found = dict(given)
-        for name, value in given.items():
-            if isinstance(value, Raw):
-                found[name] = self.typed(inner, value, f"{key}.{name}")
-            elif isinstance(value, dict):
-                found[name] = self.words(inner, value, f"{key}.{name}")
-        return found
+    def mismatch(self, kind: Any, value: Any, key: str) -> None:
+        """Add the problem of a value that is not of a type."""
+        allowed, got = expected(kind), shown(settled(value))
+        either = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
+        hint = nearest(got, allowed)
+        self.report(key, f"expected {either}, got '{got}'{'.' if hint else ''}{hint}")
 
     def plugin(self, family: str, value: Any, key: str) -> Any:
         """Check the value of a plugin's key, in any of its forms; returns ``{class_path, init_args}``."""
         try:
             spec = registry.expand(family, value)
-            why = refusal(spec["class_path"])
-            if why:
+            if why := refusal(spec["class_path"]):
                 raise UserError(why)
             cls = registry.class_of(spec["class_path"], family)
         except UserError as error:
-            self.problems += [Problem(key, item.text) for item in error.problems]
+            self._found += [Problem(key, item.text) for item in error.problems]
             return value
-        given = dict(spec.get("init_args") or {})
-        self.named(cls, given, key)
-        return {"class_path": spec["class_path"], "init_args": given}
+        self._classes.append((key, cls))
+        return {"class_path": spec["class_path"], "init_args": self.named(cls, spec.get("init_args") or {}, key)}
 
-    def named(self, cls: type, given: Tree, key: str) -> None:
+    def named(self, cls: type, given: Tree, key: str) -> Tree:
         """Check the arguments of a class that the config names."""
         wrong = registry.unknown_arguments(cls, given)
         for name, text in wrong.items():
             self.report(key, text, f"{key}.{name}")
-        missing = registry.missing_arguments(functools.partial(cls, **{str(name): given[name] for name in given}))
+        missing = registry.missing_arguments(functools.partial(cls, **given))
         if missing and not wrong:
             self.report(key, f"{cls.__name__} needs {', '.join(missing)}")
-        self.arguments(cls, given, key, registry.PASSED)
+        return self.arguments(cls, given, key, registry.PASSED)
 
     def classes(self, kind: Any, value: Any, key: str) -> Any:
         """Check every class that is named in a value, at any depth, and its arguments."""
-        if isinstance(value, Raw):
-            return value
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
-        name = _named_class(kind, value)
+        name, known = _named_class(kind, value), _known_classes(kind)
+        if not name and isinstance(value, dict) and not known:
+            return {part: self.classes(kind, item, f"{key}.{part}") for part, item in value.items()}
         if not name:
             if isinstance(value, dict):
-                return {str(part): self.classes(kind, item, f"{key}.{part}") for part, item in value.items()}
+                self.mismatch(kind, value, key)
             return value
-        known = _known_classes(kind)
-        why = f"'{name[:100]}' would be read as a file: write the class here" if _is_file(name) else ""
+        why = f"'{name[:100]}' would be read as a file: write the class here" if os.path.isfile(name) else ""
         if not why and "." in name:
             why = refusal(name)
         elif not why and name not in known and not (isinstance(value, str) and fits(kind, value)):
@@ -321,11 +275,13 @@ class _Walk:
         if why:
             self.report(key, why)
             return value
-        cls = known.get(name) or _load(name)
+        cls = known.get(name)
+        if cls is None:
+            with contextlib.suppress(Exception):  # whatever the module raises: the value is checked against its type
+                cls = pkgutil.resolve_name(name)
         written = value.get("init_args") if isinstance(value, dict) else {}
         if isinstance(cls, type) and isinstance(written, dict):
-            given = dict(written)
-            self.named(cls, given, key)
+            given = self.named(cls, written, key)
             if written:  # its defaults are left to the class
                 return {**value, "init_args": {part: given[part] for part in written}}
         return value
@@ -335,22 +291,17 @@ def _named_class(kind: Any, value: Any) -> str:
     """Return the class, or the file with one, that a value names where a type is expected; empty: it names none."""
     if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
         return str(value["class_path"])
-    if not isinstance(value, str):
+    if not isinstance(value, str) or isinstance(value, Raw):
         return ""
-    if kind in (Any, inspect.Parameter.empty):  # no type is known: what can be imported is taken for a class
-        return value if CLASS_PATH.fullmatch(value) and is_importable(value.partition(".")[0]) else ""
-    if not _takes_class(kind):
-        return ""
-    named = CLASS_PATH.fullmatch(value) is not None or _is_file(value) or bool(_known_classes(kind))
+    if kind is Any:  # no type is known: what can be imported is taken for a class
+        return value if CLASS_PATH.fullmatch(value) and spec_of(value.partition(".")[0]) else ""
+    named = _takes_class(kind) and (CLASS_PATH.fullmatch(value) or os.path.isfile(value) or _known_classes(kind))
     return value if named else ""
 
 
 def _takes_class(kind: Any) -> bool:
     """Return whether a value of this type may be given as the path of a class or a function."""
-    origin = typing.get_origin(kind)
-    if origin is typing.Literal:
-        return False
-    if origin in (collections.abc.Callable, type) or kind in (collections.abc.Callable, type):
+    if (typing.get_origin(kind) or kind) in (Callable, type):
         return True
     if typing.get_args(kind):
         return any(_takes_class(item) for item in typing.get_args(kind))
@@ -362,22 +313,8 @@ def _known_classes(kind: Any) -> Mapping[str, type]:
     """Return the classes by name that a library has for a type: the callbacks next to Lightning's ``Callback``, say."""
     if typing.get_args(kind):
         return {name: cls for item in typing.get_args(kind) for name, cls in _known_classes(item).items()}
-    if not _takes_class(kind) or not isinstance(kind, type) or not kind.__module__.startswith("lightning."):
+    if not isinstance(kind, type) or not kind.__module__.startswith("lightning."):
         return {}
     package = importlib.import_module(kind.__module__.rpartition(".")[0])
     classes = {name: cls for name, cls in vars(package).items() if isinstance(cls, type)}
     return {name: cls for name, cls in classes.items() if issubclass(cls, kind) and cls is not kind}
-
-
-def _load(path: str) -> Any:
-    try:
-        return pkgutil.resolve_name(path)
-    except Exception:  # whatever the module raises is reported where the value is checked against its type
-        return None
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):
-        return False

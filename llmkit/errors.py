@@ -51,6 +51,15 @@ def blame(key: str) -> Iterator[None]:
         raise UserError(Problem(key, str(error))) from error
 
 
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Put a place in front of what is raised as a mistake: a file and its line, say."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from error
+
+
 _noted: set[str] | None = None
 
 

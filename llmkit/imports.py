@@ -14,9 +14,9 @@ import json
 import pkgutil
 import site
 import sys
-import sysconfig
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +41,25 @@ def import_modules(names: Any, folder: str | Path = ".") -> list[str]:
     """
     if not isinstance(names, str | list | None):
         raise UserError(Problem("imports", f"expected a module or a list of modules, got {names!r}"))
-    listed = [names] if isinstance(names, str) else names or []
-    absolute = [str((Path(folder) / str(name)).resolve()) for name in listed if str(name).endswith(".py")]
+    listed = map(str, [names] if isinstance(names, str) else names or [])
+    absolute = [str((Path(folder) / name).resolve()) if name.endswith(".py") else name for name in listed]
     check_distinct(absolute)
-    return [_import(str(name), Path(folder).resolve()) for name in listed]
+    for name in absolute:
+        if name.endswith(".py"):
+            _import(Path(name).stem, Path(name).parent, Path(name))
+        else:
+            _import(name, Path(folder).resolve(), None)
+    return absolute
 
 
-def _import(name: str, folder: Path) -> str:
-    """Import one module or file and return its absolute name."""
-    module, absolute = name, name
-    if name.endswith(".py"):
-        file = (folder / name).resolve()
-        if not file.is_file():
-            hint = nearest(file.name, [path.name for path in file.parent.glob("*.py")])
-            raise UserError(Problem("imports", f"{file} does not exist.{hint}"))
-        folder, module, absolute = file.parent, file.stem, str(file)
+def _import(module: str, folder: Path, file: Path | None) -> None:
+    """Import a module that is looked for in a folder first; it is that of ``file``, if one is given."""
+    if file is not None and not file.is_file():
+        hint = nearest(file.name, [path.name for path in folder.glob("*.py")])
+        raise UserError(Problem("imports", f"{file} does not exist.{hint}"))
     # Imported under a real name, so that worker processes and pickles find the module again.
     _leave_other_folders(module, folder)
-    if str(folder) in sys.path:
-        sys.path.remove(str(folder))
-    sys.path.insert(0, str(folder))
+    sys.path[:] = [str(folder), *(place for place in sys.path if place != str(folder))]
     before = set(sys.modules)
     try:
         loaded = importlib.import_module(module)
@@ -68,17 +67,15 @@ def _import(name: str, folder: Path) -> str:
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         missing = isinstance(error, ModuleNotFoundError) and error.name == module
         hint = "." + nearest(module, [found.name for found in pkgutil.iter_modules()]) if missing else ""
-        raise UserError(Problem("imports", f"{name} cannot be imported: {cause}{hint}")) from error
+        raise UserError(Problem("imports", f"{file or module} cannot be imported: {cause}{hint}")) from error
     imported.add(module)
     for new in [new for new in sys.modules if new not in before and "." not in new]:
         source = getattr(sys.modules[new], "__file__", None)
         if source and folder in Path(source).resolve().parents[:2]:
             _places[new] = folder
     origin = getattr(loaded, "__file__", None)
-    if absolute.endswith(".py") and (origin is None or Path(origin).resolve() != Path(absolute)):
-        text = f"{name}: another module is already called '{module}' ({origin}); rename the file"
-        raise UserError(Problem("imports", text))
-    return absolute
+    if file is not None and Path(origin or "").resolve() != file:
+        raise _taken(file, origin)
 
 
 def _leave_other_folders(module: str, folder: Path) -> None:
@@ -99,12 +96,15 @@ def _leave_other_folders(module: str, folder: Path) -> None:
 
 def check_distinct(names: Iterable[str]) -> None:
     """Raise UserError for two files of one name, which Python cannot tell apart: for one run's imports together."""
-    files = [Path(name) for name in dict.fromkeys(names) if name.endswith(".py")]
-    first = {file.stem: file for file in reversed(files)}
-    for file in files:
-        if first[file.stem] != file:
-            text = f"{file}: another module is already called '{file.stem}' ({first[file.stem]}); rename the file"
-            raise UserError(Problem("imports", text))
+    first: dict[str, Path] = {}
+    for file in [Path(name) for name in names if name.endswith(".py")]:
+        if first.setdefault(file.stem, file) != file:
+            raise _taken(file, first[file.stem])
+
+
+def _taken(file: Path, other: object) -> UserError:
+    text = f"{file}: another module is already called '{file.stem}' ({other}); rename the file"
+    return UserError(Problem("imports", text))
 
 
 def is_plugin(class_path: str) -> bool:
@@ -135,36 +135,29 @@ def _runs(class_path: str) -> bool:
     return any(part.startswith("__") for part in class_path.split("."))
 
 
-def is_importable(top: str) -> bool:
-    """Return whether a top-level module can be found."""
+def spec_of(top: str) -> ModuleSpec | None:
+    """Return where a top-level module would be imported from; None: it cannot be found."""
     try:
-        return importlib.util.find_spec(top) is not None
+        return importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        return False
+        return None
 
 
 @functools.cache
 def _is_installed(top: str) -> bool:
     """Return whether a top-level module comes from an installed distribution. The standard library does not."""
-    if not top.isidentifier() or top in sys.stdlib_module_names or not is_importable(top):
+    spec = spec_of(top) if top.isidentifier() and top not in sys.stdlib_module_names else None
+    if spec is None:
         return False
-    spec = importlib.util.find_spec(top)
-    assert spec is not None
     places = [Path(place).resolve() for place in (spec.submodule_search_locations or [spec.origin or ""]) if place]
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    folders += [*site.getsitepackages(), site.getusersitepackages()]
-
-    def below(roots: Iterable[Path]) -> bool:
-        return bool(places) and all(any(place.is_relative_to(root) for root in roots) for place in places)
-
-    return below([Path(folder).resolve() for folder in folders]) or below(_editable_folders(top))
+    return bool(places) and all(any(place.is_relative_to(root) for root in _installs(top)) for place in places)
 
 
-def _editable_folders(top: str) -> list[Path]:
-    """Return the folders of editable installs that provide a top-level module."""
-    found = []
+def _installs(top: str) -> Iterator[Path]:
+    """Yield the folders of installed packages, then those of editable installs that provide a top-level module."""
+    for folder in (*site.getsitepackages(), site.getusersitepackages()):
+        yield Path(folder).resolve()
     for name in importlib.metadata.packages_distributions().get(top, []):
         origin = json.loads(importlib.metadata.distribution(name).read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
-            found.append(Path(urllib.parse.unquote(urllib.parse.urlparse(origin["url"]).path)).resolve())
-    return found
+            yield Path(urllib.parse.unquote(urllib.parse.urlparse(origin["url"]).path)).resolve()

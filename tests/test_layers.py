@@ -147,10 +147,9 @@ def test_places_survive_until_the_run() -> None:
 
 
 def test_the_walk_fills_in_and_types() -> None:
-    word = Raw("8")
-    word.value = 8
-    tree: dict[str, Any] = {"dim": word, "attention": "lstm", "decoding": {"top_k": 3}}
-    assert check_arguments(LanguageModel, tree, "model") == []
+    given: dict[str, Any] = {"dim": Raw("8", 8), "attention": "lstm", "decoding": {"top_k": 3}}
+    tree, problems = check_arguments(LanguageModel, given, "model")
+    assert problems == []
     assert type(tree["dim"]) is int and tree["dim"] == 8
     assert tree["num_layers"] == 4 and tree["decoding"]["temperature"] == 0.8
     assert tree["attention"] == {"class_path": "llmkit_plugins.attention.recurrent.LSTM", "init_args": {}}

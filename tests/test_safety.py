@@ -365,7 +365,8 @@ def test_texts_that_only_look_like_classes(tmp_path: Path, monkeypatch: pytest.M
     }
     before = copy.deepcopy(tree)
     for group, cls in GROUPS.items():
-        assert check_arguments(cls, tree.setdefault(group, {}), group) == []
+        tree[group], problems = check_arguments(cls, tree.get(group, {}), group)
+        assert problems == []
     plugins = {"optimizer", "attention", "tokenizer"}
     for group, given in before.items():
         assert all(tree[group][name] == value for name, value in given.items() if name not in plugins)

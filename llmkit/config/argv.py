@@ -1,10 +1,9 @@
-"""The command line: options and their values, as the topmost layer of a config."""
+"""The command line: options and their values, as the topmost layers of a config."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -12,17 +11,48 @@ from llmkit import registry
 from llmkit.check import Raw
 from llmkit.config.files import parse_yaml
 from llmkit.config.layers import COMMAND_LINE, Layer
-from llmkit.errors import Problem, UserError
+from llmkit.errors import UserError
 
-SHORT = {"--seed": "seed_everything"}
+SHORT = {"seed": "seed_everything"}
 """Options that stand for a key of another name."""
+PASSED_ON = re.compile(r"--(print_config|\S+\.help)\b")
+"""Options that LightningCLI answers itself."""
 
-Options = list[tuple[str, str | None]]
+
+class CommandLine(NamedTuple):
+    """What the words after a command say."""
+
+    files: list[str]
+    """The config files."""
+    layers: list[Layer]
+    """One for each option that is a config key: later options are above earlier ones."""
+    passed_on: list[str]
+    """Options that LightningCLI answers itself."""
 
 
-def split(argv: list[str]) -> Options:
-    """Return the command line as (option, value) pairs. Raises UserError for a word that belongs to no option."""
-    options: Options = []
+def read(argv: list[str]) -> CommandLine:
+    """Return what a command line says.
+
+    ``--model.attention lstm`` chooses a plugin, ``--model.attention.num_heads 2`` sets an argument of it, and
+    ``--trainer.callbacks+=NAME`` appends to a list.
+
+    Raises UserError for a word that belongs to no option, and for an option that needs a value.
+    """
+    found = CommandLine([], [], [])
+    for option, text in _split(argv):
+        if PASSED_ON.match(option):
+            found.passed_on.append(option if text is None else f"{option}={text}")
+        elif text is None:
+            raise UserError(f"{COMMAND_LINE}: {option} needs a value")
+        elif option in ("--config", "-c"):
+            found.files.append(text)
+        else:
+            found.layers.append(_layer(option.removeprefix("--"), text))
+    return found
+
+
+def _split(argv: list[str]) -> list[tuple[str, str | None]]:
+    options: list[tuple[str, str | None]] = []
     for word in argv:
         if word.startswith("-") and not re.fullmatch(r"-\d.*", word):
             key, equals, value = word.partition("=")
@@ -33,56 +63,23 @@ def split(argv: list[str]) -> Options:
             options.append(("--imports", word))
         else:
             raise UserError(f"unexpected '{word}' on the command line: options are --key value")
-    for key, given in options:
-        if given is None and key in ("--config", "-c", "--imports", "--ckpt_path", "--name", "--output"):
-            raise UserError(f"{key} needs a value")
     return options
 
 
-def listed(text: str) -> list[str]:
-    """Return the names in a value: those of a YAML list, or of names with commas between them."""
-    value = raw(text).value
-    return [str(item) for item in value] if isinstance(value, list) else text.split(",")
+def _layer(key: str, text: str) -> Layer:
+    """Return the layer of one option."""
+    key = SHORT.get(key, key)
+    value: Any = raw(text)
+    if key == "imports":
+        value = value.value if isinstance(value, Raw) and isinstance(value.value, list) else text.split(",")
+    elif key in registry.FAMILY_OF or (key in registry.DATASETS and text.lstrip().startswith("{")):
+        value = _plugin(key, text)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return Layer(value, COMMAND_LINE)
 
 
-def raw(text: str) -> Raw:
-    """Return a word of the command line with its YAML value; the word itself where it is not YAML."""
-    word = Raw(text)
-    try:
-        value = parse_yaml(text)
-        word.value = value.value if isinstance(value, Raw) else value
-    except yaml.YAMLError:
-        word.value = text
-    return word
-
-
-def layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
-    """Yield a layer for each option that is a config key: later options are above earlier ones.
-
-    ``--model.attention lstm`` chooses a plugin, ``--model.attention.num_heads 2`` sets an argument of it, and
-    ``--trainer.callbacks+=NAME`` appends to a list.
-    """
-    # Other training data leave out the splits of the layers below: those that are given here come first.
-    for option, text in sorted(options, key=lambda given: given[0].startswith(("--data.train", "--data.source"))):
-        key = SHORT.get(option) or option.removeprefix("--")
-        if text is None:
-            problems.append(Problem("", f"{COMMAND_LINE}: {option} needs a value"))
-            continue
-        group, name, *inner = [part for part in key.split(".") if part not in ("init_args", "class_path")] + [""] * 2
-        plugin = f"{group}.{name}"
-        value: Any = raw(text)
-        if plugin in registry.FAMILY_OF:
-            argument = ".".join(filter(None, inner))
-            value = {"init_args": {argument: value}} if argument else _plugin(plugin, text, problems)
-            key = plugin
-        elif plugin in registry.DATASETS and not inner[0] and text.lstrip().startswith("{"):
-            value = _plugin(plugin, text, problems)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        yield Layer(value, COMMAND_LINE)
-
-
-def _plugin(key: str, text: str, problems: list[Problem]) -> Any:
+def _plugin(key: str, text: str) -> Any:
     """Return the value of a plugin's key: a name, or YAML in braces or brackets."""
     if text in ("null", "None"):
         return None
@@ -90,6 +87,15 @@ def _plugin(key: str, text: str, problems: list[Problem]) -> Any:
         return text
     try:
         return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{COMMAND_LINE}: {key}: not valid YAML: {text}") from error
+
+
+def raw(text: str) -> str:
+    """Return a word of the command line: ``Raw`` where YAML reads it as something else than this text."""
+    try:
+        value = parse_yaml(text)
     except yaml.YAMLError:
-        problems.append(Problem(key, f"not valid YAML: {text}"))
-        return None
+        return text
+    value = value.value if isinstance(value, Raw) else value
+    return text if value == text else Raw(text, value)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llmkit.check import Raw
-from llmkit.config.layers import Layer
+from llmkit.config.layers import Layer, plain
 from llmkit.errors import Problem, UserError, nearest
 
 DEFAULT_VARIABLES = {"LLMKIT_DATA": "../shared/data", "STDLIB": sysconfig.get_path("stdlib")}
 """``${NAME}`` in a config is the environment variable; these have a value even when it is not set."""
 
 
-RESOLVED = ("timestamp", "int", "float")
 NUMBERS = {
     "int": r"[-+]?(0[xX][\da-fA-F_]+|0[bB][01_]+|\d[\d_]*)",
     "float": r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -31,16 +30,17 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: 1e-3 and 010 are numbers, a date and 12:30 are text, and a key given twice is an error.
 
     A number or a truth value keeps its text, because it may be meant as text: ``name: 010``, ``columns: {label: no}``.
+    A key is always text.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in RESOLVED]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", *NUMBERS)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-
-for _kind, _pattern in NUMBERS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^({_pattern})$"), list("-+.0123456789"))
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        return Raw(node.value, value) if isinstance(value, bool | int | float) else value
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -49,35 +49,20 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(text, base)
 
 
-def _with_text(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Raw]:
-    """Return a constructor of values that keep their text."""
-
-    def constructed(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Raw:
-        found = Raw(node.value)
-        found.value = construct(loader, node)
-        return found
-
-    return constructed
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _with_text(_integer))
-_Loader.add_constructor("tag:yaml.org,2002:float", _with_text(yaml.SafeLoader.construct_yaml_float))
-_Loader.add_constructor("tag:yaml.org,2002:bool", _with_text(yaml.SafeLoader.construct_yaml_bool))
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     keys: set[str] = set()
-    for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-        key = key_node.value
-        if key in keys:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-        keys.add(key)
-    found = loader.construct_mapping(node, deep=True)
-    return {key.value if isinstance(key, Raw) else key: value for key, value in found.items()}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+        if key.value in keys:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+        keys.add(key.value)
+    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
 
 
+for _kind, _pattern in NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^({_pattern})$"), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
@@ -122,17 +107,15 @@ def read_yaml(path: str | Path) -> Layer:
 def _places(node: yaml.Node, prefix: str, file: Path) -> Iterator[tuple[str, str]]:
     """Yield the place of every key below a node."""
     for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
-        key = f"{prefix}{key_node.value}"
-        yield key, f"{file}:{key_node.start_mark.line + 1}"
+        key = f"{prefix}{key_node.value.removesuffix('+')}"
+        yield plain(key), f"{file}:{key_node.start_mark.line + 1}"
         yield from _places(value_node, f"{key}.", file)
 
 
 def fill_variables(value: Any, key: str, problems: list[Problem]) -> Any:
     """Return a value with each ``${NAME}`` in it filled in; one that is not set is added to ``problems``."""
     if isinstance(value, dict):
-        return {
-            name: fill_variables(item, f"{key}.{name}" if key else str(name), problems) for name, item in value.items()
-        }
+        return {name: fill_variables(item, f"{key}.{name}" if key else name, problems) for name, item in value.items()}
     if isinstance(value, list):
         return [fill_variables(item, key, problems) for item in value]
     if not isinstance(value, str) or "${" not in value:
@@ -143,7 +126,6 @@ def fill_variables(value: Any, key: str, problems: list[Problem]) -> Any:
         if name not in os.environ and name not in DEFAULT_VARIABLES:
             text = f"${{{name}}}: the environment variable {name} is not set.{nearest(name, DEFAULT_VARIABLES)}"
             problems.append(Problem(key, text))
-            return ""
-        return os.environ.get(name) or DEFAULT_VARIABLES[name]
+        return os.environ.get(name) or DEFAULT_VARIABLES.get(name, "")
 
     return re.sub(r"\$\{(\w+)\}", fill, value)

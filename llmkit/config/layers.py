@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llmkit import registry
-from llmkit.errors import Problem, UserError, note
+from llmkit.check import Raw, settled
+from llmkit.errors import Problem, UserError
 
 Tree = dict[str, Any]
 
@@ -23,10 +24,15 @@ class Layer(NamedTuple):
     """One source of settings."""
 
     tree: Tree
+    """Its groups (model, data, ...) are mappings."""
     source: str
     """The place of a value that has no place of its own: a file, a checkpoint, the command line."""
     places: Mapping[str, str] = {}
-    """Dotted key -> ``FILE:LINE``."""
+    """``plain`` key -> ``FILE:LINE``."""
+
+    def at(self, key: str) -> str:
+        """Return the place of the value of a key."""
+        return self.places.get(key, self.source)
 
 
 def plain(key: str) -> str:
@@ -37,87 +43,93 @@ def plain(key: str) -> str:
 
 
 class Stack:
-    """The layers put on top of each other so far: one tree, and where each of its values came from."""
+    """Layers on top of each other: one tree, in which plugins are ``{class_path, init_args}``, and its values' places.
 
-    def __init__(self) -> None:
+    What is not right in a layer stays as it is: the check of the whole tree reports it.
+
+    Args:
+        layers: the lowest first.
+
+    Attributes:
+        tree: the merged settings.
+        notes: what the user should know about what was left out.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
         self.tree: Tree = {}
+        self.notes: list[str] = []
         self._places: dict[str, str] = {}
+        for layer in layers:
+            below, self.tree = self.tree, self._merge(self.tree, layer.tree, "", layer)
+            if "data" in layer.tree and "data" in below:
+                same = [other.tree.get("data", {}) for other in layers if other.source == layer.source]
+                self._leave_out_splits(below["data"], layer, {name.rstrip("+") for data in same for name in data})
 
-    def add(self, layer: Layer) -> None:
-        """Put a layer on top; a plugin of another class replaces the whole plugin, with a note on what that drops."""
-        tree = expanded(layer.tree, self.tree)
-        self._leave_out_splits(tree.get("data"), layer.source)
-        self.tree = self._merge(self.tree, tree, "", layer.source)
-        leaves = set(_leaves(tree))
-        self._places |= dict.fromkeys(leaves, layer.source)
-        # A mapping that only changes arguments of a plugin does not choose it.
-        plugins = registry.plugins_in(self.tree)
-        chosen = {key: place for key, place in layer.places.items() if plain(key) in leaves or key not in plugins}
-        self._places |= {plain(key): place for key, place in chosen.items()}
-
-    def _merge(self, below: Tree, above: Tree, key: str, source: str) -> Tree:
+    def _merge(self, below: Tree, above: Tree, key: str, layer: Layer) -> Tree:
+        """Return a mapping with a layer's on top; a plugin of another class replaces the whole plugin."""
         merged = dict(below)
         for name, value in above.items():
-            if name.endswith("+"):  # --trainer.callbacks+=NAME
-                name, old = name[:-1], below.get(name[:-1])
-                more = getattr(value, "value", value)
-                value = old if isinstance(old, list) else [old] if old else []
-                value = value + more if isinstance(more, list) else [*value, more]
-            inner, old = f"{key}.{name}" if key else str(name), below.get(name)
-            if not key and isinstance(value, dict) and not isinstance(old, dict | None):
-                continue  # a group must be a mapping: what is wrong below is reported, not replaced
-            if isinstance(getattr(old, "value", old), str) and isinstance(value, dict) and inner.startswith("trainer."):
-                old, value = {"class_path": str(old)}, {"init_args": value}  # --trainer.logger NAME, then .save_dir
-            if isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value):
-                merged[name] = self._merge(old, value, inner, source)
-                continue
-            if (
-                source == COMMAND_LINE
-                and registry.family_at(inner, value)
-                and isinstance(old, dict)
-                and old.get("init_args")
-            ):
-                dropped = ", ".join(f"{part}: {item}" for part, item in old["init_args"].items())
-                cls = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
-                note(f"{inner} is {cls} now; {dropped} of {self.at(inner)} no longer applies")
-            if isinstance(old, dict):
+            name, appends = name.removesuffix("+"), name.endswith("+")  # --trainer.callbacks+=NAME
+            inner = f"{key}.{name}" if key else name
+            old: Any = below.get(name)
+            if appends:
+                value = [*_items(old), *_items(value)]
+            family = registry.family_at(inner, value) or (isinstance(value, dict) and registry.family_at(inner, old))
+            if family:
+                value = _whole(family, value)
+            if isinstance(value, dict) and type(old) is str and inner.startswith("trainer."):
+                old, value = {"class_path": old}, {"init_args": value}  # --trainer.logger NAME, then .save_dir
+            adds = isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value)
+            if isinstance(old, dict) and not adds:
+                if layer.source == COMMAND_LINE and family and old.get("init_args"):
+                    dropped = ", ".join(f"{part}: {item}" for part, item in old["init_args"].items())
+                    cls = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
+                    self.notes.append(f"{inner} is {cls} now; {dropped} of {self.at(inner)} no longer applies")
                 self._forget_below(inner)
-            merged[name] = value
+            written = plain(inner)
+            if not isinstance(value, dict) or not value:
+                self._places[written] = layer.at(written)
+            elif written in layer.places and not family and name != "init_args":  # arguments do not choose a plugin
+                self._places[written] = layer.places[written]
+            merged[name] = self._merge(old if adds else {}, value, inner, layer) if isinstance(value, dict) else value
         return merged
 
-    def _leave_out_splits(self, above: Any, source: str) -> None:
+    def _leave_out_splits(self, below: Tree, layer: Layer, given: set[str]) -> None:
         """Where a layer trains on other data, leave out the other splits of the layers below, with a note.
 
         They belong to the data below: a figure measured on them would be read as one for the new data. How files are
         read stays as it is, and the note names it. Other splits of one ``data.source`` are not other data.
+
+        Args:
+            below: the data of the layers below.
+            layer: the layer, already merged.
+            given: the keys of data that it sets, or that other options of its command line do.
         """
-        below = self.tree.get("data")
-        if not isinstance(above, dict) or not isinstance(below, dict):
-            return
-        key = next((key for key in ("source", "train") if key in above and _changes(below.get(key), above[key])), "")
+        both = [name for name in ("source", "train") if name in layer.tree["data"]]
+        key = next((name for name in both if _kind(self.tree["data"][name]) != _kind(below.get(name))), "")
         if not key or not (below.get("train") or below.get("source")) or (key == "train" and below.get("source")):
             return
-        dropped = {}
-        for name in (*(("train", "subset") if key == "source" else ()), *SPLITS):
-            if below.get(name) is not None and name not in above and not self._is_from(source, f"data.{name}"):
-                dropped[name] = self.at(f"data.{name}")
-                self._forget_below(f"data.{name}")
-                self.put(f"data.{name}", None, source)
-        stays = [name for name in READING if below.get(name) not in (None, "auto", "utf-8") and name not in above]
-        stays += ["tokenizer"] if self.of("data.tokenizer").startswith("checkpoint ") else []
-        kept = {name: self.at(f"data.{name}") for name in stays if not self._is_from(source, f"data.{name}")}
-        if dropped or kept:
-            text = f"data.{key} is another one now ({source})."
-            if dropped:
-                text += f" Left out with the old one: {_with_places(dropped)}; set them too to keep them."
-            if kept:
-                text += f" Still in force: {_with_places(kept)}."
-            note(text)
 
-    def _is_from(self, source: str, key: str) -> bool:
-        """Return whether a layer of this source set a value, or a part of it."""
-        places = (place for name, place in self._places.items() if name == key or name.startswith(f"{key}."))
-        return any(place == source or place.startswith(f"{source}:") for place in places)
+        def left(names: Iterable[str]) -> dict[str, str]:
+            """Return those of some keys that only layers below set, and the place of each."""
+            return {
+                name: self.at(f"data.{name}") for name in names if below.get(name) is not None and name not in given
+            }
+
+        dropped = left(["train", "subset", *SPLITS] if key == "source" else SPLITS)
+        kept = left(name for name in READING if below.get(name) not in ("auto", "utf-8"))
+        if self.of("data.tokenizer").startswith("checkpoint "):
+            kept |= left(["tokenizer"])
+        for name in dropped:
+            self._forget_below(f"data.{name}")
+            self.put(f"data.{name}", None, layer.source)
+        text = f"data.{key} is another one now ({layer.source})."
+        if dropped:
+            text += f" Left out with the old one: {_with_places(dropped)}; set them too to keep them."
+        if kept:
+            text += f" Still in force: {_with_places(kept)}."
+        if dropped or kept:
+            self.notes.append(text)
 
     def _forget_below(self, key: str) -> None:
         self._places = {name: place for name, place in self._places.items() if not name.startswith(f"{plain(key)}.")}
@@ -133,8 +145,8 @@ class Stack:
 
     def give_places(self, key: str, other: str) -> None:
         """Say of each value below ``key`` that has no place of its own that it is set where that of ``other`` is."""
-        below = {name: place for name, place in self._places.items() if name == other or name.startswith(f"{other}.")}
-        self._places = {f"{key}{name.removeprefix(other)}": place for name, place in below.items()} | self._places
+        given = {name: place for name, place in self._places.items() if f"{name}.".startswith(f"{other}.")}
+        self._places = {f"{key}{name.removeprefix(other)}": place for name, place in given.items()} | self._places
 
     def of(self, key: str) -> str:
         """Return the place where this very value was set: an argument that was left out of a plugin is a default."""
@@ -165,29 +177,22 @@ class Stack:
         return f"{self.at(place_of)}: {text}" if place_of else text
 
 
-def _changes(old: Any, new: Any) -> bool:
-    """Return whether a value of a higher layer is another one than that below it.
-
-    Generated data stay those of their class, whatever its arguments.
-    """
-    new = getattr(new, "value", new)
-    if isinstance(old, dict) and isinstance(new, dict) and "class_path" in old:
-        return not _same_class(old, new)
-    return bool(old != ({**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new))
-
-
 def _with_places(keys: Mapping[str, str]) -> str:
     return ", ".join(f"data.{name} ({place})" for name, place in keys.items())
 
 
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[str]:
-    """Yield the keys of all values that are not mappings, as people write them."""
-    for name, value in tree.items():
-        key = f"{prefix}{str(name).removesuffix('+')}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield plain(key)
+def _kind(data: Any) -> Any:
+    """Return what makes data other ones: their files, or the class that generates them, whatever its arguments."""
+    data = settled(data)
+    return data.get("class_path", data) if isinstance(data, dict) else data
+
+
+def _items(value: Any) -> list[Any]:
+    """Return a list, or one value as a list, of a word of the command line too."""
+    inner = value.value if isinstance(value, Raw) else value
+    if isinstance(inner, list):
+        return inner
+    return [inner if isinstance(inner, dict) else value] if value else []
 
 
 def _same_class(below: Tree, above: Tree) -> bool:
@@ -195,25 +200,11 @@ def _same_class(below: Tree, above: Tree) -> bool:
     return "name" not in above and above.get("class_path", below.get("class_path")) == below.get("class_path")
 
 
-def expanded(tree: Tree, below: Tree) -> Tree:
-    """Return a layer's tree with every plugin as ``{class_path, init_args}``.
-
-    A mapping that names no class sets arguments of the plugin in the layers ``below``. A value that is not right stays
-    as it is: the check of the whole tree reports it.
-    """
-    tree = {str(name): dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    families = registry.plugins_in(below) | registry.plugins_in(tree)
-    for key, family in families.items():
-        group, _, name = key.partition(".")
-        part = tree.get(group)
-        value = part.get(name) if isinstance(part, dict) else None
-        if value is None or (key in registry.DATASETS and not isinstance(value, dict)):
-            continue
-        if isinstance(value, dict) and not {"name", "class_path", "init_args"} & set(value):
-            part[name] = {"init_args": value}  # type: ignore[index]
-            continue
-        try:
-            part[name] = registry.expand(family, value)  # type: ignore[index]
-        except UserError:
-            continue
-    return tree
+def _whole(family: str, value: Any) -> Any:
+    """Return a plugin as ``{class_path, init_args}``; one without a name sets arguments of the plugin below it."""
+    if isinstance(value, dict) and not {"name", "class_path", "init_args"} & value.keys():
+        return {"init_args": value}
+    try:
+        return registry.expand(family, value)
+    except UserError:
+        return value

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,22 +14,21 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from llmkit import imports, registry
-from llmkit.check import check_arguments, check_value, unknown_key, with_arguments_of_train, without_repetition
+from llmkit.check import Walk, settled
 from llmkit.checkpoint.content import Stored
 from llmkit.config import argv as command_line
 from llmkit.config import published
 from llmkit.config.files import fill_variables, read_yaml
 from llmkit.config.layers import COMMAND_LINE, DEFAULT, Layer, Stack, Tree
 from llmkit.config.stored import find, is_below, layer_of
-from llmkit.errors import Problem, UserError, unknown
+from llmkit.data.sources import with_arguments_of_train
+from llmkit.errors import Problem, UserError, located, note, unknown
 from llmkit.ops.sampling import unused
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 from llmkit.sequence import DecodingOptions
 
 TOP_KEYS = (*TOP, *GROUPS)
 """The keys at the top of a config."""
-PASSED_ON = re.compile(r"--(print_config|\S+\.help)\b")
-"""Options that LightningCLI answers itself."""
 
 
 @dataclass(frozen=True)
@@ -79,46 +76,33 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     Raises:
         UserError: all mistakes that can be found before anything is built, together.
     """
-    options = command_line.split(argv)
-    files = [value for key, value in options if key in ("--config", "-c") and value]
-    layers = [read_yaml(file) for file in files]
+    words = command_line.read(argv)
+    layers: list[Layer] = []
     imported: list[str] = []
-    for file, layer in zip(files, layers, strict=True):
-        imported += _import(layer.tree.pop("imports", None), layer, Path(file).parent)
-    names = [name for key, value in options if key == "--imports" for name in command_line.listed(value or "")]
-    imported += _import(names, Layer({}, COMMAND_LINE), Path())
-    imports.check_distinct(imported)
     problems: list[Problem] = []
-    config_options = [
-        (key, value)
-        for key, value in options
-        if key not in ("--config", "-c", "--imports") and not PASSED_ON.match(key)
-    ]
-    layers += command_line.layers(config_options, problems)
-    named = Path(files[0]).stem if files else "run"
-    stored = find(command, layers, named, bool(files), asked or command)
-    if stored is not None:
-        layers.insert(0, layer_of(stored, command, alone=not files))
-    for number, layer in enumerate(layers):
-        content = {str(key): value for key, value in layer.tree.items() if not (key in GROUPS and value is None)}
-        layers[number] = layer._replace(tree=fill_variables(content, "", problems))
-    begins_with = published.layer_of(layers) if stored is None else None
-    stack = Stack()
-    stack.add(Layer({"trainer": dict(TRAINER_DEFAULTS)}, "default of llmkit"))
-    stack.add(_defaults(named))
-    for layer in filter(None, [begins_with, *layers]):
-        stack.add(layer)
+    for layer in [*map(read_yaml, words.files), *words.layers]:
+        folder = Path() if layer.source == COMMAND_LINE else Path(layer.source).parent
+        with located(layer.at("imports")):
+            imported += imports.import_modules(layer.tree.get("imports"), folder)
+            imports.check_distinct(imported)
+        layers.append(layer._replace(tree=_with_groups(fill_variables(layer.tree, "", problems), layer, problems)))
+    named = Path(words.files[0]).stem if words.files else "run"
+    given = Stack(*layers)
+    stored = find(command, given, named, bool(words.files), asked or command)
+    begins_with = published.layer_of(given) if stored is None else layer_of(stored, command, alone=not words.files)
+    own = Layer({"trainer": dict(TRAINER_DEFAULTS)}, "default of llmkit")
+    stack = Stack(own, _defaults(named), *filter(None, [begins_with]), *layers)
+    for text in stack.notes:
+        note(text)
+    stack.tree.pop("ckpt_path", None)  # last or best, say; perhaps before there is one
     if stored is not None:
         stack.put("ckpt_path", str(stored.path), COMMAND_LINE)
-    else:
-        stack.tree.pop("ckpt_path", None)
     if imported:
-        place = COMMAND_LINE if names else stack.of("imports")
-        stack.put("imports", list(dict.fromkeys(imported)), place)
-    if _tokenizer_comes_along(stack):
+        stack.put("imports", list(dict.fromkeys(imported)), stack.of("imports"))
+    if settled(stack.tree["model"].get("init_from")) is not None and stack.of("data.tokenizer") == DEFAULT:
         stack.tree["data"]["tokenizer"] = None
     problems += _check(stack)
-    if begins_with is not None and not problems:
+    if begins_with is not None and stored is None and not problems:
         problems += published.conflicts(stack, begins_with)
     if problems:
         raise UserError(*dict.fromkeys(map(stack.placed, problems)))
@@ -126,17 +110,16 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
     is_cut = command == "test" and (data["test_share"] or data["folds"])
     if command in ("test", "predict") and not (data[command] or data["source"] or is_cut):
         raise UserError(f"data.{command} is not set: give --data.{command} FILE")
-    passed_on = [key if value is None else f"{key}={value}" for key, value in options if PASSED_ON.match(key)]
-    return Plan(command, stack, stored, passed_on)
+    return Plan(command, stack, stored, words.passed_on)
 
 
-def _import(names: Any, layer: Layer, folder: Path) -> list[str]:
-    """Import the local modules that a layer names; an error says where they are named."""
-    try:
-        return imports.import_modules(names, folder)
-    except UserError as error:
-        place = layer.places.get("imports", layer.source)
-        raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from error
+def _with_groups(tree: Tree, layer: Layer, problems: list[Problem]) -> Tree:
+    """Return a layer's tree without the groups that are not mappings, which are reported unless they are empty."""
+    wrong = {key: tree[key] for key in tree if key.rstrip("+") in GROUPS and not isinstance(tree[key], dict)}
+    for key, value in wrong.items():
+        if value is not None:
+            problems.append(Problem("", f"{layer.at(key)}: {key}: expected a mapping, got '{value}'"))
+    return {key: value for key, value in tree.items() if key not in wrong}
 
 
 def _defaults(name: str) -> Layer:
@@ -152,61 +135,32 @@ def _defaults(name: str) -> Layer:
 def _check(stack: Stack) -> list[Problem]:
     """Check the merged tree, fill in what is left open, and return everything that is wrong."""
     tree = stack.tree
-    problems = []
-
-    def elsewhere(name: str) -> str:
-        owners = (owner for owner, cls in _owners(tree) if name in inspect.signature(cls).parameters)
-        return next((f"{owner}.{name}" for owner in owners), "")
-
-    for name in [name for name in tree if name not in TOP_KEYS]:
-        meant = command_line.SHORT.get(f"--{name}") or elsewhere(name)
-        problems.append(unknown_key("", name, TOP_KEYS, meant))
-        del tree[name]
-    head = _class(tree, "model.head")
-    if head is not None:
-        given = tree["model"].get("decoding")
-        if isinstance(given, dict | None):
-            for name, value in dataclasses.asdict(head.decoding).items():
-                if name not in (given or {}):
-                    stack.put(f"model.decoding.{name}", value, f"{DEFAULT} of {head.__name__}")
-    inherit: list[str] = []
-    if isinstance(tree["data"], dict):
-        given = tree["data"]
-        tree["data"] = with_arguments_of_train(given)
-        inherit = [split for split, value in tree["data"].items() if value is not given[split]]
+    given = tree["data"]
+    tree["data"] = with_arguments_of_train(given)
+    inherit = [split for split, value in tree["data"].items() if value is not given[split]]
     for split in inherit:
         stack.give_places(f"data.{split}", "data.train")
+    if settled(tree["model"].get("decoding")) is None:
+        tree["model"]["decoding"] = {}
+    walk = Walk(command_line.SHORT)
+    for name in [name for name in tree if name not in TOP_KEYS]:
+        walk.unknown("", name, TOP_KEYS)
+        del tree[name]
     for group, cls in GROUPS.items():
-        if isinstance(tree[group], dict):
-            problems += check_arguments(cls, tree[group], group, elsewhere)
-        else:
-            problems.append(Problem(group, f"expected a mapping, got '{tree[group]}'"))
+        tree[group] = walk.group(cls, tree[group], group)
     for name, (kind, default, _) in TOP.items():
-        tree[name], wrong = check_value(kind, tree.get(name, default), name)
-        problems += wrong
-    return without_repetition(problems, inherit) or [*_check_values(tree)]
-
-
-def _owners(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """Yield every part of a config that has keys below it, and the class that takes them."""
-    yield from GROUPS.items()
-    yield "model.decoding", DecodingOptions
-    for key in registry.plugins_in(tree):
-        cls = _class(tree, key)
-        if cls is not None:
-            yield key, cls
-
-
-def _class(tree: Tree, key: str) -> Any:
-    """Return the class that a plugin's key names; None where it names none that may be imported."""
-    group, _, leaf = key.partition(".")
-    spec = tree[group].get(leaf) if isinstance(tree.get(group), dict) else None
-    if not isinstance(spec, dict) or imports.refusal(str(spec.get("class_path"))):
-        return None
-    try:
-        return registry.class_of(spec["class_path"], registry.plugins_in(tree)[key])
-    except (UserError, KeyError):  # the check reports it
-        return None
+        tree[name] = walk.value(kind, tree.get(name, default), name)
+    problems = walk.problems()
+    for split in inherit:  # what it has from data.train is reported there
+        of_train = {one: Problem(*(text.replace(f"data.{split}", "data.train") for text in one)) for one in problems}
+        problems = [one for one in problems if of_train[one] == one or of_train[one] not in of_train]
+    if problems:
+        return problems
+    head: Any = registry.target_of(registry.resolve("head", tree["model"]["head"]))
+    for name, value in dataclasses.asdict(head.decoding).items():
+        if stack.of(f"model.decoding.{name}") == DEFAULT:
+            stack.put(f"model.decoding.{name}", value, f"{DEFAULT} of {head.__name__}")
+    return [*_check_values(tree)]
 
 
 def _check_values(tree: Tree) -> Iterator[Problem]:
@@ -223,11 +177,10 @@ def _check_values(tree: Tree) -> Iterator[Problem]:
         name, _, text = str(error).partition(" ")
         yield Problem(f"model.decoding.{name}", text)
     trainer = tree["trainer"]
-    for key, least in {"accumulate_grad_batches": 1, "val_check_interval": 0.0, "log_every_n_steps": 1}.items():
-        value = trainer[key]
-        if isinstance(value, int | float) and (value < least or value == 0):
-            share = "" if least else ", or above 0 as a share of an epoch"
-            yield Problem(f"trainer.{key}", f"must be at least 1{share}, got {value}")
+    for key in ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        if isinstance(trainer[key], int | float) and trainer[key] <= 0:
+            share = ", or above 0 as a share of an epoch" if key == "val_check_interval" else ""
+            yield Problem(f"trainer.{key}", f"must be at least 1{share}, got {trainer[key]}")
     if (trainer["gradient_clip_val"] or 0) < 0:
         yield Problem("trainer.gradient_clip_val", f"must be 0 or more, got {trainer['gradient_clip_val']}")
     choices: dict[str, list[str]] = {
@@ -239,10 +192,3 @@ def _check_values(tree: Tree) -> Iterator[Problem]:
         value = trainer[key]
         if isinstance(value, str) and value.lower() not in allowed:
             yield Problem(f"trainer.{key}", unknown(key.rpartition("_")[2], value, allowed))
-
-
-def _tokenizer_comes_along(stack: Stack) -> bool:
-    """Return whether the tokenizer is that of ``model.init_from``: no other one is asked for."""
-    model = stack.tree["model"]
-    begins = isinstance(model, dict) and model.get("init_from") not in (None, "null")
-    return begins and isinstance(stack.tree["data"], dict) and stack.of("data.tokenizer") == DEFAULT

@@ -2,61 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmkit import registry
-from llmkit.config.layers import Layer, Stack, expanded
-from llmkit.errors import Problem, UserError
+from llmkit.config.layers import Layer, Stack, plain
+from llmkit.errors import Problem, located
 from llmkit.hf.start import KEY, is_published, settings_of
 
 OPEN = ("head", "context")
 """Keys that a config may set to something else than the model was published with."""
 
 
-def layer_of(layers: Sequence[Layer]) -> Layer | None:
+def layer_of(given: Stack) -> Layer | None:
     """Return the settings of the model that ``model.init_from`` names; None: it names none of Hugging Face.
 
     Raises UserError, with the place of the key, when the model cannot be taken.
     """
-    init_from, place, head = None, "", None
-    for layer in layers:
-        model = layer.tree.get("model")
-        if not isinstance(model, Mapping):
-            continue
-        if "init_from" in model:
-            init_from, place = model["init_from"], layer.places.get(KEY, layer.source)
-        asked = model.get("head")
-        if asked is not None and not (isinstance(asked, Mapping) and not {"name", "class_path"} & asked.keys()):
-            head = str(asked) if isinstance(asked, str) else asked
-    if not is_published(init_from):
+    model = given.tree.get("model", {})
+    if not is_published(model.get("init_from")):
         return None
-    try:
-        settings, where = settings_of(str(init_from), head)
-    except UserError as error:
-        raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from error
+    head = model.get("head")
+    if isinstance(head, Mapping) and not {"name", "class_path"} & head.keys():
+        head = None  # arguments of the published one
+    with located(given.at(KEY)):
+        settings, where = settings_of(str(model["init_from"]), head)
     return Layer({"model": settings}, where)
 
 
 def conflicts(stack: Stack, layer: Layer) -> Iterator[Problem]:
     """Yield each setting of a whole config that disagrees with the layer of a published model."""
-    for name, value in expanded(layer.tree, {})["model"].items():
+    for name, value in Stack(layer).tree["model"].items():
         if name not in OPEN:
             yield from _differences(f"model.{name}", stack.tree["model"].get(name), value, layer.source)
 
 
 def _differences(key: str, now: Any, published: Any, source: str) -> Iterator[Problem]:
-    if key in registry.FAMILY_OF:
-        if not isinstance(now, Mapping):
-            yield Problem(key, f"is {now}, but {source} has {_class(published)}")
-        elif now["class_path"] != published["class_path"]:
-            yield Problem(key, f"is {_class(now)}, but {source} has {_class(published)}")
-        else:
-            for name, value in (published.get("init_args") or {}).items():
-                yield from _differences(f"{key}.{name}", now["init_args"].get(name), value, source)
+    if isinstance(now, dict) and isinstance(published, dict) and now.get("class_path") == published.get("class_path"):
+        for name, value in published.items():
+            yield from _differences(f"{key}.{name}", now.get(name), value, source)
     elif now != published:
-        yield Problem(key, f"is {now}, but {source} has {published}")
+        yield Problem(plain(key), f"is {_shown(now)}, but {source} has {_shown(published)}")
 
 
-def _class(spec: Mapping[str, Any]) -> str:
-    return str(spec["class_path"]).rpartition(".")[2]
+def _shown(value: Any) -> str:
+    """Return a value as a message has it: a plugin by its class."""
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from functools import partial
 from itertools import zip_longest
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmkit import registry
-from llmkit.check import with_arguments_of_train
 from llmkit.contracts import Dataset, Stage
 from llmkit.data import identity
 from llmkit.data.formats import READERS
@@ -61,6 +60,23 @@ def _data_hint(path: str) -> str:
         ". The folder named by the environment variable LLMKIT_DATA (default ../shared/data) is missing; "
         "the config's comments say how to get the data"
     )
+
+
+def with_arguments_of_train(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of data with each split whole that says only what is other than in a generated ``train``.
+
+    ``{train: {name: mqar, pairs: 8}, validation: {length: 256}}`` validates on ``{name: mqar, pairs: 8, length: 256}``.
+    """
+    found = dict(data)
+    if registry.family_at("data.train", data.get("train")):
+        with suppress(UserError):  # which is reported for ``train`` itself
+            train = registry.expand("dataset", data["train"])
+            for split, value in data.items():
+                key = f"data.{split}"
+                if key in registry.DATASETS and isinstance(value, Mapping) and not registry.family_at(key, value):
+                    own = value.get("init_args", value)
+                    found[split] = {**train, "init_args": {**(train.get("init_args") or {}), **own}}
+    return found
 
 
 def datasets(splits: Mapping[str, Files]) -> dict[Stage, Files | Dataset]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +65,8 @@ class Loadable(Answers):
         """
         check_classes(part, where)
         spec = {**part["model"], "compile": False}
-        if problems := check_arguments(cls, copy.deepcopy(spec), "model"):  # which fills in defaults
+        _, problems = check_arguments(cls, spec, "model")
+        if problems:
             raise UserError(*(f"{where} is damaged: {problem}" for problem in problems))
         with refusing(f"{where} describes no model"):
             if any(spec.get(name) is not None for name in ("init_from", "adapter", "word_vectors")):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llmkit.check import Raw
+from llmkit.check import settled
 from llmkit.config.argv import raw
 from llmkit.config.files import read_yaml
 from llmkit.config.layers import COMMAND_LINE, Layer
@@ -119,7 +119,7 @@ def read(file: str | None, vary: str | None, given: Mapping[str, Any], rest: lis
     if is_study and vary:
         raise UserError(f"{file} names its variants: --vary is for the config of an experiment")
     problems: list[Problem] = []
-    tree = plain(layer.tree) if is_study else {}
+    tree = settled(layer.tree) if is_study else {}
     for key in [key for key in tree if key not in DEFAULTS]:
         problems.append(Problem(key, unknown("key", key, DEFAULTS)))
         del tree[key]
@@ -151,7 +151,7 @@ def opened(
         problems: is extended by what is wrong.
     """
     layer = read_yaml(file)
-    tree = plain(layer.tree)
+    tree = settled(layer.tree)
     for key in [key for key in tree if key not in defaults]:
         problems.append(Problem(key, unknown("key", key, defaults)))
         del tree[key]
@@ -177,21 +177,12 @@ def refuse(problems: list[Problem], layer: Layer, given: Mapping[str, Any]) -> N
         raise UserError(*(f"{places.get(one.place_of or one.key, layer.source)}: {one}" for one in problems))
 
 
-def plain(value: Any) -> Any:
-    """Return what YAML means, numbers and truth values as such."""
-    if isinstance(value, Raw):
-        return value.value
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
-
-
 def _varied(vary: str) -> dict[str, dict[str, Any]]:
     key, equals, listed = vary.partition("=")
     names = [name.strip() for name in listed.split(",") if name.strip()]
     if not equals or len(names) < 2:
         raise UserError(f"--vary {vary}: expected KEY=VALUE,VALUE,..., as in model.attention=multi_head,lstm")
-    return {name: {key.removeprefix("--"): plain(raw(name))} for name in names}
+    return {name: {key.removeprefix("--"): settled(raw(name))} for name in names}
 
 
 def base_words(value: Any, folder: Path, problems: list[Problem]) -> list[str]:

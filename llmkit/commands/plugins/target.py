@@ -90,5 +90,5 @@ def init_args(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         given = value if equals else next(words, None)
         if given is None:
             raise UserError(f"{option} needs a value")
-        found[option.removeprefix("--init.")] = settled(raw(given).value)
+        found[option.removeprefix("--init.")] = settled(raw(given))
     return found, rest
