@@ -106,7 +106,7 @@ def test_a_planted_word_is_found_by_deletion_and_insertion(linear: tuple[Languag
     methods = {"knows": jacobian_of_x, "first": lambda row: -torch.arange(float(len(row.ids)))}
     texts = ["abcdzefghi", "zabcdefg", "the letter z", "amazing", "razzia in it", "x"]
     found = measure(model, texts, methods)
-    assert found["knows"].texts == 5
+    assert found["knows"].texts == 5 and found["knows"].whole.value > 0.99
     assert found["knows"].deletion_gain.low > 0.05 and found["knows"].insertion_gain.low > 0.05
     assert found["first"].deletion_gain.value < found["knows"].deletion_gain.value
     gain = found["knows"].deletion_gain

@@ -49,6 +49,9 @@ class Faithfulness(NamedTuple):
     """The figures of one method."""
 
     texts: int
+    whole: Mean
+    """The probability of the answer to the whole text. Minus ``deletion`` it is comprehensiveness, minus ``insertion``
+    sufficiency."""
     deletion: Mean
     """Area under the probability as the most relevant tokens go first: small is good."""
     deletion_gain: Mean
@@ -130,22 +133,23 @@ def measure(
                 for values in relevances.values()
             ]
             found = np.array(areas(row, orders))
-            chance = found[:RANDOM_ORDERS].mean(0)
+            chance, whole = found[:RANDOM_ORDERS].mean(0), float(row.probability(row.x_RTD[None]))
             other = row.of(random_model)
             for (name, values), (deletion, insertion) in zip(relevances.items(), found[RANDOM_ORDERS:], strict=True):
                 same = correlation(ranks(values), ranks(methods[name](other)[row.free].cpu()))
                 same = float("nan") if same is None else same
-                rest[name].append((deletion, chance[0] - deletion, insertion, insertion - chance[1], same))
+                rest[name].append((whole, deletion, chance[0] - deletion, insertion, insertion - chance[1], same))
     if not next(iter(rest.values())):
         raise UserError(f"faithfulness needs texts of at least {LEAST_TOKENS} tokens, and there are none")
     return {name: _figures(values) for name, values in rest.items()}
 
 
 def _figures(values: list[tuple[float, ...]]) -> Faithfulness:
-    deletion, deletion_gain, insertion, insertion_gain, same = zip(*values, strict=True)
+    whole, deletion, deletion_gain, insertion, insertion_gain, same = zip(*values, strict=True)
     known = [value for value in same if not math.isnan(value)]
     return Faithfulness(
         len(values),
+        bootstrap(whole),
         bootstrap(deletion),
         bootstrap(deletion_gain),
         bootstrap(insertion),

@@ -32,8 +32,9 @@ def report(model: LanguageModel, rows: Sequence[str | Mapping[str, Any]], folder
         cells = [f"{one.deletion.value:.3f}", shown(one.deletion_gain), f"{one.insertion.value:.3f}"]
         table.append([name, *cells, shown(one.insertion_gain), random])
     print("\n".join(columns(table)))
-    texts = next(iter(found.values())).texts
-    print(f"areas under the probability of the answer; means over {texts:,} texts with 95 % intervals")
+    first = next(iter(found.values()))
+    print(f"areas under the probability of the answer, which is {shown(first.whole)} for whole texts")
+    print(f"means over {first.texts:,} texts with 95 % intervals")
     print(folder / "faithfulness.json")
     return 0
 
