@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Numbers, times and memory are compared with those of a CPU. With this variable tests meet a GPU, where there is one.
 if not os.environ.get("LLMKIT_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are interpreted; Triton reads this when it is imported
 # inductor's helper processes each import torch, which costs more than they bring.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -33,9 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
     import llmkit.testing.resume  # noqa: F401
 
     torch.set_num_threads(1)
-    # Without a GPU kernels are interpreted; Triton reads this when it is imported, by inductor too.
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
     forked.serve()  # before anything has run: only one thread exists
 
 

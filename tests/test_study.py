@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -109,12 +108,11 @@ def test_a_study_without_a_file(experiment: Path) -> None:
 
 
 def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Parent, fork server and cells get SIGKILL at random moments; the same command is given again each time.
+    """Parent, fork server and cells get SIGKILL by turns; the same command is given again each time.
 
     Another study runs in the same folder, undisturbed. A step waits for a kill that comes first, however slow this
     process is; and as each fifth kill begins a new parent, no cell is lost as often as it may be.
     """
-    chance = random.Random(0)
     undisturbed, root, other = tmp_path / "undisturbed", tmp_path / "runs" / "killed", tmp_path / "runs" / "other"
     assert study_fakes.study(undisturbed) == {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
@@ -134,19 +132,19 @@ def test_cells_that_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) ->
     kills, parent, neighbour = 0, start(root), start(other)
     while parent.poll() != 0:
         before = steps()
-        allow(before + 1 if kills < 20 else math.inf)
-        while parent.poll() is None and (steps() == before or kills == 20):
+        allow(before + 1 if kills < 10 else math.inf)
+        while parent.poll() is None and (steps() == before or kills == 10):
             time.sleep(0.01)
         if parent.poll() is None:
             kills += 1
-            below = descendants(parent.pid)
-            for victim in [parent.pid, *below] if kills % 5 == 0 else [chance.choice([parent.pid, *below])]:
+            alive = [parent.pid, *descendants(parent.pid)]
+            for victim in alive if kills % 5 == 0 else [alive[kills % len(alive)]]:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
         elif parent.returncode:
             assert parent.returncode == -signal.SIGKILL
             parent = start(root)
-    assert kills == 20
+    assert kills == 10
     assert neighbour.wait() == 0
     assert everything(root) == everything(other) == everything(undisturbed)
     assert len(everything(root)) == 3 * 12
