@@ -180,7 +180,7 @@ def test_schedule_is_the_formula() -> None:
 
 def test_warmup_stable_decay_is_the_formula() -> None:
     """Hägele et al. 2024: 1 - sqrt((n - (N - N_decay)) / N_decay), with N = 20 and N_decay = 8; Hu et al. by lines."""
-    settings = {"warmup_steps": 4, "decay_share": 0.4, "total_steps": 20}
+    settings: dict[str, Any] = {"warmup_steps": 4, "decay_share": 0.4, "total_steps": 20}
     start = [0.5, 1.0, 1.5, *[2.0] * 9]
     rates = rates_of(partial(WarmupStableDecay, **settings), 20)
     assert rates == pytest.approx([*start, *(2 * (1 - math.sqrt(n / 8)) for n in range(9))])
@@ -189,6 +189,12 @@ def test_warmup_stable_decay_is_the_formula() -> None:
     constant = partial(WarmupStableDecay, **{**settings, "decay_share": 0})
     assert rates_of(constant, 30) == pytest.approx([0.5, 1.0, 1.5, *[2.0] * 28])
     assert rates_of(partial(WarmupStableDecay, **{**settings, "total_steps": None}), 30)[3:] == [2.0] * 28
-    for wrong in ({"decay_share": 1.5}, {"shape": "cosine"}, {"warmup_steps": -1}, {"min_lr_ratio": 2}):
+    wrongs: list[dict[str, Any]] = [
+        {"decay_share": 1.5},
+        {"shape": "cosine"},
+        {"warmup_steps": -1},
+        {"min_lr_ratio": 2},
+    ]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             rates_of(partial(WarmupStableDecay, **wrong), 1)
