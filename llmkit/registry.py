@@ -28,7 +28,7 @@ DEFAULTS: dict[str, str] = {
 
 TORCH: dict[str, tuple[str, str, dict[str, str]]] = {
     "optimizer": ("torch.optim", "adamw", {"adamw": "AdamW", "muon": "Muon"}),
-    "scheduler": ("torch.optim.lr_scheduler", "cosine", {"cosine": "WarmupCosine"}),
+    "scheduler": ("torch.optim.lr_scheduler", "cosine", {"cosine": "WarmupCosine", "wsd": "WarmupStableDecay"}),
 }
 """What else a config picks by name: torch's module, the default, and our own classes in ``model.optim``."""
 

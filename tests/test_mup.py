@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,18 +190,35 @@ def test_an_exported_model_keeps_it(tmp_path: Path) -> None:
 
 
 def test_the_coordinate_check(tmp_path: Path) -> None:
-    """Flat with muP and not flat without; a table, a picture, and an exit code."""
-    words = ["verify", "mup", *data(tmp_path), "--widths", "16,64,128", "--steps", 6, "--seeds", 2]
-    words += ["--model.optimizer.lr", 0.01]
-    standard, own = (llmkit(*words, "--model.mup_base_dim", base) for base in ("null", 32))
-    assert (standard.code, own.code) == (1, 0), standard.out + own.out
-    assert "NOT FLAT" in standard.out and "NOT FLAT" not in own.out and "muP of base width 32, 6 steps" in own.out
+    """Flat with muP and not flat without, at a full rate of 0.01 too; a table, a picture, and an exit code."""
+    words = ["verify", "mup", *data(tmp_path), "--widths", "32,96,384", "--seeds", 2, "--model.optimizer.lr", 0.01]
+    own = llmkit(*words, "--model.mup_base_dim", 128)
+    assert own.code == 0 and "NOT FLAT" not in own.out and "muP of base width 128, 4 steps" in own.out, own.out
     assert "decoder.0.attention" in own.out and "scores" in own.out
+    assert re.search(r"without muP [0-3] of 5 parts are flat", own.out), own.out
+    for line in own.out.splitlines():
+        if line.startswith("decoder."):
+            slope_with, slope_without = (float(word) for word in re.findall(r"([+-]\d\.\d\d) ±", line))
+            assert slope_with < 0.1 < 0.5 < slope_without, line
     assert Path(own.out.splitlines()[-1].removeprefix("picture: ")).read_bytes().startswith(b"\x89PNG")
+    standard = llmkit(*words, "--seeds", 1, "--widths", "16,128", "--model.mup_base_dim", "null")
+    assert standard.code == 1 and "NOT FLAT" in standard.out and "without muP" not in standard.out, standard.out
+
+
+@pytest.mark.slow
+def test_the_coordinate_check_up_to_width_1024(tmp_path: Path) -> None:
+    """With two layers, and heads that grow with the width."""
+    words = ("verify", "mup", *data(tmp_path), "--widths", "64,256,1024", "--model.num_layers", 2)
+    own = llmkit(*words, "--model.optimizer.lr", 3e-3, "--model.mup_base_dim", 128)
+    assert own.code == 0 and "another verdict" not in own.out and len(re.findall(r"\+[123]\.", own.out)) >= 6, own.out
 
 
 def test_slopes_and_verdicts() -> None:
     assert slope([2, 4, 8], [3.0, 6.0, 12.0]) == pytest.approx(1)
     assert math.isnan(slope([2, 4], [0.0, 1.0])) and not Part("x", [0.0, 1.0], math.nan).passed
-    text = table([2, 4], [Part("x", [1.0, 1.0], 0.0), Part("y", [1.0, math.inf], math.nan)])
-    assert "1 of 2 parts are flat" in text and "NOT FLAT" in text
+    parts = [Part("x", [1.0, 1.0], 0.05, 0.03), Part("y", [1.0, math.inf], math.nan)]
+    text = table([2, 4], parts)
+    assert "1 of 2 parts are flat" in text and "NOT FLAT" in text and "another verdict on x: use more --seeds" in text
+    assert "+0.05 ± 0.03" in text and not parts[1].doubtful and "without" not in text
+    text = table([2, 4], parts[:1], parts[:1])
+    assert "without muP 1 of 1 parts are flat\nso this check does not show that muP is needed" in text

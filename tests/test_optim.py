@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from llmkit.model import optim
 from llmkit.model.groups import fused_maps
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.optim import AdamW, Muon, WarmupCosine, orthogonalise
+from llmkit.model.optim import AdamW, Muon, WarmupCosine, WarmupStableDecay, orthogonalise
 from llmkit.registry import plugin
 
 
@@ -159,15 +160,41 @@ def test_muon_state_survives_a_state_dict() -> None:
     torch.testing.assert_close(train(model, optimizer), train(twin, restored), rtol=0, atol=0)
 
 
-def test_schedule_is_the_formula() -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=2.0)
-    schedule = WarmupCosine(optimizer, warmup_steps=4, min_lr_ratio=0.1, total_steps=20)
-    rates = []
-    for _ in range(21):
+def rates_of(schedule_of: Any, steps: int) -> list[float]:
+    """Return the learning rates of a schedule at a peak of 2, those of all steps and the one after."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = schedule_of(optimizer), []
+    for _ in range(steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+def test_schedule_is_the_formula() -> None:
+    rates = rates_of(partial(WarmupCosine, warmup_steps=4, min_lr_ratio=0.1, total_steps=20), 20)
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     middle = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 8 / 16)))
     assert rates[12] == pytest.approx(middle) and rates[20] == pytest.approx(0.2)
+
+
+def test_warmup_stable_decay_is_the_formula() -> None:
+    """Hägele et al. 2024: 1 - sqrt((n - (N - N_decay)) / N_decay), with N = 20 and N_decay = 8; Hu et al. by lines."""
+    settings: dict[str, Any] = {"warmup_steps": 4, "decay_share": 0.4, "total_steps": 20}
+    start = [0.5, 1.0, 1.5, *[2.0] * 9]
+    rates = rates_of(partial(WarmupStableDecay, **settings), 20)
+    assert rates == pytest.approx([*start, *(2 * (1 - math.sqrt(n / 8)) for n in range(9))])
+    rates = rates_of(partial(WarmupStableDecay, shape="linear", min_lr_ratio=0.25, **settings), 20)
+    assert rates == pytest.approx([*start, *(2 * (0.25 + 0.75 * (1 - n / 8)) for n in range(9))])
+    constant = partial(WarmupStableDecay, **{**settings, "decay_share": 0})
+    assert rates_of(constant, 30) == pytest.approx([0.5, 1.0, 1.5, *[2.0] * 28])
+    assert rates_of(partial(WarmupStableDecay, **{**settings, "total_steps": None}), 30)[3:] == [2.0] * 28
+    wrongs: list[dict[str, Any]] = [
+        {"decay_share": 1.5},
+        {"shape": "cosine"},
+        {"warmup_steps": -1},
+        {"min_lr_ratio": 2},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            rates_of(partial(WarmupStableDecay, **wrong), 1)

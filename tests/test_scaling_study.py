@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from command import done, llmkit
 
+from llmkit.commands.cell import fit_cell
 from llmkit.commands.scale import study as command
 from llmkit.errors import Stopped, UserError
 from llmkit.study.outcomes import OUTCOME, Cell
@@ -69,6 +71,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "data.train would change the tokens or the validation text",
         ),
         ({"repeat: true": "depth: {by_width: 3}"}, "depth: expected a number of layers or {per_width: NUMBER}"),
+        ({"repeat: true": "schedule: branches"}, "schedule: expected run (each run has its own) or trunk"),
         ({"repeat: true": "warmup: 2"}, "warmup: expected a share of the steps from 0 to 1, got 2"),
         ({"repeat: true": "seeds: 0"}, "seeds: expected a whole number of at least 1, got 0"),
     ],
@@ -102,6 +105,8 @@ class Fake:
 
     stop_after = 10**9
     asked: ClassVar[list[str]] = []
+    begun: ClassVar[dict[str, str]] = {}
+    broken = r"-d8-1e.08"
 
     def __init__(self, plan: Any) -> None:
         self.plan, self.failed = plan, dict[str, str]()
@@ -111,17 +116,22 @@ class Fake:
             if len(Fake.asked) >= Fake.stop_after:
                 raise Stopped(15)
             Fake.asked.append(cell.name)
+            if cell.begins is not None:
+                Fake.begun[cell.name] = cell.begins
             if "-4e+09" in cell.name:
                 assert Path("runs/study/predictions.json").is_file(), "predicted before it runs"
             given = dict(word.removeprefix("--").split("=", 1) for word in cell.words)
             width, steps = int(given["model.dim"]), int(given["trainer.max_steps"])
             loss = SURFACE.loss(12 * width**2 + 2 * width, steps * 64)
+            if cell.begins is not None:
+                share = "0" if cell.name.startswith("trunk/") else "0.2"
+                assert given["model.scheduler.decay_share"] == share, "not that of the trunk's checkpoint"
             rate = float(given.get("model.optimizer.lr", 0.002))
             loss += 0.05 * math.log(rate / 0.002) ** 2
             run = self.plan.root / cell.name / "version_0"
             run.mkdir(parents=True)
             (run / "metrics.csv").write_text(f"step,val_loss,val_bits_per_byte\n{steps - 1},{loss},{loss / 2}\n")
-            outcome = {"diverged": "d8-1e+08" in cell.name, "run": "version_0", "metrics": ["val_loss"]}
+            outcome = {"diverged": bool(re.search(Fake.broken, cell.name)), "run": "version_0", "metrics": ["val_loss"]}
             (run.parent / OUTCOME).write_text(json.dumps(outcome))
 
 
@@ -140,6 +150,7 @@ def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "sizes", once)
     monkeypatch.setattr(figures, "draw", lambda results: {})
     monkeypatch.setattr(Fake, "asked", [])
+    monkeypatch.setattr(Fake, "begun", {})
     monkeypatch.setattr(Fake, "stop_after", 10**9)
 
 
@@ -183,6 +194,75 @@ def test_a_study_of_sizes(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {**other, "name": "study"} == results
 
 
+TRUNK = STUDY.replace("repeat: true", "repeat: true\nschedule: trunk\noverrides: {model.scheduler: wsd}")
+
+
+@pytest.mark.slow
+def test_a_study_on_trunks(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size has one trunk, which is trained and counted once; stopped and resumed, the report is the same."""
+    Path("study.yaml").write_text(TRUNK)
+    plan = done("scale", "--config", "study.yaml", "--plan").out
+    found = re.search(r"12 runs, decays of 3 trunks \(runs of their own would be (\S+) FLOPs\), (\S+) FLOPs;", plan)
+    assert found and float(found[1]) == pytest.approx(3 * 5.4e9, rel=0.02)
+    # The trunks are 0.8 of the longest run, and each run's decay is 0.2 of it.
+    assert float(found[2]) == pytest.approx(3 * (0.8 * 4e9 + 0.2 * 5.4e9), rel=0.03)
+
+    for stop in (5, 17):
+        monkeypatch.setattr(Fake, "stop_after", stop)
+        assert llmkit("scale", "--config", "study.yaml").code == 143
+    monkeypatch.setattr(Fake, "stop_after", 10**9)
+    done("scale", "--config", "study.yaml")
+    assert len(Fake.asked) == len(set(Fake.asked)) == 24
+    done("scale", "--config", "study.yaml", "--name", "other")
+    one, two = (json.loads(Path(f"runs/{name}/results.json").read_text()) for name in ("study", "other"))
+    assert one == {**two, "name": "study"} and one["variants"]["model"]["runs"] == 8
+    assert "share one trunk" in Path("runs/study/report.html").read_text()
+
+
+def test_runs_begin_from_their_trunk(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it, and on one of their size; what begins from a trunk that diverged is listed and not run."""
+    Path("study.yaml").write_text(TRUNK.replace("widths: [8, 16, 32]", "widths: [8, 16, 24, 32]"))
+    monkeypatch.setattr(Fake, "broken", "trunk/model-d24-")
+    result = llmkit("scale", "--config", "study.yaml")
+    failed = json.loads(Path("runs/study/results.json").read_text())["failed"]
+    assert result.code == 0 and len(failed) == 4, (result, failed)
+    assert all(re.fullmatch(r"final/model-d24-\S+: diverged", line) for line in failed), failed
+    assert sum(name.startswith("trunk/") for name in Fake.asked) == 3 * 4 + 1
+    assert Fake.begun.keys() <= set(Fake.asked) and len(Fake.begun) == 3 * (3 + 4)
+    for name, begins in Fake.begun.items():
+        assert Fake.asked.index(begins) < Fake.asked.index(name) and begins.startswith("trunk/")
+        widths = {re.split("[/-]", path)[2] for path in (name, begins)}
+        assert len(widths) == 1, (name, begins)
+    Path("study.yaml").write_text(f"{TRUNK}warmup: 0.9\n")
+    result = llmkit("scale", "--config", "study.yaml")
+    assert result.code == 2 and re.search(
+        r"error: warmup: the decay of model-d8-1e\+08 begins at step \d+, within the warmup", result.err
+    )
+
+
+def test_a_branch_is_a_run_of_its_own(experiment: Path) -> None:
+    """Cells of a trunk and a branch of it, a fit that is resumed by hand, and one without a trunk: the same weights."""
+    words = ("--config=experiment.yaml", "--model.dim=8", "--model.scheduler=wsd", "--model.scheduler.warmup_steps=2")
+    constant, decays, seed = "--model.scheduler.decay_share=0", "--model.scheduler.decay_share=0.2", "--seed=0"
+    cells = [
+        Cell("trunk/a/seed0", (*words, constant, seed, "--trainer.max_steps=8"), "a", 0),
+        Cell("trunk/b/seed0", (*words, constant, seed, "--trainer.max_steps=16"), "b", 0, begins="trunk/a/seed0"),
+        Cell("final/c/seed0", (*words, decays, seed, "--trainer.max_steps=20"), "c", 0, begins="trunk/b/seed0"),
+    ]
+    for cell in cells:
+        assert fit_cell(Path("cells", cell.name), cell, 1) == 0
+    last = Path("version_0", "checkpoints", "last.ckpt")
+    trunk = Path("cells", cells[1].name) / last
+    by_hand = done("fit", *cells[-1].words, "--ckpt_path", trunk, "--name", "hand").folder.parent / last
+    alone = done("fit", *cells[-1].words, "--name", "alone").folder.parent / last
+    files = (Path("cells", cells[-1].name) / last, by_hand, alone)
+    branch, *others = (torch.load(file, weights_only=True) for file in files)
+    assert branch["global_step"] == 20 and torch.load(trunk, weights_only=True)["global_step"] == 16
+    for other in others:
+        assert all(torch.equal(value, other["state_dict"][name]) for name, value in branch["state_dict"].items())
+        assert str(branch["optimizer_states"]) == str(other["optimizer_states"])
+
+
 def test_learning_rates_are_tuned_at_two_sizes(faked: None) -> None:
     text = STUDY.replace("hold_out: 4.0e+9", "learning_rate: {rule: tune, points: 3, factor: 2}")
     Path("study.yaml").write_text(text)
@@ -212,6 +292,10 @@ def test_learning_rates_are_tuned_at_two_sizes(faked: None) -> None:
         (
             {"budgets: [1.0e+8, 3.0e+8, 1.0e+9]": "tokens_per_param: [1.0e-3]"},
             "steps of width 8; a run has at least 10",
+        ),
+        (
+            {"repeat: true": "repeat: true\nschedule: trunk"},
+            "schedule: trunk needs model.scheduler: wsd with a decay, but the schedule is WarmupCosine; set it in",
         ),
     ],
 )

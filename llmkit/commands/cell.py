@@ -68,9 +68,18 @@ def fit_cell(folder: Path, cell: Cell, threads: int) -> int:
         return _fit(folder, cell, threads)
 
 
+def _begin(folder: Path, cell: Cell) -> str:
+    """Return the checkpoint that a cell begins from: its own last one, or at first that of the cell it continues."""
+    if cell.begins is None or any(folder.glob("version_*/checkpoints/*.ckpt")):
+        return "last"
+    before = Path(str(folder).removesuffix(cell.name), cell.begins)
+    run = json.loads((before / OUTCOME).read_text(encoding="utf-8"))["run"]
+    return str(before / run / "checkpoints" / "last.ckpt")
+
+
 def _fit(folder: Path, cell: Cell, threads: int) -> int:
     torch.set_num_threads(threads)
-    own = [f"--output={folder.parent}", f"--name={folder.name}", "--ckpt_path=last"]
+    own = [f"--output={folder.parent}", f"--name={folder.name}", f"--ckpt_path={_begin(folder, cell)}"]
     code, diverged = 0, False
     try:
         code = fit.run("fit", [*cell.words, *own])

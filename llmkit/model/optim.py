@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -175,19 +175,10 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-class WarmupCosine(LambdaLR):
-    """Linear warmup, then a cosine down to a share of the peak (Loshchilov and Hutter 2017, arXiv:1608.03983).
+class _OfSteps(LambdaLR):
+    """A schedule whose rate is the peak times ``factor`` of the step, behind a linear warmup."""
 
-    Args:
-        optimizer: whose learning rates are scaled.
-        warmup_steps: steps of the linear warmup.
-        min_lr_ratio: share of the peak at the end.
-        total_steps: length of the schedule; None: the run's number of optimizer steps.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 100, min_lr_ratio: float = 0.1, total_steps: int | None = None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, min_lr_ratio: float, total_steps: int | None) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
         if not 0 <= min_lr_ratio <= 1:
@@ -207,7 +198,72 @@ class WarmupCosine(LambdaLR):
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        if self.total_steps is None:
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return 1.0 if self.total_steps is None else self._after_warmup(step, self.total_steps)
+
+    def _after_warmup(self, step: int, total_steps: int) -> float:
+        raise NotImplementedError
+
+
+class WarmupCosine(_OfSteps):
+    """Linear warmup, then a cosine down to a share of the peak (Loshchilov and Hutter 2017, arXiv:1608.03983).
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup_steps: steps of the linear warmup.
+        min_lr_ratio: share of the peak at the end.
+        total_steps: length of the schedule; None: the run's number of optimizer steps.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 100, min_lr_ratio: float = 0.1, total_steps: int | None = None
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, min_lr_ratio, total_steps)
+
+    def _after_warmup(self, step: int, total_steps: int) -> float:
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WarmupStableDecay(_OfSteps):
+    """Linear warmup, a constant rate, and a decay at the end (Hu et al. 2024, arXiv:2404.06395).
+
+    Until the decay begins, runs of all lengths are the same: one of them is a trunk that the others branch off.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup_steps: steps of the linear warmup.
+        decay_share: share of the steps at the end in which the rate decays; 0: it stays constant.
+        shape: of the decay: ``sqrt``, 1 minus the root of the share of its steps that are done (Hägele et al. 2024,
+            arXiv:2405.18392), or ``linear``.
+        min_lr_ratio: share of the peak at the end.
+        total_steps: length of the schedule; None: the run's number of optimizer steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 100,
+        decay_share: float = 0.2,
+        shape: Literal["sqrt", "linear"] = "sqrt",
+        min_lr_ratio: float = 0.0,
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0 <= decay_share <= 1:
+            raise ValueError(f"decay_share must be from 0 to 1, got {decay_share}")
+        if shape not in ("sqrt", "linear"):
+            raise ValueError(f"shape must be sqrt or linear, got {shape}")
+        self.decay_share, self.shape = decay_share, shape
+        super().__init__(optimizer, warmup_steps, min_lr_ratio, total_steps)
+
+    @staticmethod
+    def decay_steps(decay_share: float, total_steps: int) -> int:
+        """Return how many steps the decay of a run takes."""
+        return round(decay_share * total_steps)
+
+    def _after_warmup(self, step: int, total_steps: int) -> float:
+        start = max(self.warmup_steps, total_steps - self.decay_steps(self.decay_share, total_steps))
+        if step <= start or start >= total_steps:
+            return 1.0
+        progress = min(1.0, (step - start) / (total_steps - start))
+        left = 1 - (math.sqrt(progress) if self.shape == "sqrt" else progress)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left

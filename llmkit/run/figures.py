@@ -52,16 +52,27 @@ def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str =
     figure.savefig(png_file, dpi=150, bbox_inches="tight")
 
 
-def coordinates(widths: Sequence[int], changes: Mapping[str, Sequence[float]], png_file: Path) -> None:
-    """Draw by how much the outputs of each part changed, against the width, both in logarithms."""
-    figure, axes = _axes()
-    for number, (name, values) in enumerate(changes.items()):
-        axes.plot(widths, values, "-" if number < 10 else "--", label=name, linewidth=1.6, marker="o", markersize=3)
-    axes.set(xscale="log", yscale="log", xlabel="width", ylabel="mean absolute change of a coordinate")
-    axes.set_xticks(widths, [str(width) for width in widths])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def coordinates(widths: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], png_file: Path) -> None:
+    """Draw by how much the outputs of each part changed, against the width, both in logarithms.
+
+    Args:
+        widths: the widths.
+        panels: by title, the changes of each part at each width.
+        png_file: where the picture goes.
+    """
+    figure, _ = _axes(4.0 * len(panels) + 3.0)
+    figure.clear()
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, changes) in zip(row, panels.items(), strict=True):
+        for number, (name, values) in enumerate(changes.items()):
+            style = "-" if number < 10 else "--"
+            axes.plot(widths, values, style, label=name, linewidth=1.6, marker="o", markersize=3)
+        axes.set(title=title, xscale="log", yscale="log", xlabel="width")
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("mean absolute change of a coordinate")
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(png_file, format="png", dpi=150, bbox_inches="tight")  # whatever a user calls the file
 
 

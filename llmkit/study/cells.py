@@ -71,6 +71,10 @@ class StudyPlan:
         value = None if setting == "base" else self.chosen(name)[0]
         return {seed: self._cell(phase, name, seed, value, variant) for seed in range(self.study.seeds)}
 
+    def trunk(self, name: str) -> dict[int, Cell]:
+        """Return the runs of a variant that others begin from, by seed."""
+        return {seed: self._cell("trunk", name, seed, None) for seed in range(self.study.seeds)}
+
     def trial(self, name: str) -> Cell:
         """Return the run of a variant that is a trial of a search: its seed is one that tunes."""
         return self._cell("trial", name, TUNING_SEED, None)

@@ -24,6 +24,8 @@ class Cell:
     seed: int
     value: float | None = None
     """Of the tuned key; None: that of the base config."""
+    begins: str | None = None
+    """The cell from whose last checkpoint it begins; None: at the start."""
 
 
 class Outcome(NamedTuple):

@@ -16,13 +16,14 @@ from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Executor, locked
 from llmkit.study.match import better_side
 from llmkit.study.outcomes import OUTCOME, Cell
-from llmkit.study.scaling import grid, report, sentences
+from llmkit.study.scaling import grid, report, sentences, trunk
 from llmkit.study.scaling.analysis import analyse, predictions
 from llmkit.study.scaling.gather import ended, foreseen, runs_of
 from llmkit.study.scaling.grid import Point, Size
 from llmkit.study.scaling.runs import check
 from llmkit.study.scaling.spec import ScaleStudy, read
 from llmkit.study.scaling.surface import scipy_part
+from llmkit.study.scaling.trunk import Trunks
 from llmkit.study.spec import Tune
 
 DESCRIPTION = (
@@ -68,6 +69,8 @@ def run(command: str, argv: list[str]) -> int:
         for name in study.variants:  # before anything is spent
             own = [(point, "", 1.0, None) for point in points if point.size.variant == name]
             check(runs_of(own * study.seeds, by_budget=False))
+        if study.schedule == "trunk":
+            trunk.check(study, [*points, *held])
         if options.plan:
             grid.timed(sizes, build)
         print(describe(study, sizes, points, held), flush=True)
@@ -80,6 +83,8 @@ class _Stages:
     def __init__(self, study: ScaleStudy) -> None:
         self.study, self.cells = study, list[Cell]()
         self.failed: dict[str, str] = {}
+        self.lost: set[str] = set()
+        """Cells whose trunk has diverged."""
         self.tuned: list[dict[str, Any]] = []
         self._execute: Executor | None = None
 
@@ -92,6 +97,25 @@ class _Stages:
             self._execute(left, len(cells))
             self.failed |= self._execute.failed
         return all(plan.outcome(cell) is not None for cell in cells)
+
+    def train(self, plan: StudyPlan, points: Sequence[Point], trunks: Trunks | None) -> None:
+        """Run the cells of points, and the trunks that they need before them."""
+        final = [cell for name in plan.variants for cell in plan.final(name, "base").values()]
+        for wave in [final] if trunks is None else trunks.waves(points, plan):
+            ready = []
+            for cell in wave:
+                match "diverged" if cell.begins in self.lost else trunks and trunks.usable(cell):
+                    case "diverged":
+                        self.lost.add(cell.name)
+                    case "failed":
+                        self.failed[cell.name] = f"its trunk, {cell.begins}, has not ended"
+                    case _:
+                        ready.append(cell)
+            self.run(plan, ready)
+
+    def runs_lost(self) -> list[str]:
+        """Return the runs whose trunk has diverged."""
+        return sorted(name for name in self.lost if name.startswith("final/"))
 
     def rates(self, points: list[Point]) -> dict[str, Any]:
         """Tune the learning rate at two sizes of each variant, and return the rule of each.
@@ -128,13 +152,14 @@ def _run(study: ScaleStudy, points: list[Point], held: list[Point]) -> int:
         with locked(study.folder):
             rates = stages.rates(points)
             plan = grid.planned(study, points, rates)
-            stages.run(plan, _final(plan))
+            trunks = Trunks(study, [*points, *held], rates) if study.schedule == "trunk" else None
+            stages.train(plan, points, trunks)
             runs, lost = _gathered(study, plan, points)
             outside = None
             if held:
                 later = grid.planned(study, held, rates)
                 _predict(study, runs, held)
-                stages.run(later, _final(later))
+                stages.train(later, held, trunks)
                 outside, more = _gathered(study, later, held)
                 lost += more
             failed = [f"{name}: {text}" for name, text in sorted(stages.failed.items())]
@@ -144,7 +169,8 @@ def _run(study: ScaleStudy, points: list[Point], held: list[Point]) -> int:
                 DRAWS,
                 outside,
                 learning_rates=stages.tuned,
-                failed=[*(f"{name}: diverged" for name in lost), *failed],
+                schedule=study.schedule,
+                failed=[*(f"{name}: diverged" for name in [*lost, *stages.runs_lost()]), *failed],
             )
             report.write(results, study.folder)
     except BlockingIOError as error:
@@ -154,10 +180,6 @@ def _run(study: ScaleStudy, points: list[Point], held: list[Point]) -> int:
         note(f"{stale} finished cell(s) in {plan.root} belong to another config, data or version, and are not used")
     print(f"\n{sentences.summary(results)}\n\nreport: {study.folder / 'report.html'}", flush=True)
     return 1 if stages.failed else 0
-
-
-def _final(plan: StudyPlan) -> list[Cell]:
-    return [cell for name in plan.variants for cell in plan.final(name, "base").values()]
 
 
 def _gathered(study: ScaleStudy, plan: StudyPlan, points: list[Point]) -> tuple[dict[str, Any], list[str]]:
@@ -218,7 +240,12 @@ def describe(study: ScaleStudy, sizes: Sequence[Size], points: Sequence[Point], 
             rows.append([f"{target:.3g}{kind}", str(study.seeds * len(own)), *cells, f"{total:.2g}"])
     lines += [*columns(rows), ""]
     everything = study.seeds * [*points, *held]
-    text = f"{len(everything)} runs, {sum(point.flops for point in everything):.2g} FLOPs"
+    text = f"{len(everything)} runs"
+    if study.schedule == "trunk":
+        alone = sum(point.flops for point in everything)
+        text += f", decays of {study.seeds * len(sizes)} trunks (runs of their own would be {alone:.2g} FLOPs)"
+        everything = study.seeds * trunk.parts([*points, *held])
+    text += f", {sum(point.flops for point in everything):.2g} FLOPs"
     if isinstance(study.learning_rate, Tune):
         at = [point for two in grid.tuning_points(study, [*points]).values() for point in two]
         tuning = int(study.learning_rate.points * study.learning_rate.seeds)

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmkit.config.plan import plan
 from llmkit.errors import Problem, UserError, note
+from llmkit.model.optim import WarmupStableDecay
 from llmkit.study.calibrate import stepper
 from llmkit.study.cells import StudyPlan, base_value
 from llmkit.study.match import STEPS, BuildAndDo, Variant, variants
@@ -23,6 +24,7 @@ from llmkit.testing import invariance
 
 Rule = Callable[[float], float]
 """The learning rate of a number of parameters."""
+DECAY = "model.scheduler.decay_share"
 FEWEST = 10
 """A run has at least so many steps."""
 
@@ -36,17 +38,26 @@ class Size:
         width: its ``model.dim``.
         built: its config, costs and facts.
         seconds: of a training step, where it was timed.
+        shortest: steps of its shortest run.
     """
 
     variant: str
     width: int
     built: Variant
     seconds: float | None = None
+    shortest: int = 0
 
     @property
     def params(self) -> float:
         """Parameters without embedding tables."""
         return self.built.costs["params"]
+
+    @property
+    def decay_share(self) -> float | None:
+        """Share of the steps in which the rate decays by the schedule ``wsd``; None: the schedule is another one."""
+        scheduler = self.built.tree["model"].get("scheduler") or {}
+        ours = str(scheduler.get("class_path")).rpartition(".")[2] == WarmupStableDecay.__name__
+        return float(scheduler["init_args"]["decay_share"]) if ours else None
 
     def steps(self, tokens: float) -> int:
         """Return the steps that come closest to a number of tokens."""
@@ -189,6 +200,8 @@ def _allowed(study: ScaleStudy, grid: list[Point]) -> list[Point]:
             fewer = "give more data or smaller budgets, or set repeat: true"
             raise UserError(Problem("repeat", f"{text}; repeated tokens are worth less than new ones: {fewer}"))
         note(f"{text}; repeated tokens are worth less than new ones, but count as much in D")
+    for point in grid:
+        point.size.shortest = min(point.size.shortest or point.steps, point.steps)
     return grid
 
 
@@ -203,18 +216,29 @@ def tuning_points(study: ScaleStudy, grid: list[Point]) -> dict[str, list[Point]
     return {name: list(dict.fromkeys(points)) for name, points in found.items()}
 
 
-def with_keys(study: ScaleStudy, point: Point, rates: Mapping[str, Rule]) -> Variant:
-    """Return the config of a point as a variant: its steps, warmup and learning rate."""
-    built = point.size.built
-    keys: dict[str, Any] = {STEPS: point.steps}
-    scheduler = built.tree["model"].get("scheduler") or {}
-    if study.warmup is not None and "warmup_steps" in scheduler.get("init_args", {}):
-        keys["model.scheduler.warmup_steps"] = round(study.warmup * point.steps)
-    if (rate := _rate(study, point.size, rates)) is not None:
+def with_keys(
+    study: ScaleStudy, name: str, size: Size, steps: int, rates: Mapping[str, Rule], decays: bool = True
+) -> Variant:
+    """Return the config of a run as a variant: its steps, warmup and learning rate, and whether it decays."""
+    built = size.built
+    keys: dict[str, Any] = {STEPS: steps}
+    if study.schedule == "trunk":  # given for all: a run would take it from its trunk's checkpoint
+        keys[DECAY] = size.decay_share if decays else 0
+    if (warmup := warmup_steps(study, size, steps)) is not None:
+        keys["model.scheduler.warmup_steps"] = warmup
+    if (rate := _rate(study, size, rates)) is not None:
         keys[LR] = rate
     argv = [*built.words, *words(keys)]
     tree = copy.deepcopy(plan("fit", argv, "scale").config.tree)
-    return Variant(point.name, argv, tree, keys, costs=built.costs, facts={**built.facts, "steps": point.steps})
+    return Variant(name, argv, tree, keys, costs=built.costs, facts={**built.facts, "steps": steps})
+
+
+def warmup_steps(study: ScaleStudy, size: Size, steps: int) -> int | None:
+    """Return the warmup of a run; None: as in the config. Runs that share a trunk have that of the shortest one."""
+    scheduler = size.built.tree["model"].get("scheduler") or {}
+    if study.warmup is None or "warmup_steps" not in scheduler.get("init_args", {}):
+        return None
+    return round(study.warmup * (size.shortest if study.schedule == "trunk" else steps))
 
 
 def _rate(study: ScaleStudy, size: Size, rates: Mapping[str, Rule]) -> float | None:
@@ -235,5 +259,5 @@ def interpolated(tuned: Mapping[float, float]) -> Rule:
 
 def planned(study: ScaleStudy, grid: list[Point], rates: Mapping[str, Rule], tune: Tune | None = None) -> StudyPlan:
     """Return the cells of points."""
-    found = {point.name: with_keys(study, point, rates) for point in grid}
+    found = {point.name: with_keys(study, point.name, point.size, point.steps, rates) for point in grid}
     return StudyPlan(as_study(study, {name: variant.matched for name, variant in found.items()}, tune), found)

@@ -18,6 +18,10 @@ MULTIPLIERS = (
     "A variant with the multiplier 2 reaches with a budget what the first variant needs twice the budget for, both at "
     "their best size. Intervals are from independent bootstraps of both."
 )
+TRUNK = (
+    "The runs of a size share one trunk at a constant learning rate, and each decays from it. What a trunk's initial "
+    "weights and data order add to the loss is therefore common to them; the intervals take runs for independent."
+)
 
 
 def shown(variant: Mapping[str, Any], name: str) -> float | None:
@@ -137,6 +141,7 @@ def methods(results: Mapping[str, Any]) -> list[str]:
         "sizes, with fewer than two sizes on either side, where the curve has no minimum, and where its 90 % interval "
         f"(Fieller) covers more than a factor of {WIDE:g}. The exponent's interval is a t interval of the line through "
         "the vertices.",
+        *([TRUNK] if results.get("schedule") == "trunk" else []),
         "No exponent is given where sizes or tokens span less than a decade, the Hessian in log parameters has a "
         "condition above 1e8, E is at 0, or a 90 % interval covers a factor of 2. "
         f"Written by llmkit {results['llmkit']}.",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llmkit.config.stored import is_below
 from llmkit.errors import Problem, UserError, unknown
@@ -39,7 +39,8 @@ class ScaleStudy:
         ratio: tokens a parameter outside of which a size is not trained for a budget.
         hold_out: budgets that are predicted, and then run.
         learning_rate: None: that of the config for all sizes; or how it follows from the width, or is tuned.
-        warmup: share of the steps; None: as in the config.
+        schedule: whether each run has one of its own, or those of a size share a trunk and have a decay each.
+        warmup: share of the steps, of the shortest run's on a trunk; None: as in the config.
         repeat: whether runs may see tokens more than once.
         seeds: runs of each point.
         metric: the loss that is fitted.
@@ -62,6 +63,7 @@ class ScaleStudy:
     ratio: tuple[float, float]
     hold_out: tuple[float, ...]
     learning_rate: Power | Tune | None
+    schedule: Literal["run", "trunk"]
     warmup: float | None
     repeat: bool
     seeds: int
@@ -90,7 +92,8 @@ DEFAULTS: dict[str, Any] = {
     **{"name": None, "output": "runs", "base": None, "overrides": None, "variants": None},
     **{"widths": None, "params": None, "head_width": None, "depth": None},
     **{"budgets": None, "tokens_per_param": None, "ratio": [1, 1000], "hold_out": []},
-    **{"learning_rate": "fixed", "warmup": 0.1, "repeat": False, "seeds": 1, "metric": "val_loss", "noise": 0.005},
+    **{"learning_rate": "fixed", "schedule": "run", "warmup": 0.1, "repeat": False},
+    **{"seeds": 1, "metric": "val_loss", "noise": 0.005},
     **{"workers": None, "threads": 1, "cells_per_gpu": 1, "executor": "local"},
 }
 
@@ -199,6 +202,9 @@ def _check(values: dict[str, Any], problems: list[Problem]) -> None:
         values["ratio"] = tuple(ratio)
     if values["warmup"] is not None and not (_is_number(values["warmup"]) and 0 <= values["warmup"] < 1):
         problems.append(Problem("warmup", f"expected a share of the steps from 0 to 1, got {values['warmup']}"))
+    if values["schedule"] not in ("run", "trunk"):
+        text = f"expected run (each run has its own) or trunk (runs of a size share one), got {values['schedule']}"
+        problems.append(Problem("schedule", text))
     if not (_is_number(values["noise"]) and values["noise"] > 0):
         problems.append(Problem("noise", f"expected a number above 0, got {values['noise']}"))
     if not isinstance(values["repeat"], bool):
