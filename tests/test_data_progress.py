@@ -20,7 +20,7 @@ from llmkit.data import prepare, progress
 class Slow(CharTokenizer):
     """Is trained until its progress is shown, at once where nothing is to be shown."""
 
-    shown: ClassVar[Callable[[], bool]] = staticmethod(lambda: True)
+    shown: ClassVar[Callable[..., bool]] = staticmethod(lambda: True)
 
     def train(self, texts: Any) -> None:
         super().train(texts)

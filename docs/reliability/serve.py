@@ -96,7 +96,8 @@ async def run(args: argparse.Namespace, address: str, expected: dict[tuple[str, 
     begun = time.monotonic()
     until = begun + 60 * args.minutes
     clients = [client(number, address, expected, args, until) for number in range(args.clients)]
-    memory, *seen = await asyncio.gather(watch(pid, until), *clients)
+    memory = asyncio.create_task(watch(pid, until))
+    seen = await asyncio.gather(*clients)
     seconds = time.monotonic() - begun
     whole = sum(one.whole for one in seen)
     first = [value for one in seen for value in one.first]
@@ -114,7 +115,7 @@ async def run(args: argparse.Namespace, address: str, expected: dict[tuple[str, 
             "median": round(statistics.median(first), 3),
             "p99": round(statistics.quantiles(first, n=100)[98], 3),
         },
-        "memory_mib": memory,
+        "memory_mib": await memory,
     }
 
 
