@@ -214,7 +214,8 @@ class CLI(LightningCLI):
                 logger.release()
 
     def before_fit(self) -> None:
-        """Note that a requeued SLURM job resumes its checkpoint."""
+        """Load the teacher before the data is prepared; note that a requeued SLURM job resumes its checkpoint."""
+        self.model.load_teacher()
         requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
         if requeued is not None and self.trainer.is_global_zero:
             note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")
