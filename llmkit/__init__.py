@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkit.analysis.compress.chain import compress
+    from llmkit.compression import Compression
     from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
     from llmkit.errors import UserError
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 _HOMES = {
     name: f"llmkit.{home}"
     for home, names in {
+        "analysis.compress.chain": "compress",
+        "compression": "Compression",
         "contracts": "Attention Feedforward Head Norm Position Tokenizer",
         "data": "DataModule",
         "errors": "UserError",
@@ -37,6 +41,7 @@ _HOMES = {
 __all__ = [
     "Attention",
     "Checkpoints",
+    "Compression",
     "DataModule",
     "DecodingOptions",
     "Feedforward",
@@ -50,6 +55,7 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "__version__",
+    "compress",
     "load",
     "plugin",
     "register",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from llmkit import registry
-from llmkit.checkpoint.content import Stored, check_section, refusing, restore_tokenizer, section
+from llmkit.checkpoint.content import Stored, check_section, compression, refusing, restore_tokenizer, section
 from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
@@ -23,6 +23,7 @@ from llmkit.hf import start as hf
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model import mup
 from llmkit.model.backbone import Backbone
+from llmkit.model.compressed import Chain, check_trainable, rebuild
 from llmkit.model.groups import freeze as freeze_parts
 from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds, trained_share
 from llmkit.model.initial import Draws, restarted, seed_device
@@ -151,6 +152,7 @@ class LanguageModel(Loadable):
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
+        self.compression: Chain = []
         self.word_vectors = word_vectors
         self.teacher: Teacher | None = None
         if init_from is not None or adapter is not None:
@@ -158,6 +160,9 @@ class LanguageModel(Loadable):
                 self._initial, self.tokenizer = hf.starting_point(init_from, adapter, apart=lora is not None)
         if isinstance(self._initial, hf.Published):
             mup.check_published(self._initial.part["model"], self.spec)
+        elif self._initial is not None:
+            self.compression = compression(self._initial.part)
+            check_trainable(self.compression, "model.init_from", init_from)
         self.parts.try_out(self.head.topology)
 
     # Construction
@@ -204,6 +209,7 @@ class LanguageModel(Loadable):
         if base is not None:
             mup.scale_initial(self.head, base["head"])
         self.net.quieten(self.head.scored_share)
+        rebuild(self.net, self.head, self.compression)
         if self._initial is not None:
             taken = hf.begin(self.state_dict(), self.spec, self._initial)
             if self.global_rank == 0:
@@ -325,25 +331,29 @@ class LanguageModel(Loadable):
                 raise UserError("it comes back as something else")
         self.head_ready = True
         self.config, self.source = part["config"], where
+        self.compression = compression(part)
         self._check_weights(stored)
 
     def _check_weights(self, stored: Stored) -> None:
         """Compare a checkpoint's weights with those of the whole model without memory. Raises UserError."""
         with refusing(f"checkpoint {stored.path} describes no model"):
-            own = {f"net.{name}": value for name, value in self.meta_network(adapted=True).state_dict().items()}
-            head = copy.deepcopy(self.head)
+            net, head, known = self.meta_network(adapted=True), copy.deepcopy(self.head), True
             try:
                 with torch.device("meta"):
                     self._build_head(head)
-                own |= {f"head.{name}": value for name, value in head.state_dict().items()}
             except NotImplementedError:  # an operation that needs memory: loading the head's weights will say
-                pass
+                head, known = copy.deepcopy(self.head), False
+                if self.compression:
+                    self._build_head(head)
+            rebuild(net, head, self.compression)
+            own = {f"net.{name}": value for name, value in net.state_dict().items()}
+            own |= {f"head.{name}": value for name, value in head.state_dict().items()} if known else {}
         check_shapes(own, stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that is needed to use the model without its config file, and a step that is not done yet."""
         checkpoint["step"] = self._step.state(self)
-        checkpoint["llmkit"] = section(self.spec, self._trained_tokenizer, self.head, self.config)
+        checkpoint["llmkit"] = section(self.spec, self._trained_tokenizer, self.head, self.config, self.compression)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. Raises UserError, in one line, when they are of another model."""

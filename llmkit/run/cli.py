@@ -15,11 +15,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.content import Stored, compression
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
+from llmkit.model.compressed import check_trainable
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.compilation import Compilation
@@ -138,6 +139,8 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            if self.command == "fit":
+                check_trainable(compression(self.stored.part), "ckpt_path", self.stored.path)
             self.model.restore(self.stored)
         drop = ("config", "ckpt_path", "weights_only")
         content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))

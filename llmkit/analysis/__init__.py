@@ -1,0 +1,1 @@
+"""What a trained model does, and what it can do without."""
