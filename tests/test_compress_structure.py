@@ -86,6 +86,19 @@ def test_every_variant(attention: str, method: str) -> None:
     torch.testing.assert_close(decoded(loaded), decoded(dense), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("chain", ["prune50+int8", "svd50+int4", "drop_heads50+wanda50+int8"])
+def test_chains(chain: str) -> None:
+    """The parts of a pruned or factored map are quantized, and zeros stay zero."""
+    model = network()
+    first, small = (compress(model, text, TEXTS) for text in (chain.rpartition("+")[0], chain))
+    for name in next(iter(first.compression[-1]["made"].values())):
+        before, after = weight(first, name), weight(small, name)
+        assert (before - after).abs().max() < 0.2 * before.abs().max() and not torch.equal(before, after)
+        assert torch.equal(before == 0, after == 0) or "svd" in chain
+    assert not [name for name, value in small.named_parameters() if value.dim() == 2]
+    assert torch.equal(states(again(content(small))), states(small))
+
+
 # Low rank
 
 
@@ -240,7 +253,7 @@ def test_the_layer_without_effect_goes() -> None:
             for part in (idle.attention, idle.feedforward):
                 part.register_forward_hook(lambda module, args, y: 0 * y)
         small = compress(model, "drop_layers1", TEXTS)
-        assert small.compression[0]["made"] == {"layers": {"decoder": [0, 2]}}
+        assert small.compression[0]["made"] == {"layers": {"decoder": [0, 2]}, "note": "without decoder 1"}
         torch.testing.assert_close(states(small), states(model), rtol=0, atol=1e-5)
         assert torch.equal(states(again(content(small))), states(small))
 
@@ -272,6 +285,7 @@ def test_an_encoder_decoder() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("svd", "takes the percentage of parameters to keep above 0 and below 100, as in 50, got ''"),
         ("svd0", "takes the percentage of parameters to keep above 0 and below 100, as in 50, got '0'"),
         ("svd100", "takes the percentage of parameters to keep above 0 and below 100, as in 50, got '100'"),
         ("svd@x", "takes the largest error after @, as in @0.1, got 'x'"),

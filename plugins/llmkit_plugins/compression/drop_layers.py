@@ -41,7 +41,8 @@ class DropLayers(Compression):
         """Remove layers; returns those that are left, by stack."""
         assert rows is not None
         net = model["net"]
-        left = {name: list(range(len(stack))) for name, stack in _stacks(net).items()}
+        whole = _stacks(net)
+        left = {name: list(range(len(stack))) for name, stack in whole.items()}
         most = sum(map(len, left.values())) - len(left)
         if self.count > most:
             raise UserError(f"can remove at most {most} layers of this model, got {self.count}")
@@ -55,7 +56,8 @@ class DropLayers(Compression):
             name, place = min(losses, key=losses.__getitem__)
             setattr(net, name, _without(getattr(net, name), place))
             del left[name][place]
-        return {"layers": left}
+        gone = [f"{name} {index}" for name in left for index in range(len(whole[name])) if index not in left[name]]
+        return {"layers": left, "note": f"without {', '.join(gone)}"}
 
     def rebuild(self, model: nn.ModuleDict, made: dict[str, Any]) -> None:
         """Keep the layers that are left."""

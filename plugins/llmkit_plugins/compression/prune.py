@@ -95,7 +95,7 @@ class Prune(Compression):
         return {"share": percent(text, "the percentage of weights to remove")}
 
     def apply(self, model: nn.ModuleDict, rows: Calibration | None) -> dict[str, Any]:
-        """Replace each map; returns how many weights of a row are kept by name, and the share that has become zero."""
+        """Replace each map; returns how many weights of a row are kept by name, and the share that is zero now."""
         moments = {} if rows is None else second_moments(model, rows)
         kept: dict[str, int] = {}
         zeros = total = 0
@@ -108,7 +108,8 @@ class Prune(Compression):
             matrix.replace(sparse)
             kept[matrix.name] = sparse.values.shape[1]
             zeros, total = zeros + mask.numel() - int(mask.sum()), total + mask.numel()
-        return {"kept": kept, "zeros": zeros / total}
+        note = "the file alone gets smaller: products are those of whole matrices"
+        return {"kept": kept, "zeros": zeros / total, "note": note}
 
     def _mask(self, scores: Tensor) -> Tensor:
         """Return which weights are kept, (rows, columns): of equal ones in a row the first."""
