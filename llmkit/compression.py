@@ -129,7 +129,7 @@ def pack(module: nn.Module, name: str, packed: Packed) -> None:
     """Put another form in the place of a module's parameter: ``packed_NAME`` in its state, NAME to its code."""
     del module._parameters[name]
     module.add_module(f"packed_{name}", packed)
-    module.__class__ = _with_packed(type(module), name)
+    module.__class__ = _with_packed(type(module), name)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("llmkit.commands.eval:run", "judge a language model by minimal pairs (BLiMP)"),
     "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
     "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),
+    "compress": ("llmkit.commands.compress:run", "make a checkpoint smaller, and report what that costs"),
     "compare": ("llmkit.commands.compare:run", "train variants at equal cost, and report which differences are real"),
     "scale": (
         "llmkit.commands:run_verb",

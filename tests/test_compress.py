@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import LanguageModel, compress, plugin, registry
-from llmkit.analysis.compress.chain import calibration_of
+from llmkit.analysis.compress.chain import _batches, calibration_of
 from llmkit.checkpoint.content import Stored, checked, section
 from llmkit.compression import Packed, matrices
 from llmkit.contracts import Tokenizer
@@ -46,6 +46,10 @@ def scrambled(tokenizer: Tokenizer, **parts: Any) -> LanguageModel:
     return model.eval()
 
 
+def parts_of(model: LanguageModel) -> nn.ModuleDict:
+    return nn.ModuleDict({"net": model.network, "head": model.head})
+
+
 def rows_of(model: LanguageModel, count: int = 4) -> list[dict[str, Any]]:
     """Rows that a head can be trained on."""
     fields = (*model.head.inputs, *model.head.targets)
@@ -67,6 +71,10 @@ def forms(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
 
 
+def loss(model: LanguageModel) -> float:
+    return calibration_of(model, _batches(model, rows_of(model))).loss()
+
+
 def reached(model: LanguageModel, name: str) -> Tensor:
     """A weight as the network's code reads it."""
     where, _, last = name.rpartition(".")
@@ -78,6 +86,7 @@ def reached(model: LanguageModel, name: str) -> Tensor:
 VARIANTS = [{"attention": name} for name in registry.entries("attention") if name != "pattern"]
 HEADS = [{"head": name} for name in registry.entries("head") if name != "generation"]
 PATTERN = {"attention": {"name": "pattern", "variants": ["gru", "linear"]}, "num_layers": 2}
+THREE = {"name": "multi_head", "num_heads": 3}
 UNTIED = {
     "tie_embeddings": False,
     "output_bias": True,
@@ -91,17 +100,15 @@ UNTIED = {
     "parts", [*VARIANTS, PATTERN, UNTIED, *HEADS], ids=lambda parts: "-".join(map(str, parts.values()))[:40]
 )
 def test_every_variant_and_head(parts: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Every weight stays within half a step, and the model that is built again from its checkpoint computes the same."""
+    """Every weight stays within half a step; the model that is built again from its checkpoint computes the same."""
     model = scrambled(tokenizer, **parts)
     rows = rows_of(model)
-    original = {
-        one.name: one.weight.detach() for one in matrices(nn.ModuleDict({"net": model.net, "head": model.head}))
-    }
+    original = {one.name: one.weight.detach() for one in matrices(parts_of(model))}
     for method in ("int8", "int4"):
         small = compress(model, method)
         assert not [name for name, weight in small.named_parameters() if weight.dim() == 2 and min(weight.shape) > 1]
         for name, weight in original.items():
-            form = small.get_submodule(re.sub(r"\.(\w+)$", r".packed_\1", name))
+            form: Any = small.get_submodule(re.sub(r"\.(\w+)$", r".packed_\1", name))
             width = form.group if method == "int4" else weight.shape[1]
             step = form.scale.float().repeat_interleave(width, 1)[:, : weight.shape[1]]
             assert ((reached(small, name) - weight).abs() <= step / 2 * (1 + 1e-5)).all(), name
@@ -141,7 +148,8 @@ def test_dynamic_int8_computes_what_torch_does(tokenizer: Tokenizer) -> None:
     for kind in ("lstm", "gru"):
         model = scrambled(tokenizer, attention=kind)
         small = compress(model, "dynamic_int8")
-        layer, mixing = (net.network.decoder[0] for net in (model, small))
+        layers: list[Any] = [net.network.decoder[0] for net in (model, small)]
+        layer, mixing = layers
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             how = {nn.LSTM: ao.per_channel_dynamic_qconfig, nn.GRU: ao.per_channel_dynamic_qconfig}

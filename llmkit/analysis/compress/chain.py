@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmkit import registry
 from llmkit.compression import Calibration, Compression
+from llmkit.contracts import Batch
 from llmkit.errors import UserError, unknown
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import Rows, batch_of, evaluating
@@ -78,32 +80,40 @@ def compress(
 
     Raises UserError for an unknown method, one that needs rows and gets none, or a model that it cannot compress.
     """
-    chain = parse(methods) if isinstance(methods, str) else methods
-    new = copy.deepcopy(model) if isinstance(model, LanguageModel) else LanguageModel.load(model)
-    new.eval().requires_grad_(False)
-    calibration = None if rows is None else calibration_of(new, rows)
+    new = LanguageModel.load(model) if isinstance(model, str | Path) else model
+    batches = None if rows is None else _batches(new, rows)
+    return apply(new, parse(methods) if isinstance(methods, str) else methods, batches)
+
+
+def apply(model: LanguageModel, chain: Sequence[Link], batches: Sequence[Batch] | None) -> LanguageModel:
+    """Return a compressed copy of a model; ``batches``: the training rows that methods may read."""
+    new = copy.deepcopy(model).eval()
+    rows = None if batches is None else calibration_of(new, batches)
     for link in chain:
         method = link.method()
-        if method.reads and calibration is None:
+        if method.reads and rows is None:
             raise UserError(f"compression '{link.text}' needs rows of the training data to calibrate with")
-        parts = torch.nn.ModuleDict({"net": new.network, "head": new.head})
+        parts = nn.ModuleDict({"net": new.network, "head": new.head})
         try:
             with torch.no_grad():
-                made = method.apply(parts, calibration if method.reads else None)
+                made = method.apply(parts, rows if method.reads else None)
         except UserError as error:
             raise UserError(f"compression '{link.text}': {error}") from error
         new.compression = [*new.compression, {"method": link.spec, "made": made}]
-    return new
+    return new.eval().requires_grad_(False)
 
 
-def calibration_of(model: LanguageModel, rows: Rows) -> Calibration:
-    """Return a model's rows as what a method calibrates with."""
+def _batches(model: LanguageModel, rows: Rows) -> list[Batch]:
     assert model.tokenizer is not None
     fields = (*model.head.inputs, *model.head.targets)
-    batches = [
+    return [
         batch_of(model.head, model.tokenizer, model.context, rows[first : first + BATCH], fields, first)
         for first in range(0, len(rows), BATCH)
     ]
+
+
+def calibration_of(model: LanguageModel, batches: Sequence[Batch]) -> Calibration:
+    """Return batches of a model's rows as what a method calibrates with."""
 
     @torch.no_grad()
     def loss() -> float:
@@ -114,4 +124,4 @@ def calibration_of(model: LanguageModel, rows: Rows) -> Calibration:
                 total, count = total + float(found.total), count + int(found.count)
         return total / max(count, 1)
 
-    return Calibration(loss, len(rows))
+    return Calibration(loss, sum(len(batch["rows"]) if "rows" in batch else len(batch["ids"]) for batch in batches))

@@ -11,7 +11,10 @@ from llmkit.compression import Calibration, Compression
 
 
 class BF16(Compression):
-    """All weights, and with them the computation, in bfloat16: half the bytes, and faster where a CPU computes in it."""
+    """All weights, and with them what is computed, in bfloat16: half the bytes, and faster where a CPU computes in it.
+
+    Recurrences compute in float32 all the same.
+    """
 
     def apply(self, model: nn.ModuleDict, rows: Calibration | None) -> dict[str, Any]:
         """Round every number that is not a whole one."""

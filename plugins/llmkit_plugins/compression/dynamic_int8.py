@@ -99,6 +99,6 @@ class DynamicInt8(Compression):
 
     def _recurrences(self, model: nn.ModuleDict) -> None:
         for module in model.modules():
-            if isinstance(module, nn.LSTM | nn.GRU) and module.num_layers == 1 and module.bias:
-                if isinstance(getattr(module, "packed_weight_hh_l0", None), DynamicMatrix):
-                    module.quantized = RecurrentKernel(module)  # type: ignore[assignment]
+            plain = isinstance(module, nn.LSTM | nn.GRU) and module.num_layers == 1 and module.bias
+            if plain and isinstance(getattr(module, "packed_weight_hh_l0", None), DynamicMatrix):
+                module.quantized = RecurrentKernel(module)  # type: ignore[assignment]

@@ -35,7 +35,7 @@ class Int4Matrix(Packed):
     def grouped(self, weight: Tensor) -> Tensor:
         """Return a matrix in its groups, (rows, groups, group); zeros fill up the last."""
         missing = self.scale.shape[1] * self.group - weight.shape[1]
-        return F.pad(weight, (0, missing)).unflatten(1, (-1, self.group))
+        return F.pad(weight, (0, missing)).view(len(weight), -1, self.group)
 
     def store(self, numbers: Tensor) -> None:
         """Keep whole numbers, (rows, groups, group)."""
@@ -50,14 +50,14 @@ class Int4Matrix(Packed):
         return self._values(F.embedding(ids, self.codes), F.embedding(ids, self.scale))
 
     def _values(self, codes: Tensor, scale: Tensor) -> Tensor:
-        numbers = unpacked(codes).unflatten(-1, (-1, self.group))
+        numbers = unpacked(codes).view(*scale.shape, self.group)
         return (numbers * scale.float()[..., None]).flatten(-2)[..., : self.shape[1]]
 
 
 def packed(numbers: Tensor) -> Tensor:
     """Return whole numbers from -8 to 7, (..., 2 n), as bytes, (..., n): the first of two is the lower half."""
-    low, high = (numbers.to(torch.int16) + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    offset = (numbers.to(torch.int16) + 8).to(torch.uint8)
+    return offset[..., 0::2] | offset[..., 1::2] << 4
 
 
 def unpacked(codes: Tensor) -> Tensor:
