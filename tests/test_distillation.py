@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,18 @@ def test_what_is_refused(options: tuple[str, ...], says: str, folder: Path, gene
 def test_settings_are_checked() -> None:
     with pytest.raises(package.UserError, match="must be above 0, got nan"):
         Distillation("x", temperature=float("nan")).check()
+
+
+@pytest.mark.parametrize("taught", ["translation"], indirect=True)
+def test_a_student_is_trained_on_what_the_teacher_writes(folder: Path, taught: tuple[str, Path]) -> None:
+    """Sequence-level distillation takes two commands: predict with beams, and a fit on the file that it writes."""
+    given = ("--data.predict", folder / "pairs.jsonl", "--model.decoding", "{num_beams: 3, max_new_tokens: 4}")
+    written = done("predict", "--ckpt_path", taught[1], *given, "--output", folder / "written")
+    predictions = Path(written.out.removeprefix("predictions: ").strip())
+    expected = package.load(taught[1]).predict(
+        [{"source": f"word {i}"} for i in range(2)], package.DecodingOptions(num_beams=3, max_new_tokens=4)
+    )
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(rows) == 40 and rows[:2] == expected
+    data = ("--data.train", predictions, "--data.columns", "{target: text}")
+    done("fit", *data, "--model.head", "translation", *TINY, *SMALL, "--output", folder / "sequence_level")
