@@ -198,6 +198,7 @@ def test_half_precision(folder: Path, generator: Path) -> None:
         (("--model.distill.temperature", "0"), "model.distill.temperature: must be above 0, got 0.0"),
         (("--model.distill.weight", "1.5"), "model.distill.weight: must be between 0 and 1, got 1.5"),
         (("--model.distill.teacher", "nowhere.ckpt"), "model.distill.teacher: "),
+        (("--model.distill.teacher", ""), "model.distill.teacher: must be set: the checkpoint or run folder to learn"),
         (("--model.distill.teachers", "x"), "unknown key 'model.distill.teachers'. Did you mean 'teacher'?"),
         (("--data.tokenizer", "byte"), "has the tokenizer Char, this model Byte: they must be the same"),
         (("--data.train", "other.txt"), "a vocabulary of"),

@@ -31,7 +31,7 @@ class Distillation:
             teacher is refused.
     """
 
-    teacher: str
+    teacher: str = ""
     temperature: float = 2.0
     weight: float = 0.5
     sha256: str | None = None
@@ -40,7 +40,9 @@ class Distillation:
         self.temperature, self.weight = float(self.temperature), float(self.weight)
 
     def check(self) -> None:
-        """Raise UserError for a value out of range."""
+        """Raise UserError for a value out of range, or without a teacher."""
+        if not self.teacher:
+            raise UserError(Problem("model.distill.teacher", "must be set: the checkpoint or run folder to learn from"))
         if not 0 < self.temperature < math.inf:
             raise UserError(Problem("model.distill.temperature", f"must be above 0, got {self.temperature}"))
         if not 0 <= self.weight <= 1:
