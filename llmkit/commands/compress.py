@@ -47,7 +47,7 @@ def run(command: str, argv: list[str]) -> int:
         def execute(self) -> None:
             _compress(self, path, folder, options)
 
-    return fit.run("test", ["--ckpt_path", str(path), "--trainer.logger", "false", *argv], Compressing, command)
+    return fit.run("fit", ["--ckpt_path", str(path), "--trainer.logger", "false", *argv], Compressing, command)
 
 
 def _compress(cli: CLI, path: Path, folder: Path, options: Namespace) -> None:
@@ -58,10 +58,10 @@ def _compress(cli: CLI, path: Path, folder: Path, options: Namespace) -> None:
     from llmkit.model.language_model import LanguageModel
 
     names = [name.strip() for name in options.to.split(",") if name.strip()]
+    if not names:
+        raise UserError("compress: --to names no method")
     chains = {_file_name(name): parse(name) for name in dict.fromkeys(names)}
     model, data = LanguageModel.load(path), cli.datamodule
-    if model.compression:
-        raise UserError(f"compress: {path} is compressed already: name the checkpoint that it was made from")
     data.bind(model.head, model.context, model.tokenizer, True)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from llmkit import registry
-from llmkit.compression import Compression
+from llmkit.compression import Compression, expand
 from llmkit.contracts import Head
-from llmkit.errors import Problem, UserError
+from llmkit.errors import Problem, UserError, note
 
 Chain = list[dict[str, Any]]
 """The methods that compressed a model, in order: ``method``, a plugin's spec, and what it ``made``, plain data."""
@@ -41,3 +41,15 @@ def check_trainable(chain: Chain, key: str, path: Any) -> None:
     if fixed:
         text = f"{path} is compressed by {names(fixed)}, whose weights cannot be trained: name the checkpoint before"
         raise UserError(Problem(key, text))
+
+
+def expanded(model: Any, where: str) -> None:
+    """Put plain weights in the place of compressed ones, with a note. Raises UserError where there is no such form."""
+    changed = [step for step in model.compression if not method_of(step).expands]
+    if changed:
+        raise UserError(f"{where} is compressed by {names(changed)}: what is left has no form that others know")
+    expand(model.network)
+    expand(model.head)
+    model.float()
+    note(f"{where} is compressed by {names(model.compression)}: the weights that it stands for are written out in full")
+    model.compression = []

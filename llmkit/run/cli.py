@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from llmkit.checkpoint.content import Stored, compression
+from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
@@ -139,8 +139,6 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
-            if self.command == "fit":
-                check_trainable(compression(self.stored.part), "ckpt_path", self.stored.path)
             self.model.restore(self.stored)
         drop = ("config", "ckpt_path", "weights_only")
         content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
@@ -217,7 +215,9 @@ class CLI(LightningCLI):
                 logger.release()
 
     def before_fit(self) -> None:
-        """Load the teacher before the data is prepared; note that a requeued SLURM job resumes its checkpoint."""
+        """Refuse a compressed checkpoint that cannot be trained, load the teacher, note what a SLURM job resumes."""
+        if self.stored is not None:
+            check_trainable(self.model.compression, "ckpt_path", self.stored.path)
         self.model.load_teacher()
         requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
         if requeued is not None and self.trainer.is_global_zero:

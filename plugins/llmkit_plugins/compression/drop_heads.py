@@ -32,7 +32,7 @@ class DropHeads(Compression):
     expands: ClassVar[bool] = False
     reads: ClassVar[bool] = True
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float = 0.5) -> None:
         if not 0 < share < 1:
             raise UserError(f"share must be above 0 and below 1, got {share}")
         self.share = share

@@ -25,7 +25,7 @@ class DropLayers(Compression):
     expands: ClassVar[bool] = False
     reads: ClassVar[bool] = True
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int = 1) -> None:
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         self.count = count

@@ -99,6 +99,7 @@ class DynamicInt8(Compression):
 
     def _recurrences(self, model: nn.ModuleDict) -> None:
         for module in model.modules():
-            plain = isinstance(module, nn.LSTM | nn.GRU) and module.num_layers == 1 and module.bias
-            if plain and isinstance(getattr(module, "packed_weight_hh_l0", None), DynamicMatrix):
-                module.quantized = RecurrentKernel(module)  # type: ignore[assignment]
+            if not isinstance(module, nn.LSTM | nn.GRU) or module.num_layers > 1 or not module.bias:
+                continue
+            if isinstance(getattr(module, "packed_weight_hh_l0", None), DynamicMatrix):
+                vars(module)["quantized"] = RecurrentKernel(module)

@@ -71,16 +71,14 @@ class Prune(Compression):
 
     Args:
         share: share of the weights of a row that become zero, rounded to whole weights.
-        keep: instead of ``share``, how many of each ``of`` neighbouring columns are kept: 2 of 4.
+        keep: in the place of ``share``, how many of each ``of`` neighbouring columns are kept: 2 of 4.
         of: the size of these groups; columns that are left over at the end of a row are kept.
     """
 
     trains: ClassVar[bool] = True
 
-    def __init__(self, share: float | None = None, keep: int | None = None, of: int = 4) -> None:
-        if (share is None) == (keep is None):
-            raise UserError("needs share or keep, and not both")
-        if share is not None and not 0 < share < 1:
+    def __init__(self, share: float = 0.5, keep: int | None = None, of: int = 4) -> None:
+        if not 0 < share < 1:
             raise UserError(f"share must be above 0 and below 1, got {share}")
         if keep is not None and not 0 < keep < of:
             raise UserError(f"keep must be at least 1 and less than of, got {keep} of {of}")
@@ -108,17 +106,16 @@ class Prune(Compression):
             matrix.replace(sparse)
             kept[matrix.name] = sparse.values.shape[1]
             zeros, total = zeros + mask.numel() - int(mask.sum()), total + mask.numel()
-        note = "the file alone gets smaller: products are those of whole matrices"
+        note = "computes with whole matrices"
         return {"kept": kept, "zeros": zeros / total, "note": note}
 
     def _mask(self, scores: Tensor) -> Tensor:
         """Return which weights are kept, (rows, columns): of equal ones in a row the first."""
         rows, columns = scores.shape
         mask = torch.ones_like(scores, dtype=torch.bool)
-        if self.share is not None:
+        if self.keep is None:
             lowest = scores.flip(1).argsort(stable=True, dim=1)[:, : min(round(self.share * columns), columns - 1)]
             return mask.scatter(1, columns - 1 - lowest, value=False)
-        assert self.keep is not None
         whole = columns // self.of * self.of
         groups = scores[:, :whole].reshape(-1, self.of)
         best = groups.argsort(stable=True, dim=1, descending=True)[:, : self.keep]
@@ -140,7 +137,7 @@ class Wanda(Prune):
 
     Args:
         share: share of the weights of a row that become zero, rounded to whole weights.
-        keep: instead of ``share``, how many of each ``of`` neighbouring columns are kept: 2 of 4.
+        keep: in the place of ``share``, how many of each ``of`` neighbouring columns are kept: 2 of 4.
         of: the size of these groups; columns that are left over at the end of a row are kept.
     """
 

@@ -50,15 +50,13 @@ class SVD(Compression):
 
     Args:
         keep: share of the parameters of a map that its two parts have together, which decides their rank.
-        error: instead of ``keep``, how far a map may be from the original, relative to its Frobenius norm: each map
+        error: in the place of ``keep``, how far a map may be from the original, relative to its Frobenius norm: each map
             gets the lowest rank that stays below.
     """
 
     trains: ClassVar[bool] = True
 
-    def __init__(self, keep: float | None = None, error: float | None = None) -> None:
-        if (keep is None) == (error is None):
-            raise UserError("needs keep or error, and not both")
+    def __init__(self, keep: float = 0.5, error: float | None = None) -> None:
         for name, value in (("keep", keep), ("error", error)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{name} must be above 0 and below 1, got {value}")
@@ -93,9 +91,8 @@ class SVD(Compression):
 
     def _rank(self, values: Tensor, shape: torch.Size) -> int:
         """Return the rank of a map with these singular values."""
-        if self.keep is not None:
+        if self.error is None:
             return math.floor(self.keep * shape[0] * shape[1] / sum(shape))
-        assert self.error is not None
         beyond = values.square().flip(0).cumsum(0).flip(0)  # of each rank, the square of what is left out
         return int((beyond > self.error**2 * beyond[0]).sum())
 
@@ -116,7 +113,7 @@ class WhitenedSVD(SVD):
 
     Args:
         keep: share of the parameters of a map that its two parts have together, which decides their rank.
-        error: instead of ``keep``, how far the outputs of a map may be from the original, relative to their root mean
+        error: in the place of ``keep``, how far the outputs of a map may be from the original, relative to their root mean
             square on the rows: each map gets the lowest rank that stays below.
     """
 
