@@ -34,7 +34,9 @@ from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
+from llmkit.model.teacher import Teacher
 from llmkit.model.vectors import begin_with_vectors
+from llmkit.ops.distillation import Distillation
 from llmkit.ops.lora import LoRA
 from llmkit.sequence import DecodingOptions
 
@@ -74,6 +76,8 @@ class LanguageModel(Loadable):
         freeze: parts that training leaves as they are: ``embedding``, ``encoder.0``, or a range, ``encoder.0-3``.
         lora: train the network through low-rank adapters of some linear maps instead of its weights, which stay as they
             are; the head is trained as a whole.
+        distill: a trained model of any variant and size that this one learns from too; neither its checkpoints nor
+            their use need it. None: learns from the data alone.
         layer_decay: what the learning rate is multiplied by for each step down from the head: the last layer once,
             the embeddings once more than the first.
         mup_base_dim: maximal update parametrization (Yang et al. 2022, arXiv:2203.03466) relative to this width: a
@@ -118,6 +122,7 @@ class LanguageModel(Loadable):
         scheduler: SchedulerFactory | None = None,
         freeze: list[str] | None = None,
         lora: LoRA | None = None,
+        distill: Distillation | None = None,
         layer_decay: float = 1.0,
         mup_base_dim: int | None = None,
         decoding: DecodingOptions | None = None,
@@ -149,6 +154,7 @@ class LanguageModel(Loadable):
         self._initial: Stored | None = None
         self.compression: Chain = []
         self.word_vectors = word_vectors
+        self.teacher: Teacher | None = None
         if init_from is not None or adapter is not None:
             with blame("model.init_from"):
                 self._initial, self.tokenizer = hf.starting_point(init_from, adapter, apart=lora is not None)
@@ -175,6 +181,14 @@ class LanguageModel(Loadable):
                 raise UserError("the model has no tokenizer: train with llmkit.DataModule, or load a checkpoint")
             self.tokenizer = data.tokenizer
         self.head_ready = True
+        if stage == "fit":
+            self.load_teacher()
+
+    def load_teacher(self) -> None:
+        """Load the model that this one learns from, if there is one. Raises UserError when it cannot be read."""
+        if self.spec["distill"] is not None and self.teacher is None:
+            self.teacher = Teacher.load(Distillation(**self.spec["distill"]), type(self).load, self.global_rank)
+            self.spec["distill"] = self.teacher.described()
 
     def check_tokenizer(self, configured: type | None) -> None:
         """Raise UserError when the data's configured tokenizer is of another class than that of ``init_from``."""
@@ -247,6 +261,12 @@ class LanguageModel(Loadable):
 
     # Training
 
+    def on_fit_start(self) -> None:
+        """Take the teacher, which is not part of the model, to its device and precision."""
+        if self.teacher is not None:
+            self.teacher.check(self)
+            self.teacher.model.to(device=self.device, dtype=self.dtype)
+
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
         apply_changes(self.trainer, self.parts, self._stored_settings, self.groups())
@@ -261,7 +281,8 @@ class LanguageModel(Loadable):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, or what adds up to the mean of a step of several batches."""
         self._step.batch = batch
-        summed = self.head.loss(self.network, batch)
+        teacher, head = self.teacher, self.head
+        summed = head.loss(self.network, batch) if teacher is None else teacher.loss(head, self.network, batch)
         loss, self.last_loss = self._step.loss(self, summed)
         # One self.log costs more than a small training step, so it is called only when its value will be written.
         if logs_this_step(self.trainer):

@@ -215,9 +215,10 @@ class CLI(LightningCLI):
                 logger.release()
 
     def before_fit(self) -> None:
-        """Refuse a compressed checkpoint that cannot be trained; note that a requeued SLURM job resumes its own."""
+        """Refuse a compressed checkpoint that cannot be trained, load the teacher, note what a SLURM job resumes."""
         if self.stored is not None:
             check_trainable(self.model.compression, "ckpt_path", self.stored.path)
+        self.model.load_teacher()
         requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
         if requeued is not None and self.trainer.is_global_zero:
             note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")

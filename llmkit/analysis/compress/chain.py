@@ -57,8 +57,7 @@ def _link(text: str) -> Link:
     try:
         arguments = cls.arguments(text[len(name) :])
     except (UserError, ValueError) as error:
-        near = unknown("compression", text, known)
-        raise UserError(f"compression '{text}': {name} {error}" if name != text else near) from error
+        raise UserError(f"compression '{text}': {name} {error}") from error
     link = Link(text, {"class_path": known[name].class_path, "init_args": arguments})
     link.method()
     return link
