@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkit.analysis.compress.chain import compress
     from llmkit.analysis.explain import explain
+    from llmkit.compression import Compression
     from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
     from llmkit.errors import UserError
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 _HOMES = {
     name: f"llmkit.{home}"
     for home, names in {
+        "analysis.compress.chain": "compress",
+        "compression": "Compression",
         "analysis.explain": "explain",
         "contracts": "Attention Feedforward Head Norm Position Tokenizer",
         "data": "DataModule",
@@ -39,6 +43,7 @@ _HOMES = {
 __all__ = [
     "Attention",
     "Checkpoints",
+    "Compression",
     "DataModule",
     "DecodingOptions",
     "Feedforward",
@@ -52,6 +57,7 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "__version__",
+    "compress",
     "explain",
     "load",
     "plugin",

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("llmkit.commands.chat:run", "talk to a checkpoint in a terminal"),
     "import": ("llmkit.commands.import_model:run", "turn a model of Hugging Face into a checkpoint"),
     "export": ("llmkit.commands.export:run", "write a checkpoint as a folder of Hugging Face"),
+    "compress": ("llmkit.commands.compress:run", "make a checkpoint smaller, and report what that costs"),
     "compare": ("llmkit.commands.compare:run", "train variants at equal cost, and report which differences are real"),
     "scale": (
         "llmkit.commands:run_verb",

@@ -22,9 +22,9 @@ DEFAULTS: dict[str, str] = {
     "feedforward": "squared_relu",
     "norm": "rms",
     "head": "generation",
-    "dataset": "",
+    **dict.fromkeys(("dataset", "compression"), ""),
 }
-"""The families of plugins, with the name that is used when a config says nothing; data sets have none."""
+"""The families of plugins, with the name that is used when a config says nothing; the last two have none."""
 
 TORCH: dict[str, tuple[str, str, dict[str, str]]] = {
     "optimizer": ("torch.optim", "adamw", {"adamw": "AdamW", "muon": "Muon"}),
@@ -53,6 +53,7 @@ LISTS: dict[str, tuple[str, str]] = {"attention": ("pattern", "variants")}
 
 CONTRACTS: dict[str, str] = {
     **{family: f"llmkit.contracts:{family.capitalize()}" for family in DEFAULTS},
+    "compression": "llmkit.compression:Compression",
     "optimizer": "torch.optim:Optimizer",
     "scheduler": "torch.optim.lr_scheduler:LRScheduler",
 }
@@ -162,8 +163,7 @@ def entries(family: str) -> dict[str, Entry]:
 
 def find(family: str, name: str) -> Entry:
     """Return the plugin called ``name``. Raises UserError naming the nearest one when there is none."""
-    known = entries(family)
-    key = name.lower() if family in TORCH else name
+    known, key = entries(family), name.lower() if family in TORCH else name
     if key not in known:
         unnamed = _unnamed(family, name, known)
         raise UserError((unnamed and f"unknown {family} '{name}'. {unnamed}") or unknown(family, name, known))

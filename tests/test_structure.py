@@ -68,11 +68,12 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
 
 ROOMS = (
     *("errors", "registry", "imports", "check"),
-    *("sequence", "contracts", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop", "serving"),
+    *("sequence", "contracts", "compression", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop"),
+    "serving",
     *("run", "config", "testing", "study", "analysis", "commands", "main", "__main__"),
 )
 """The modules and packages of llmkit from the bottom to the top: each may import itself and what stands before it."""
-FOR_PLUGINS = ("contracts", "sequence", "registry", "errors", "ops")
+FOR_PLUGINS = ("contracts", "compression", "sequence", "registry", "errors", "ops")
 """What plugins may import."""
 
 

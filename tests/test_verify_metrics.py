@@ -154,7 +154,7 @@ class Rounded(Classification):
 class MeanLoss(Classification):
     """Gives the mean over the batch in the place of the sum."""
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
+    def loss(self, net: Network, batch: Batch) -> Loss:  # type: ignore[override]
         found = super().loss(net, batch)
         return Loss(found.total / found.count, torch.ones(()))
 
@@ -222,7 +222,7 @@ class DrawsByPlaceWhenAsked(Translation):
 class Unsteady(Generation):
     """Loses figures in single precision, and only there."""
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
+    def loss(self, net: Network, batch: Batch) -> Loss:  # type: ignore[override]
         found = super().loss(net, batch)
         large = 1e4 * found.count
         return Loss((found.total + large) - large, found.count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,8 +44,14 @@ class Stored:
         return part
 
 
-def section(spec: dict[str, Any], tokenizer: Tokenizer, head: Head, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes a checkpoint complete, as plain data."""
+def section(
+    spec: dict[str, Any],
+    tokenizer: Tokenizer,
+    head: Head,
+    config: dict[str, Any],
+    compression: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return what makes a checkpoint complete, as plain data; ``compression``: what has been done to the weights."""
     packages = ("llmkit", "torch", "lightning", "tokenizers")
     return {
         "format": FORMAT,
@@ -55,6 +61,7 @@ def section(spec: dict[str, Any], tokenizer: Tokenizer, head: Head, config: dict
         "tokenizer_state": tokenizer.to_state(),
         "head_info": head.info(),
         "config": config,
+        **({"compression": list(compression)} if compression else {}),
     }
 
 
@@ -110,9 +117,17 @@ def checked(checkpoint: Any, where: str) -> dict[str, Any]:
         for name, kind in PARTS.items():
             if not isinstance(part[name], kind):
                 raise UserError(f"its {name} should be {'text' if kind is str else 'a mapping'}")
+        if not all(isinstance(step, dict) and {"method", "made"} <= step.keys() for step in compression(part)):
+            raise UserError("its compression should be a list of methods, and what each has made")
         _check_limits(part["model"], weights)
         _check_paths(checkpoint.get("callbacks"))
     return {**checkpoint, "llmkit": _moved(part)}
+
+
+def compression(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the methods that compressed a checkpoint, in order: ``method``, a plugin's spec, and what it ``made``."""
+    found: list[dict[str, Any]] = part.get("compression", [])
+    return found
 
 
 @contextmanager
@@ -180,6 +195,7 @@ def check_classes(part: Mapping[str, Any], where: str) -> None:
     """Refuse classes that are neither installed as plugins nor imported by the user: a checkpoint runs no code."""
     keys = {key.partition(".")[2] for key in registry.FAMILY_OF if key.startswith("model.")}
     specs = {key: part["model"].get(key) for key in part["model"] if key in keys} | {"tokenizer": part["tokenizer"]}
+    specs |= {f"compression {number}": step["method"] for number, step in enumerate(compression(part), 1)}
     for key, spec in specs.items():
         if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
             raise UserError(f"{where} is damaged: {key} has no class_path")

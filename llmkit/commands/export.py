@@ -32,9 +32,12 @@ def _whole(path: Path, folder: Path) -> list[str]:
     """Write a model; returns what to print: its architecture and size, and what transformers needs for it."""
     from llmkit.checkpoint.content import section
     from llmkit.hf.export import export
+    from llmkit.model.compressed import expanded
     from llmkit.model.language_model import load
 
     model = load(path)
+    if model.compression:
+        expanded(model, f"checkpoint {path}")
     assert model.tokenizer is not None
     part = section(model.spec, model.tokenizer, model.head, model.config)
     card = _card(path, part, model.size)

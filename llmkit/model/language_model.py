@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from llmkit import registry
-from llmkit.checkpoint.content import Stored, check_section, refusing, restore_tokenizer, section
+from llmkit.checkpoint.content import Stored, check_section, compression, refusing, restore_tokenizer, section
 from llmkit.checkpoint.weights import check_class, check_shapes, unfit
 from llmkit.contracts import Attention, Batch, Feedforward, Head, Norm, Position, Role, Tokenizer
 from llmkit.errors import Problem, UserError, blame, note
@@ -23,6 +23,7 @@ from llmkit.hf import start as hf
 from llmkit.lightning import align_logged_step, batches_begun, build_first, global_seed, logs_this_step
 from llmkit.model import mup
 from llmkit.model.backbone import Backbone
+from llmkit.model.compressed import Chain, check_trainable, rebuild
 from llmkit.model.groups import freeze as freeze_parts
 from llmkit.model.groups import fused_maps, parameter_groups, parameter_kinds, trained_share
 from llmkit.model.initial import Draws, restarted, seed_device
@@ -33,7 +34,9 @@ from llmkit.model.parts import OptimizerFactory, Parts, SchedulerFactory
 from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
+from llmkit.model.teacher import Teacher
 from llmkit.model.vectors import begin_with_vectors
+from llmkit.ops.distillation import Distillation
 from llmkit.ops.lora import LoRA
 from llmkit.sequence import DecodingOptions
 
@@ -73,6 +76,8 @@ class LanguageModel(Loadable):
         freeze: parts that training leaves as they are: ``embedding``, ``encoder.0``, or a range, ``encoder.0-3``.
         lora: train the network through low-rank adapters of some linear maps instead of its weights, which stay as they
             are; the head is trained as a whole.
+        distill: a trained model of any variant and size that this one learns from too; neither its checkpoints nor
+            their use need it. None: learns from the data alone.
         layer_decay: what the learning rate is multiplied by for each step down from the head: the last layer once,
             the embeddings once more than the first.
         mup_base_dim: maximal update parametrization (Yang et al. 2022, arXiv:2203.03466) relative to this width: a
@@ -117,6 +122,7 @@ class LanguageModel(Loadable):
         scheduler: SchedulerFactory | None = None,
         freeze: list[str] | None = None,
         lora: LoRA | None = None,
+        distill: Distillation | None = None,
         layer_decay: float = 1.0,
         mup_base_dim: int | None = None,
         decoding: DecodingOptions | None = None,
@@ -146,12 +152,17 @@ class LanguageModel(Loadable):
         self._step = OptimizerStep(max_bad_steps)
         self._stored_step, self._stored_settings = dict[str, Any](), dict[str, Any]()
         self._initial: Stored | None = None
+        self.compression: Chain = []
         self.word_vectors = word_vectors
+        self.teacher: Teacher | None = None
         if init_from is not None or adapter is not None:
             with blame("model.init_from"):
                 self._initial, self.tokenizer = hf.starting_point(init_from, adapter, apart=lora is not None)
         if isinstance(self._initial, hf.Published):
             mup.check_published(self._initial.part["model"], self.spec)
+        elif self._initial is not None:
+            self.compression = compression(self._initial.part)
+            check_trainable(self.compression, "model.init_from", init_from)
         self.parts.try_out(self.head.topology)
 
     # Construction
@@ -170,6 +181,14 @@ class LanguageModel(Loadable):
                 raise UserError("the model has no tokenizer: train with llmkit.DataModule, or load a checkpoint")
             self.tokenizer = data.tokenizer
         self.head_ready = True
+        if stage == "fit":
+            self.load_teacher()
+
+    def load_teacher(self) -> None:
+        """Load the model that this one learns from, if there is one. Raises UserError when it cannot be read."""
+        if self.spec["distill"] is not None and self.teacher is None:
+            self.teacher = Teacher.load(Distillation(**self.spec["distill"]), type(self).load, self.global_rank)
+            self.spec["distill"] = self.teacher.described()
 
     def check_tokenizer(self, configured: type | None) -> None:
         """Raise UserError when the data's configured tokenizer is of another class than that of ``init_from``."""
@@ -190,6 +209,7 @@ class LanguageModel(Loadable):
         if base is not None:
             mup.scale_initial(self.head, base["head"])
         self.net.quieten(self.head.scored_share)
+        rebuild(self.net, self.head, self.compression)
         if self._initial is not None:
             taken = hf.begin(self.state_dict(), self.spec, self._initial)
             if self.global_rank == 0:
@@ -241,6 +261,12 @@ class LanguageModel(Loadable):
 
     # Training
 
+    def on_fit_start(self) -> None:
+        """Take the teacher, which is not part of the model, to its device and precision."""
+        if self.teacher is not None:
+            self.teacher.check(self)
+            self.teacher.model.to(device=self.device, dtype=self.dtype)
+
     def on_train_start(self) -> None:
         """Resume the optimizer step that the checkpoint was saved in, with the settings of now."""
         apply_changes(self.trainer, self.parts, self._stored_settings, self.groups())
@@ -255,7 +281,8 @@ class LanguageModel(Loadable):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, or what adds up to the mean of a step of several batches."""
         self._step.batch = batch
-        summed = self.head.loss(self.network, batch)
+        teacher, head = self.teacher, self.head
+        summed = head.loss(self.network, batch) if teacher is None else teacher.loss(head, self.network, batch)
         loss, self.last_loss = self._step.loss(self, summed)
         # One self.log costs more than a small training step, so it is called only when its value will be written.
         if logs_this_step(self.trainer):
@@ -304,25 +331,29 @@ class LanguageModel(Loadable):
                 raise UserError("it comes back as something else")
         self.head_ready = True
         self.config, self.source = part["config"], where
+        self.compression = compression(part)
         self._check_weights(stored)
 
     def _check_weights(self, stored: Stored) -> None:
         """Compare a checkpoint's weights with those of the whole model without memory. Raises UserError."""
         with refusing(f"checkpoint {stored.path} describes no model"):
-            own = {f"net.{name}": value for name, value in self.meta_network(adapted=True).state_dict().items()}
-            head = copy.deepcopy(self.head)
+            net, head, known = self.meta_network(adapted=True), copy.deepcopy(self.head), True
             try:
                 with torch.device("meta"):
                     self._build_head(head)
-                own |= {f"head.{name}": value for name, value in head.state_dict().items()}
             except NotImplementedError:  # an operation that needs memory: loading the head's weights will say
-                pass
+                head, known = copy.deepcopy(self.head), False
+                if self.compression:
+                    self._build_head(head)
+            rebuild(net, head, self.compression)
+            own = {f"net.{name}": value for name, value in net.state_dict().items()}
+            own |= {f"head.{name}": value for name, value in head.state_dict().items()} if known else {}
         check_shapes(own, stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that is needed to use the model without its config file, and a step that is not done yet."""
         checkpoint["step"] = self._step.state(self)
-        checkpoint["llmkit"] = section(self.spec, self._trained_tokenizer, self.head, self.config)
+        checkpoint["llmkit"] = section(self.spec, self._trained_tokenizer, self.head, self.config, self.compression)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. Raises UserError, in one line, when they are of another model."""

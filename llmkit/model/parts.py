@@ -19,6 +19,7 @@ from llmkit.contracts import Head, Stage, Tokenizer, Topology
 from llmkit.errors import Problem, UserError, blame, returned
 from llmkit.model import mup
 from llmkit.model.backbone import Backbone
+from llmkit.ops.distillation import Distillation
 from llmkit.ops.lora import LoRA
 from llmkit.ops.metrics import Metrics
 from llmkit.sequence import Sequence
@@ -32,8 +33,8 @@ SHAPE = (
 )
 """The plain arguments of a model that its network takes under the same name."""
 SIZES = (
-    *("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "lora", "layer_decay"),
-    *("max_bad_steps", "mup_base_dim"),
+    *("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "lora", "distill"),
+    *("layer_decay", "max_bad_steps", "mup_base_dim"),
 )
 """The plain arguments of a model that its checkpoints describe."""
 
@@ -72,6 +73,11 @@ class Parts:
             lora = LoRA(**sizes["lora"]) if isinstance(sizes["lora"], Mapping) else sizes["lora"]
             lora.check()
             sizes["lora"] = dataclasses.asdict(lora)
+        if sizes["distill"] is not None:
+            given_distill = sizes["distill"]
+            distill = Distillation(**given_distill) if isinstance(given_distill, Mapping) else given_distill
+            distill.check()
+            sizes["distill"] = dataclasses.asdict(distill)
         keys = {key.partition(".")[2]: family for key, family in registry.FAMILY_OF.items() if key.startswith("model.")}
         self.factories: dict[str, Any] = {
             name: registry.resolve(family, given[name]) for name, family in keys.items() if name != "cross_attention"

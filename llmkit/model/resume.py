@@ -50,6 +50,11 @@ def stored_settings(trainer: pl.Trainer, spec: Mapping[str, Any], checkpoint: di
         if spec[name] != (before := checkpoint["llmkit"]["model"].get(name, default)):
             text = f"is {spec[name]}, but the checkpoint has {before}: a resumed run keeps its parameter groups"
             raise UserError(Problem(f"model.{name}", text))
+    teachers = (spec["distill"] or {}, checkpoint["llmkit"]["model"].get("distill") or {})
+    if teachers[0].get("sha256") != teachers[1].get("sha256"):
+        paths = [given.get("teacher", "no teacher") for given in teachers]
+        text = f"is {paths[0]}, but the checkpoint's run began with {paths[1]}: a resumed run keeps its teacher"
+        raise UserError(Problem("model.distill.teacher", text))
     if _class_name(spec["scheduler"]) != _class_name(stored["scheduler"]):
         checkpoint["lr_schedulers"] = []
     return stored

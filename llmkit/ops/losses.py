@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from llmkit.contracts import IGNORE, Loss
 from llmkit.ops.backend import autocast_dtype, backend, without_autocast
+from llmkit.ops.distillation import SoftTargets, distilled
 
 CHUNK_ELEMENTS = 2**22  # scores held at once on a CPU: 512 rows at a vocabulary of 8192
 CHUNK_ELSEWHERE = 2**26  # an accelerator needs large products: 1,280 rows at a vocabulary of 50304
@@ -60,6 +61,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     label_smoothing: float = 0.0,
     bias_V: Tensor | None = None,
+    soft: SoftTargets | None = None,
 ) -> Loss:
     """Return the summed cross-entropy of ``hidden @ weight.T + bias`` and the number of targets that count.
 
@@ -72,6 +74,7 @@ def linear_cross_entropy(
         label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy et al. 2016,
             arXiv:1512.00567).
         bias_V: what is added to the scores; None: nothing.
+        soft: a teacher's scores of the same rows, which the loss is mixed with; None: there is no teacher.
     """
     keep = targets_N != IGNORE
     count = keep.sum()
@@ -80,9 +83,12 @@ def linear_cross_entropy(
         rest = -int(count) % ROWS
         hidden_ND = F.pad(hidden_ND[keep], (0, 0, 0, rest))
         targets_N = F.pad(targets_N[keep], (0, rest), value=IGNORE)
+        if soft is not None:
+            theirs_ND = F.pad(soft.logits.hidden_ND[keep], (0, 0, 0, rest))
+            soft = soft._replace(logits=soft.logits._replace(hidden_ND=theirs_ND))
     # Inside an autograd function gradients always look switched off, so pass on whether they are.
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled(), bias_V
+        hidden_ND, weight_VD, targets_N, label_smoothing, torch.is_grad_enabled(), bias_V, soft
     )
     return Loss(total, count)
 
@@ -93,12 +99,17 @@ def plain_linear_cross_entropy(
     targets_N: Tensor,
     label_smoothing: float = 0.0,
     bias_V: Tensor | None = None,
+    soft: SoftTargets | None = None,
 ) -> Loss:
     """Define ``linear_cross_entropy``: torch's cross-entropy of the whole scores, (N, V)."""
     scores_NV = F.linear(hidden_ND, weight_VD, bias_V)
     scores_NV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32))
     total = F.cross_entropy(scores_NV, targets_N, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
-    return Loss(total, (targets_N != IGNORE).sum())
+    keep = targets_N != IGNORE
+    if soft is not None:
+        theirs = soft.logits._replace(hidden_ND=soft.logits.hidden_ND[keep])
+        total = distilled(total, scores_NV[keep], soft._replace(logits=theirs))
+    return Loss(total, keep.sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -111,18 +122,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         training: bool,
         bias: Tensor | None,
+        soft: SoftTargets | None,
     ) -> Tensor:
         need_hidden, need_weight = (training and need for need in ctx.needs_input_grad[:2])
         need_bias = training and ctx.needs_input_grad[5]
         low = autocast_dtype(hidden) or hidden.dtype
         exact = torch.promote_types(low, torch.float32)  # softmax and sums are never done in half precision
         hidden_low, weight_low = hidden.to(low), padded_to_multiple(weight, low)
-        triton = backend(hidden_low, triton=True) == "triton"
+        triton = soft is None and backend(hidden_low, triton=True) == "triton"
         limit = max(1, CHUNK_BYTES // (len(weight_low) * low.itemsize)) if triton else rows_at_once(weight)
         chunks = max(1, math.ceil(len(targets) / limit))
         rows = max(1, math.ceil(len(targets) / chunks))  # chunks of one size: a small one is slow
         rows = math.ceil(rows / ROWS) * ROWS if rows > ROWS else rows
         scores = hidden_low.new_empty(rows, len(weight_low))
+        theirs = None if soft is None else _TeacherScores(soft, low, rows)
         total = hidden.new_zeros((), dtype=exact)
         grad_hidden = torch.empty_like(hidden_low) if need_hidden else None
         grad_weight = torch.zeros_like(weight_low, dtype=exact) if need_weight else None
@@ -135,7 +148,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = torch.mm(states, weight_low.T, out=scores[: len(ids)])
                 if bias_low is not None:
                     grad += bias_low
-                total += cross_entropy_(grad, ids, len(weight), smoothing, need_any, triton).sum()
+                if theirs is None:
+                    total += cross_entropy_(grad, ids, len(weight), smoothing, need_any, triton).sum()
+                else:
+                    both = grad[:, : len(weight)], theirs.of_rows(start, len(ids))
+                    total += plain_distilled_(*both, ids, smoothing, theirs.soft, need_any).sum()
                 if grad_bias is not None:
                     grad_bias += grad.sum(0, dtype=exact)
                 if grad_hidden is not None:
@@ -154,9 +171,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
-        return hidden, weight, None, None, None, bias
+        return hidden, weight, None, None, None, bias, None
+
+
+class _TeacherScores:
+    """Scores of a teacher, multiplied out for some rows at a time into one buffer of ``rows`` rows."""
+
+    def __init__(self, soft: SoftTargets, dtype: torch.dtype, rows: int) -> None:
+        hidden_ND, weight_VD, bias_V = soft.logits
+        self.soft, self.vocab = soft, len(weight_VD)
+        self.hidden_ND, self.weight_VD = hidden_ND.to(dtype), padded_to_multiple(weight_VD, dtype)
+        self.bias_V = None if bias_V is None else bias_V.to(dtype)
+        self.buffer = self.hidden_ND.new_empty(rows, len(self.weight_VD))
+
+    def of_rows(self, start: int, count: int) -> Tensor:
+        """Return the scores of ``count`` rows from ``start`` on, (count, V)."""
+        states_RD = self.hidden_ND[start : start + count]
+        scores_RV = torch.mm(states_RD, self.weight_VD.T, out=self.buffer[:count])[:, : self.vocab]
+        return scores_RV if self.bias_V is None else scores_RV.add_(self.bias_V)
 
 
 def padded_to_multiple(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,3 +250,27 @@ def plain_cross_entropy_(scores_RV: Tensor, targets_R: Tensor, smoothing: float,
         if exact_RV is not scores_RV:
             scores_RV.copy_(exact_RV)
     return (losses_R1 * kept_R1).squeeze(-1)
+
+
+def plain_distilled_(
+    scores_RV: Tensor, theirs_RV: Tensor, targets_R: Tensor, smoothing: float, soft: SoftTargets, gradient: bool
+) -> Tensor:
+    """Return the losses, (R,), of scores mixed with their distance from a teacher's; arguments as ``cross_entropy_``.
+
+    With p and q the softmax of the teacher's and of the own scores over the temperature T, the gradient of
+    ``T^2 * KL(p || q)`` is ``T * (q - p)``.
+    """
+    exact = torch.promote_types(scores_RV.dtype, torch.float32)
+    kept_R = targets_R != IGNORE
+    log_q_RV = (scores_RV.to(exact) / soft.temperature).log_softmax(-1)
+    log_p_RV = (theirs_RV.to(exact) / soft.temperature).log_softmax(-1)
+    p_RV = log_p_RV.exp()
+    soft_R = log_p_RV.sub_(log_q_RV).mul_(p_RV).sum(-1) * soft.temperature**2
+    exact_RV = scores_RV.to(exact)
+    hard_R = plain_cross_entropy_(exact_RV, targets_R, smoothing, gradient)
+    if gradient:
+        difference_RV = log_q_RV.exp_().sub_(p_RV).mul_(kept_R[:, None])
+        exact_RV.mul_(1 - soft.weight).add_(difference_RV, alpha=soft.weight * soft.temperature)
+        if exact_RV is not scores_RV:
+            scores_RV.copy_(exact_RV)
+    return soft.weight * soft_R * kept_R + (1 - soft.weight) * hard_R

@@ -20,6 +20,7 @@ from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
+from llmkit.model.compressed import check_trainable
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run.compilation import Compilation
@@ -214,7 +215,10 @@ class CLI(LightningCLI):
                 logger.release()
 
     def before_fit(self) -> None:
-        """Note that a requeued SLURM job resumes its checkpoint."""
+        """Refuse a compressed checkpoint that cannot be trained, load the teacher, note what a SLURM job resumes."""
+        if self.stored is not None:
+            check_trainable(self.model.compression, "ckpt_path", self.stored.path)
+        self.model.load_teacher()
         requeued = requeue_checkpoint(self.trainer) if self.stored is None else None
         if requeued is not None and self.trainer.is_global_zero:
             note(f"this SLURM job saved {requeued} before it was requeued: training resumes there")

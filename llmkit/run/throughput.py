@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmkit.contracts import Batch
 from llmkit.lightning import ends_step, logs_this_step
+from llmkit.model.backbone import Backbone
 from llmkit.model.language_model import LanguageModel
 
 LOGGED = ("tokens_per_second", "mfu", "memory_gib")
@@ -58,8 +59,31 @@ class Totals(NamedTuple):
     """Time spent on training, validations excluded."""
 
 
+class _Pass:
+    """What a network's passes over a batch cost, as a number of forward passes."""
+
+    def __init__(self, times: int, network: Backbone, share: float | None) -> None:
+        self.times = times
+        self._cost = functools.cache(lambda length: network.flops_per_position(length, share))
+        self._source_cost = functools.cache(network.encoder_flops)
+        self._target_cost = functools.cache(network.decoder_flops)
+
+    def flops(self, batch: Batch) -> float:
+        """Return the FLOPs of a batch, padding included."""
+        source, target = batch.get("source"), batch.get("targets")
+        if isinstance(source, Tensor) and isinstance(target, Tensor):
+            S, T = source.shape[-1], target.shape[-1]
+            once = source.numel() * self._source_cost(S) + target.numel() * self._target_cost(T, S)
+        else:
+            sides = [batch[name] for name in ("ids", "source") if name in batch]
+            once = sum(side.numel() * self._cost(side.shape[-1]) for side in sides)
+        return self.times * once
+
+
 class Meter:
     """Counts the tokens and FLOPs of a run.
+
+    A step costs three times the forward pass of the model, and one forward pass of a teacher.
 
     Args:
         model: the model that trains; its network is built.
@@ -67,23 +91,18 @@ class Meter:
 
     def __init__(self, model: LanguageModel) -> None:
         network = model.meta_network()  # the whole network, even where its weights are sharded
-        share = model.head.scored_share
-        self._cost = functools.cache(lambda length: network.flops_per_position(length, share))
-        self._source_cost = functools.cache(network.encoder_flops)
-        self._target_cost = functools.cache(network.decoder_flops)
+        passes = [_Pass(3, network, model.head.scored_share)]
+        if model.teacher is not None and model.teacher.settings.weight:
+            teacher = model.teacher.model
+            passes.append(_Pass(1, teacher.network, teacher.head.scored_share))
+        self._passes = passes
         self._start = time.monotonic()
         self._tokens = self._flops = 0.0
 
     def add(self, batch: Batch) -> None:
-        """Count the positions of a batch, padding included, and its FLOPs: three times those of the forward pass."""
-        sides = [batch[name] for name in ("ids", "source") if name in batch]
-        self._tokens += sum(side.numel() for side in sides)
-        source, target = batch.get("source"), batch.get("targets")
-        if isinstance(source, Tensor) and isinstance(target, Tensor):
-            S, T = source.shape[-1], target.shape[-1]
-            self._flops += 3 * (source.numel() * self._source_cost(S) + target.numel() * self._target_cost(T, S))
-        else:
-            self._flops += sum(3 * side.numel() * self._cost(side.shape[-1]) for side in sides)
+        """Count the positions of a batch, padding included, and its FLOPs."""
+        self._tokens += sum(batch[name].numel() for name in ("ids", "source") if name in batch)
+        self._flops += sum(each.flops(batch) for each in self._passes)
 
     def pause(self, seconds: float) -> None:
         """Exclude time that was not spent on training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -154,21 +153,20 @@ class Recurrent(Attention):
         """Return the outputs of documents that run as rows; padding comes last, in both directions."""
         rows, length = len(docs.row_M), len(docs.batch_sizes)
         outputs = []
-        for weights, slots_N in zip(self.rnn.all_weights, (docs.slots_N, docs.backward_N), strict=False):
+        for direction, slots_N in enumerate((docs.slots_N, docs.backward_N)[: 1 + self.rnn.bidirectional]):
             columns = docs.columns_N[:1].repeat(rows * length).index_copy(0, slots_N, docs.columns_N)
             x_MLD = x_ZD.index_select(0, columns).view(rows, length, -1)
-            y_MLD, _ = self._kernel(x_MLD, None, None, weights, both=False)
+            y_MLD, _ = self._kernel(x_MLD, None, None, [direction])
             outputs.append(y_MLD.flatten(0, 1).index_select(0, slots_N))
         return torch.cat(outputs, -1)
 
     def _run(self, x: Tensor | PackedSequence, start: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Run the network from ``start`` (zeros if None); return outputs, without packing, and what is carried."""
-        weights = [weight for direction in self.rnn.all_weights for weight in direction]
         values, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
-        return self._kernel(values, sizes, start, weights, self.rnn.bidirectional)
+        return self._kernel(values, sizes, start, [*range(1 + self.rnn.bidirectional)])
 
     def _kernel(
-        self, x: Tensor, sizes: Tensor | None, start: list[Tensor] | None, weights: Iterable[Tensor], both: bool
+        self, x: Tensor, sizes: Tensor | None, start: list[Tensor] | None, directions: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run torch's kernel in at least float32; return outputs in the dtype of ``x``, and what is carried.
 
@@ -176,10 +174,10 @@ class Recurrent(Attention):
             x: inputs, (rows, length, D), or (N, D) with the ``sizes`` of a packed sequence.
             sizes: batch sizes of a packed sequence; None: rows.
             start: what is carried into the first position, (rows, D) each; None: zeros.
-            weights: those of each direction.
-            both: whether there are two directions.
+            directions: which ones, 0 or 1 or both.
         """
         kernel: Any = torch.lstm if isinstance(self.rnn, nn.LSTM) else torch.gru
+        both = len(directions) > 1
         exact = torch.promote_types(x.dtype, torch.float32)
         rows = len(x) if sizes is None else int(sizes[0])
         if start is None:
@@ -187,8 +185,13 @@ class Recurrent(Attention):
         else:
             carried = [value[None].to(exact) for value in start]
         first = carried if len(carried) > 1 else carried[0]
-        exact_weights = [weight.to(exact) for weight in weights]
         settings = (True, 1, 0.0, self.training, both)  # biases, layers, dropout between layers
+        quantized = getattr(self.rnn, "quantized", None)  # kernels that a compressed network brings
+        if quantized is not None and exact == torch.float32 and x.device.type == "cpu":
+            y, *ends = quantized(x.to(exact), sizes, first, directions, settings)
+            return y.to(x.dtype), [end[0] for end in ends]
+        weights = self.rnn.all_weights
+        exact_weights = [weight.to(exact) for number in directions for weight in weights[number]]
         with without_autocast(x):
             if sizes is None:
                 y, *ends = kernel(x.to(exact), first, exact_weights, *settings, True)  # the batch comes first

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from llmkit.contracts import Batch, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
+from llmkit.ops.distillation import Logits, SoftTargets, distilled
 from llmkit.ops.metrics import MeanLoss
 from llmkit.sequence import DecodingOptions, moved
 from llmkit_plugins.head.labels import ClassNumbers, class_name, count_classes, refuse_scores
@@ -111,9 +112,18 @@ class Classification(Pooled):
             batch["label"] = torch.tensor([feature["label"] for feature in features])
         return batch
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed, smoothed cross-entropy of the labels, weighted; the count is that of the texts."""
-        return self._loss(self.scores(net, batch), batch["label"], self.label_smoothing, self._weights())
+    def logits(self, net: Network, batch: Batch) -> Logits:
+        """Return the scores of the labels, for distillation."""
+        return Logits(self.dropout(self._pooled(net, batch)), self.classifier.weight, self.classifier.bias)
+
+    def loss(self, net: Network, batch: Batch, soft: SoftTargets | None = None) -> Loss:
+        """Return the summed, smoothed cross-entropy of the labels, weighted; the count is that of the texts.
+
+        A teacher's scores are mixed in, without weights.
+        """
+        scores = self.scores(net, batch)
+        loss = self._loss(scores, batch["label"], self.label_smoothing, self._weights())
+        return loss if soft is None else Loss(distilled(loss.total, scores, soft), loss.count)
 
     def _loss(self, scores: Tensor, label: Tensor, smoothing: float = 0.0, weights: list[float] | None = None) -> Loss:
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -11,11 +11,12 @@ from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
+from llmkit.ops.distillation import Logits, SoftTargets
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
-from llmkit_plugins.head.generation import causal_loss
+from llmkit_plugins.head.generation import causal_logits, causal_loss
 
 SPEAKERS = ("system", "user", "assistant", "tool")
 
@@ -131,9 +132,13 @@ class Completion(Head):
         segments = segments_of([len(row) for row in rows])
         return batch if segments is None else {**batch, "segments": segments}
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed cross-entropy of the completions' tokens."""
-        return causal_loss(net, batch)
+    def logits(self, net: Network, batch: Batch) -> Logits:
+        """Return the scores of the next tokens, for distillation."""
+        return causal_logits(net, batch)
+
+    def loss(self, net: Network, batch: Batch, soft: SoftTargets | None = None) -> Loss:
+        """Return the summed cross-entropy of the completions' tokens; a teacher's scores are mixed in."""
+        return causal_loss(net, batch, soft)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss and perplexity of the completions, and the share of unknown tokens in them."""

@@ -9,17 +9,23 @@ from torch import Tensor, nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError
+from llmkit.ops.distillation import Logits, SoftTargets
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import BitsPerByte, Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import OnText, answer, scored, shown, write
 from llmkit.sequence import DecodingOptions, Sequence, padded, segments_of
 
 
-def causal_loss(net: Network, batch: Batch) -> Loss:
-    """Return the summed cross-entropy of a decoder's ``ids`` and ``targets``, (B, T)."""
+def causal_logits(net: Network, batch: Batch) -> Logits:
+    """Return a decoder's scores of the next tokens of ``ids``, (B, T)."""
     hidden_BTD = net.decode(batch["ids"], Sequence.of(batch["ids"], batch.get("segments")))
-    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-    return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, bias_V=net.output_bias_V)
+    return Logits(hidden_BTD.flatten(0, 1), net.output_weight_VD, net.output_bias_V)
+
+
+def causal_loss(net: Network, batch: Batch, soft: SoftTargets | None = None) -> Loss:
+    """Return the summed cross-entropy of a decoder's ``ids`` and ``targets``, (B, T)."""
+    hidden_ND, weight_VD, bias_V = causal_logits(net, batch)
+    return linear_cross_entropy(hidden_ND, weight_VD, batch["targets"].flatten(), bias_V=bias_V, soft=soft)
 
 
 class Generation(Head):
@@ -49,9 +55,13 @@ class Generation(Head):
         segments = segments_of([len(row) for row in rows])
         return batch if segments is None else {**batch, "segments": segments}
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed next-token cross-entropy."""
-        return causal_loss(net, batch)
+    def logits(self, net: Network, batch: Batch) -> Logits:
+        """Return the scores of the next tokens, for distillation."""
+        return causal_logits(net, batch)
+
+    def loss(self, net: Network, batch: Batch, soft: SoftTargets | None = None) -> Loss:
+        """Return the summed next-token cross-entropy; a teacher's scores are mixed in."""
+        return causal_loss(net, batch, soft)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss, perplexity, bits per byte and the share of unknown tokens among the targets."""

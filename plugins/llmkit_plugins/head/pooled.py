@@ -84,6 +84,11 @@ class Pooled(Head):
 
     def scores(self, net: Network, batch: Batch) -> Tensor:
         """Return the outputs of the linear layer, (B, outputs)."""
+        scores: Tensor = self.classifier(self.dropout(self._pooled(net, batch)))
+        return scores
+
+    def _pooled(self, net: Network, batch: Batch) -> Tensor:
+        """Return the vector that is read of each text, (B, D)."""
         ids, segments = batch["ids"], batch.get("segments")
         seq = Sequence.of(ids, segments, batch.get("types"))
         if self.topology == "decoder":
@@ -93,8 +98,7 @@ class Pooled(Head):
             pooled_BD = self._mean(x_BTD, segments) if self.pool == "mean" else x_BTD[:, 0]
         if self.pool == "pooler":
             pooled_BD = torch.tanh(self.pooler(pooled_BD))
-        scores: Tensor = self.classifier(self.dropout(pooled_BD))
-        return scores
+        return pooled_BD
 
     @staticmethod
     def _mean(x_BTD: Tensor, segments: Tensor | None) -> Tensor:

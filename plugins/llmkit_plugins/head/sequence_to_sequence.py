@@ -11,6 +11,7 @@ from torch import nn
 
 from llmkit.contracts import IGNORE, Batch, Head, Loss, Network, Stage, Tokenizer
 from llmkit.errors import UserError, unknown
+from llmkit.ops.distillation import Logits, SoftTargets
 from llmkit.ops.losses import linear_cross_entropy
 from llmkit.ops.metrics import Mean, MeanLoss, Perplexity
 from llmkit.ops.writing import Written, answer, scored, shown, write
@@ -99,19 +100,28 @@ class SequenceToSequence(Head):
     def _start(self, tokenizer: Tokenizer) -> list[int]:
         return [int(getattr(tokenizer, f"{role}_id")) for role in self.start]
 
-    def loss(self, net: Network, batch: Batch) -> Loss:
-        """Return the summed, smoothed cross-entropy of the target tokens."""
-        return self._loss(net, batch, self._memory(net, batch), self.label_smoothing)
+    def logits(self, net: Network, batch: Batch) -> Logits:
+        """Return the scores of the target tokens, for distillation."""
+        return self._logits(net, batch, self._memory(net, batch))
+
+    def loss(self, net: Network, batch: Batch, soft: SoftTargets | None = None) -> Loss:
+        """Return the summed, smoothed cross-entropy of the target tokens; a teacher's scores are mixed in."""
+        return self._loss(net, batch, self._memory(net, batch), self.label_smoothing, soft)
 
     def _memory(self, net: Network, batch: Batch) -> Memory:
         return net.encode(batch["source"], Sequence.of(batch["source"], batch.get("segments")))
 
-    def _loss(self, net: Network, batch: Batch, memory: Memory, smoothing: float) -> Loss:
+    def _logits(self, net: Network, batch: Batch, memory: Memory) -> Logits:
         # Target padding stands at the end, where causal attention never looks, and its loss is ignored.
         seq = Sequence.dense(batch["ids"].shape[1], batch["ids"].device)
         hidden_BTD = net.decode(batch["ids"], seq, memory=memory)
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
-        return linear_cross_entropy(hidden_ND, net.output_weight_VD, targets_N, smoothing, net.output_bias_V)
+        return Logits(hidden_BTD.flatten(0, 1), net.output_weight_VD, net.output_bias_V)
+
+    def _loss(
+        self, net: Network, batch: Batch, memory: Memory, smoothing: float, soft: SoftTargets | None = None
+    ) -> Loss:
+        hidden_ND, weight_VD, bias_V = self._logits(net, batch, memory)
+        return linear_cross_entropy(hidden_ND, weight_VD, batch["targets"].flatten(), smoothing, bias_V, soft)
 
     def metrics(self, stage: Stage) -> dict[str, nn.Module]:
         """Return loss and perplexity (not smoothed), the share of unknown tokens among the targets, and on the test

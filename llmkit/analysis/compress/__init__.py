@@ -1,0 +1,1 @@
+"""Compressed models: chains of methods, what they cost and save, and the frontier."""
