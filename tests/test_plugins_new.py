@@ -83,7 +83,7 @@ def test_the_printed_commands_work(
     folder, printed = written
     monkeypatch.chdir(folder)
     name, cls = f"fresh_{family}", f"Fresh{family.capitalize()}"
-    check, test, fit = printed[family]
+    check, test, fit, *compress = printed[family]
     assert check == f"llmkit plugins check {name}.py:{cls}"
     assert test == f"python -m pytest test_{name}.py"
     assert fit == f"llmkit fit --config {name}.yaml"
@@ -98,7 +98,11 @@ def test_the_printed_commands_work(
     # As printed for the largest one; the others need not read as much to learn.
     less = [] if family == "attention" else ["--data.batch_size", "2", "--model.context", "32"]
     run = done(*shlex.split(fit)[1:], *less)
-    assert f"{name}.{cls}" in (run.folder / "config.yaml").read_text()
+    if family == "compression":
+        (line,) = compress
+        assert name in done(*shlex.split(line)[1:], "--rows", "4", "--rounds", "2", "--no_memory").out
+    else:
+        assert f"{name}.{cls}" in (run.folder / "config.yaml").read_text() and not compress
     rows = (run.folder / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("train_loss")
     losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
@@ -125,6 +129,7 @@ def test_files_of_a_package(family: str, tmp_path: Path, monkeypatch: pytest.Mon
         f"llmkit plugins check {family}/fresh_thing",
         "python -m pytest fresh_thing/tests/test_fresh_thing.py",
         "llmkit fit --config fresh_thing/fresh_thing.yaml",
+        *(["llmkit compress runs/fresh_thing --to fresh_thing --output fresh_thing_small"] * (family == "compression")),
     ]
     files = {path.relative_to(tmp_path / "fresh_thing").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     module = "llmkit_fresh_thing"

@@ -39,6 +39,7 @@ NAMES = {
         *("compression", "fuzzy_recall", "in_context_recall", "induction", "memorization", "mqar", "noisy_recall"),
         *("parity", "s5", "selective_copying", "sorting"),
     ],
+    "compression": ["bf16", "dynamic_int8", "gptq", "int4", "int8"],
 }
 """Every first-party plugin. A name that users write into configs must not vanish by accident."""
 
@@ -107,8 +108,8 @@ def test_golden_list() -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 def test_defaults_exist(family: str) -> None:
-    """Data alone have none: they are files unless a config says otherwise."""
-    assert registry.DEFAULTS[family] in ([""] if family == "dataset" else NAMES[family])
+    """Data have none, they are files unless a config says otherwise; a model is compressed by a command."""
+    assert registry.DEFAULTS[family] in ([""] if family in ("dataset", "compression") else NAMES[family])
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in NAMES.items() for name in names])

@@ -32,6 +32,7 @@ _MODULES = {
     "feedforward": ("parts", "FEEDFORWARD"),
     "norm": ("parts", "NORM"),
     "dataset": ("dataset", "PROPERTIES"),
+    "compression": ("compression", "PROPERTIES"),
 }
 
 
@@ -47,7 +48,7 @@ def check(family: str, plugin: Any, *, only: list[str] | None = None, **options:
     """Check a plugin and return the report.
 
     Args:
-        family: attention, tokenizer, head, position, feedforward, norm or dataset.
+        family: attention, tokenizer, head, position, feedforward, norm, dataset or compression.
         plugin: its registered name, its class, or ``llmkit.plugin(family, name, argument=...)``.
         only: names of the properties to check; None: all.
         options: ``seed``; all but tokenizers and data sets: ``dim``; attention: ``reference``, a slow form

@@ -66,6 +66,9 @@ def describe(entry: Entry, arguments: Facts, dim: int, length: int) -> Facts:
                 facts["supports"] = _head(factory())
             elif entry.family == "dataset":
                 facts["supports"] = {name: str(value) for name, value in next(iter(factory().rows("train"))).items()}
+            elif entry.family == "compression":
+                method = factory()
+                facts["supports"] = {name: getattr(method, name) for name in ("trains", "expands", "reads")}
             else:
                 _module(factory, entry.family, dim, length, facts)
     return facts
@@ -91,7 +94,7 @@ def differences(family: str, factory: functools.partial[Any], dim: int, length: 
         dim: the width at which weights are compared; a plugin that refuses it is compared by its arguments alone.
         length: the context at which weights of positions are compared.
     """
-    if family in ("tokenizer", "head", "dataset"):
+    if family in ("tokenizer", "head", "dataset", "compression"):
         return []
     default = registry.resolve(family, None)
     cls, usual = registry.target_of(factory), registry.target_of(default)

@@ -50,7 +50,7 @@ def run(command: str, argv: list[str]) -> int:
         "imports": "" if options.package else f"imports: {name}.py\n",
         "data": {"head": FILES + ROWS + SHARE, "dataset": OWN_ROWS.replace("NAME", name)}.get(family, FILES + SHARE),
         "tokenizer": {"tokenizer": name, "dataset": "word"}.get(family, "byte"),
-        "model": {"tokenizer": "", "dataset": "  head: probe\n"}.get(family, f"  {family}: {name}\n"),
+        "model": {**dict.fromkeys(("tokenizer", "compression"), ""), "dataset": "  head: probe\n"}.get(family, f"  {family}: {name}\n"),
     }
 
     def fill(template: str) -> str:
@@ -73,7 +73,11 @@ def run(command: str, argv: list[str]) -> int:
     files |= {test: fill("test"), config: fill("config")}
     write(files, module)
     print("Written:", *files, sep="\n  ")
-    print("Next:", *commands, f"python -m pytest {test}", f"llmkit fit --config {config}", sep="\n  ")
+    commands += [f"python -m pytest {test}", f"llmkit fit --config {config}"]
+    if family == "compression":
+        found = "" if options.package else f" --imports {file}"
+        commands.append(f"llmkit compress runs/{name} --to {name} --output {name}_small{found}")
+    print("Next:", *commands, sep="\n  ")
     return 0
 
 
