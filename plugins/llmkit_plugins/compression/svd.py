@@ -50,8 +50,8 @@ class SVD(Compression):
 
     Args:
         keep: share of the parameters of a map that its two parts have together, which decides their rank.
-        error: in the place of ``keep``, how far a map may be from the original, relative to its Frobenius norm: each map
-            gets the lowest rank that stays below.
+        error: if given, how far a map may be from the original, relative to its Frobenius norm: each map gets
+            the lowest rank that stays below.
     """
 
     trains: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class WhitenedSVD(SVD):
 
     Args:
         keep: share of the parameters of a map that its two parts have together, which decides their rank.
-        error: in the place of ``keep``, how far the outputs of a map may be from the original, relative to their root mean
+        error: if given, how far the outputs of a map may be from the original, relative to their root mean
             square on the rows: each map gets the lowest rank that stays below.
     """
 
