@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from llmkit.model.language_model import LanguageModel
 
 DESCRIPTION = (
-    "Let the head read the states of each layer as if they were the last ones (the logit lens): the loss and, if the head "
-    "predicts tokens, the token that each layer would predict. Rows need their targets."
+    "Let the head read the states of each layer as if they were the last ones (the logit lens): the loss and, if the "
+    "head predicts tokens, the token that each layer would predict. Rows need their targets."
 )
 LONGEST = 200
 """Most positions whose tokens are printed."""
