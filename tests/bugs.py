@@ -175,7 +175,7 @@ BUGS = [
         "a map that looks ahead",
         "Mixing(values, shares,",
         "Mixing(values, shares.masked_fill(hidden, 1e-9),",
-        "map_looks_where_allowed",
+        "map_is_masked",
     ),
     Bug("length never counted", "state.length += x_BTD.shape[1]", "pass", "decoding_steps"),
     Bug(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import zlib
@@ -18,6 +22,7 @@ from command import done, llmkit
 from matplotlib.figure import Figure
 from small_networks import decided
 
+import llmkit as llmkit_package
 import llmkit.model.language_model as home
 from llmkit import LanguageModel, plugin, registry
 from llmkit.analysis.explain import explain, maps, page, picture, tokens
@@ -253,6 +258,30 @@ def test_nothing_of_the_model_is_changed() -> None:
 # Files
 
 
+def test_the_recipes_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command and the Python of docs/explaining.md run."""
+    guide = (Path(__file__).parent.parent / "docs" / "explaining.md").read_text("utf-8")
+    models = {"quickstart": "generation", "letters": "translation", "reviews": "classification"}
+    loaded = {f"runs/{run}": model_of(head, Char()) for run, head in models.items()}
+    monkeypatch.setattr(home, "load", lambda path, *rest: loaded[str(path)])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new_reviews.txt").write_text("a dull film\na moving film\na new film\n")
+    (shell,) = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    assert [words[0] for words in commands] == ["llmkit"] * 4
+    for _, *words in commands:
+        folder = words[words.index("--output") + 1] if "--output" in words else "explain"
+        assert done(*words).out.endswith(f"{folder}/explain.html\n")
+        assert {path.name for path in Path(folder).iterdir()} == {f"explain.{kind}" for kind in ("html", "png", "json")}
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.setattr(llmkit_package, "load", home.load)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "explaining.md", "exec"), {})
+    assert "decoder 1 MultiHead weights torch.Size([4, " in printed.getvalue()
+    variants = set(re.findall(r"`(\w+)`", guide[guide.index("| variants |") : guide.index("For recurrences")]))
+    assert variants == set(VARIANTS)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -329,6 +358,7 @@ def test_long_texts_stay_small() -> None:
     (largest,) = _numbers(one)["largest"]
     assert len(largest) == 2000 and len(largest[-1]) == 16
     assert {place for place, _ in largest[-1]} == set(weights[0, -1].topk(16).indices.tolist())
+    assert picture._pooled(torch.eye(2000)).diagonal().eq(1).all() and len(picture._pooled(-torch.eye(2000))) == 400
     found = page._map(one)
     assert found["packed"] and len(found["heads"][0]["data"]) < 4e6
     assert len(zlib.decompress(base64.b64decode(found["heads"][0]["data"]))) == 2000 * 2000

@@ -105,5 +105,5 @@ def _pictures(mixing: Mixing, row: int) -> tuple[list[str], Tensor]:
         last = min(first + size, count)
         parts = [mixing.of(slice(at, min(at + 8, last)))[row].abs().sum(0) for at in range(first, last, 8)]
         means.append(torch.stack(parts).sum(0) / (last - first))
-        names.append(f"channels {first} to {last - 1}, mean size")
+        names.append(f"mean of channels {first}-{last - 1}")
     return names, torch.stack(means).float().cpu()

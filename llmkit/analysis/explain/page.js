@@ -3,8 +3,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const get = (id) => document.getElementById(id);
   const state = { row: 0, map: 0, head: 0, at: null, pinned: false };
-  const decoded = new Map();  // at most CACHE pictures, the latest last
-  const CACHE = 24, LABELS = 48, SMALL = 96;
+  const decoded = new Map();  // pictures of at most CACHE numbers together, the latest last
+  const CACHE = 3e7, MANY = 1e7, LABELS = 48, SMALL = 96;
 
   function make(tag, parent, text = "", className = "") {
     const element = document.createElement(tag);
@@ -57,7 +57,12 @@
 
   function keep(key, found) {
     decoded.set(key, found);
-    if (decoded.size > CACHE) decoded.delete(decoded.keys().next().value);
+    let total = [...decoded.values()].reduce((sum, one) => sum + one.values.length, 0);
+    for (const [name, old] of decoded) {
+      if (total <= CACHE || old === found) break;
+      decoded.delete(name);
+      total -= old.values.length;
+    }
   }
 
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -65,15 +70,18 @@
   const shade = (share) => Math.sqrt(Math.min(1, Math.abs(share)));
   const number = (value) => value === 0 ? "0" : Math.abs(value) >= 0.001 && Math.abs(value) < 1000
     ? String(Number(value.toPrecision(3))) : value.toExponential(1);
-  const PIECE = /^(.*) (\d)\/(\d)$/s;
+  const PIECE = /^(.*) (\d)\/(\d)$/s;  // a piece of a character, and its place
 
   // What a token looks like: pieces of a character show it once, line ends and lonely spaces have a sign.
   function visible(token) {
     const piece = token.match(PIECE);
     if (piece) return piece[2] === "1" ? piece[1] : "\u00b7";
-    return token.replace(/\n/g, "\u21b5\n").replace(/\t/g, "\u21e5") .replace(/^ +$/, (s) => "\u2423".repeat(s.length));
+    return token.replace(/\n/g, "\u21b5\n").replace(/\t/g, "\u21e5").replace(/^ +$/, (s) => "\u2423".repeat(s.length));
   }
-  const quoted = (token) => `\u201c${visible(token).replace(/\n/g, "")}\u201d`;
+  const quoted = (token) => {
+    const piece = token.match(PIECE);
+    return `\u201c${visible(piece ? piece[1] : token).replace(/\n/g, "")}\u201d${piece ? ` ${piece[2]}/${piece[3]}` : ""}`;
+  };
 
   function fill(select, names, chosen) {
     select.textContent = "";
@@ -127,8 +135,10 @@
     answering = [];
     const chip = (parent, token, said, classes) => {
       const span = make("span", parent, "", classes);
-      if (said) { const ruby = make("ruby", span, visible(token)); make("rt", ruby, said); } else span.textContent = visible(token);
-      span.title = token.match(PIECE) ? `piece ${token.slice(-3)} of ${quoted(token)}` : "";
+      const shown = classes.includes("apart") || token.trim() || /\n/.test(token) ? visible(token) : token;
+      if (said) make("rt", make("ruby", span, shown), said);
+      else span.textContent = shown;
+      span.title = token.match(PIECE) ? `a piece of a character: ${quoted(token)}` : "";
       return span;
     };
     const line = (name) => {
@@ -147,6 +157,7 @@
       asking.forEach((span, t) => { if (t >= query.written) span.classList.add("written"); });
     } else if (same) {
       const found = line(query.name);
+      if (apart(query)) found.classList.add("marked");
       asking = answering = query.tokens.map((token, t) => chip(found, token, query.says[t], `ask${apart(query)}`));
     } else {
       const found = line(`${query.name}: ${query.writes ? "what is written" : "what is read"}`);
@@ -248,7 +259,7 @@
     drawn = { found, left, top, width, height };
     canvas.setAttribute("aria-label", `${mapName(one)}: ${T} by ${S} tokens`);
     get("legend").textContent = `Rows: ${row().texts[one.query].writes ? "the token that is written" : "the token"}. ` +
-      `Columns: what was read. Darkness: the square root of the size, ` +
+      `Columns: what was read. Shade: the square root of the size, ` +
       (get("own").checked ? "relative to the largest of its row" : `relative to the largest, ${number(found.largest)}`) +
       (one.signed ? "; blue is positive, orange negative." : ".");
   }
@@ -303,7 +314,7 @@
     const box = get("all"), r = state.row;
     box.textContent = "";
     const cells = row().maps.reduce((sum, one) => sum + one.heads.length * one.shape[0] * one.shape[1], 0);
-    const many = cells > 2e6 || row().maps.reduce((sum, one) => sum + one.heads.length, 0) > 200;
+    const many = cells > MANY || row().maps.reduce((sum, one) => sum + one.heads.length, 0) > 200;
     get("many").hidden = !many;
     if (many) return;
     for (const [m, one] of row().maps.entries()) for (let h = 0; h < one.heads.length; h++) {

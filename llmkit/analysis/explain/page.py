@@ -81,7 +81,8 @@ BODY = """\
 
 
 def _row(one: Explanation) -> dict[str, Any]:
-    label = " ".join(str(next(iter(one.row.values()), "")).split())
+    first = next(iter(one.row.values()), "")
+    label = " ".join(" ".join(map(str, first if isinstance(first, list) else [first])).split())
     return {
         "label": label if len(label) <= LABEL else f"{label[: LABEL - 3]}...",
         "shown": one.shown,

@@ -7,6 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from llmkit.analysis.explain.explanation import Explanation
 from llmkit.analysis.explain.maps import Map
 from llmkit.errors import UserError, note
@@ -17,6 +21,7 @@ LABELS = 48
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
          "SimHei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")  # fmt: skip
 """Fonts that have Chinese, the first that is installed is used."""
+PIXELS = 400
 MOST = 64
 """Most pictures of a figure."""
 
@@ -79,14 +84,16 @@ def _figure(one: Explanation, pictures: list[tuple[Map, int]]) -> Any:
     for axis in axes[len(pictures) :]:
         axis.remove()
     for axis, (found, number) in zip(axes, pictures, strict=False):
-        weights_TS = found.weights_HTS[number].float().numpy()
+        weights_TS = _pooled(found.weights_HTS[number].float()).numpy()
         signed = bool((weights_TS < 0).any())
         largest = float(abs(weights_TS).max()) or 1.0
-        axis.imshow(
-            weights_TS, cmap="RdBu" if signed else "Blues", vmin=-largest if signed else 0, vmax=largest, aspect="auto"
-        )
+        limits: dict[str, Any] = {"vmin": -largest if signed else 0, "vmax": largest}
+        height, width = found.weights_HTS.shape[1:]
+        place = (-0.5, width - 0.5, height - 0.5, -0.5)
+        axis.imshow(weights_TS, cmap="RdBu" if signed else "Blues", aspect="auto", extent=place, **limits)
         stack = f"{found.stack} " if len({other.stack for other, _ in pictures}) > 1 else ""
-        axis.set_title(f"{stack}layer {found.layer}, {found.heads[number]}", fontsize=7)
+        title = f"{stack}layer {found.layer}, {found.heads[number]}"
+        axis.set_title(title if len(title) < 24 else title.replace(", ", "\n", 1), fontsize=7)
         query, key = one.texts[found.query], one.texts[found.key]
         if labelled:
             asked = query.says if query.writes else query.tokens
@@ -98,6 +105,15 @@ def _figure(one: Explanation, pictures: list[tuple[Map, int]]) -> Any:
     figure.supxlabel("read", fontsize=7)
     figure.supylabel("written" if one.texts[pictures[0][0].query].writes else "token", fontsize=7)
     return figure
+
+
+def _pooled(weights_TS: Tensor) -> Tensor:
+    """Return a picture of at most ``PIXELS`` a side, the largest of each block: a thin line stays visible."""
+    size = -(-max(weights_TS.shape) // PIXELS)
+    if size == 1:
+        return weights_TS
+    sides = [F.max_pool2d((sign * weights_TS)[None, None], size, ceil_mode=True)[0, 0] for sign in (1, -1)]
+    return torch.where(sides[0] >= sides[1], sides[0], -sides[1])
 
 
 def _label(token: str) -> str:

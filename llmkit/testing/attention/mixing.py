@@ -44,7 +44,7 @@ def map_gives_output(subject: Subject) -> str:
     "llmkit explain shows a word resting on the future, on padding, or on another document.",
 )
 @torch.no_grad()
-def map_looks_where_allowed(subject: Subject) -> None:
+def map_is_masked(subject: Subject) -> None:
     for role in subject.roles:
         for segments, position, length in _cases(role):
             x, seq, memory = _inputs(subject, role, segments, position, length)
