@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -115,3 +117,26 @@ def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "llmkit: error: attributions need the package captum: pip install 'llmkit[explain]'\n",
         )
+
+
+def test_the_recipes_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of docs/explaining.md but those of its first block."""
+    pytest.importorskip("captum")
+    guide = (Path(__file__).parent.parent / "docs" / "explaining.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    for run, model in {"quickstart": load(GENERATION), "reviews": tiny("classification")}.items():
+        save_model(model, tmp_path / "runs" / run / "checkpoints" / "best.ckpt")
+    reviews = [f"a {word} film,{'good' if i % 2 else 'bad'}" for i, word in enumerate(["dull", "moving"] * 20)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *reviews]) + "\n")
+    (tmp_path / "new_reviews.txt").write_text("a dull film\na moving film\n")
+    ran = set()
+    for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)[1:]:
+        for _, *words in (shlex.split(line) for line in block.splitlines() if line.startswith("llmkit ")):
+            done(*words)
+            ran |= {*words} & {*VERBS["explain"], "--faithfulness"}
+    assert ran == {*VERBS["explain"], "--faithfulness"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        *("attribute.json", "attribute.png", "faithfulness.json", "heads.json", "heads.csv", "heads.png"),
+        *("probe.json", "probe.png"),
+    }
