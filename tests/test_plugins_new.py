@@ -102,8 +102,7 @@ def test_the_printed_commands_work(
         assert pytest.main([*shlex.split(test)[3:], "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
     assert f"{len(properties(family))} passed" in told.getvalue()
 
-    # As printed for one of them; the others need not read as much to learn.
-    less = [] if family == "norm" else ["--data.batch_size", "2", "--model.context", "32"]
+    less = ["--data.batch_size", "2", "--model.context", "32"]  # enough to learn
     run = done(*shlex.split(fit)[1:], *less)
     if family == "compression":
         (line,) = compress
