@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from llmkit.errors import Problem, UserError
@@ -17,7 +17,7 @@ from llmkit.run.folder import run_folder
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 100
 SKIPPED = 10
-"""First steps that are not considered: the loss is averaged over steps, and needs some."""
+"""First steps that are left out: Lightning's average of the losses begins at half of their size."""
 OPTIONS = (f"--trainer.max_steps={STEPS}", "--trainer.max_epochs=-1", "--trainer.max_time=null")
 """What the test changes in a config."""
 PICTURE = "find_lr.png"
@@ -41,7 +41,7 @@ def find_lr(cli: CLI) -> int:
     at = steepest(rates, losses)
     picture = run_folder(cli.trainer) / PICTURE
     picture.parent.mkdir(parents=True, exist_ok=True)
-    learning_rates(rates, losses, at, picture)
+    learning_rates(rates[SKIPPED:], losses[SKIPPED:], None if at is None else at - SKIPPED, picture)
     if at is None:
         raise UserError(f"the loss does not fall at any learning rate from {LOWEST:g} to {HIGHEST:g}: see {picture}")
     print(
