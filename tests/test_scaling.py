@@ -355,7 +355,31 @@ def test_files_of_tensorboard(in_tmp: None) -> None:
     assert project(runs.N, runs.D, runs.L).surface == pytest.approx(HOFFMANN, rel=1e-6)
 
 
+def test_a_chart_of_wandb(in_tmp: None) -> None:
+    """A column for each run, with their least and greatest values: the end of a run counts, wherever it is."""
+    names = [f"run {index} - val_loss" for index in range(12)]
+    rows: dict[int, dict[str, float]] = {}
+    ends = []
+    for index, name in enumerate(names):
+        N, steps = 1e5 * 3 ** (index % 4), 100 * 4 ** (index // 4)
+        for step in range(100, steps + 1, 100):
+            rows.setdefault(step, {})[name] = HOFFMANN.loss(N, step * 4096)
+        ends.append(f"chart.csv:N={N},L={name}")
+    with Path("chart.csv").open("w", newline="") as file:
+        chart = csv.writer(file)
+        chart.writerow(["Step", *(f"{name}{end}" for name in names for end in ("", "__MIN", "__MAX"))])
+        for step, losses in rows.items():
+            chart.writerow([step, *(losses.get(name, "") for name in names for _ in range(3))])
+    (runs,) = read(ends, "D=Step*4096").values()
+    assert len(runs) == 12
+    assert project(runs.N, runs.D, runs.L).surface == pytest.approx(HOFFMANN, rel=1e-6)
+
+
+WANDB = "Step,small - val_loss,small - val_loss__MIN,small - val_loss__MAX,large - val_loss\n1,3,3,3,\n"
 BAD = [
+    (WANDB, (), "runs.csv: a chart of W&B: 2 curves, without sizes. Export the table of runs instead, or give"),
+    (WANDB, ("--columns", "N=1,D=1,L=smal"), "'runs.csv:N=PARAMS,L=small - val_loss', with --columns 'D=Step*"),
+    (WANDB, ("--columns", "N=1,D=1,L=large - val_loss"), "runs.csv: the column 'large - val_loss' (L) is empty"),
     ("params,tokens,loss\n1e6,1e8,3\n", (), "1 run; a surface has 5 parameters"),
     ("params,tokens,loss\n" + "1e6,1e8,3\n1e6,2e8,3\n1e6,3e8,3\n1e6,4e8,3\n" * 2, (), "N: the runs have 1 size;"),
     (

@@ -33,6 +33,7 @@ HUSHED = (
     ".*lr_scheduler.step.. before `optimizer.step.*",
 )
 """Lightning's hints that a user cannot act on."""
+FIND_LR = "--find_lr"
 NO_SRUN = ".*srun. command is available on your system but is not used.*"
 """Another one, outside a job of Slurm."""
 
@@ -52,6 +53,10 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     if {"-h", "--help"} & set(argv):
         cli(command, ["--help"])
         return 0
+    if command == "fit" and FIND_LR in argv:
+        from llmkit.run.find_lr import OPTIONS, find_lr  # costs what no other run needs
+
+        return run_instead(find_lr, [*(word for word in argv if word != FIND_LR), *OPTIONS], f"{command} {FIND_LR}")
     planned = plan(command, argv, asked)
     stored = planned.stored
     if command == "fit" and not asked and stored is not None and _is_finished(stored, planned.config.tree):

@@ -107,6 +107,9 @@ class CLI(LightningCLI):
             kind, default, text = TOP[name]
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(Checkpoints, "checkpoint")
+        if self.command == "fit":  # for the help: the command has taken it out
+            text = "Try learning rates in a short run, suggest one, draw the curve, and stop."
+            parser.add_argument("--find_lr", action="store_true", help=text)
         skip: set[str | int] = {*self.subcommands()[self.command], "return_predictions", "verbose"}
         self.command_keys = parser.add_method_arguments(pl.Trainer, self.command, skip=skip)
 

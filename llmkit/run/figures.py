@@ -76,6 +76,18 @@ def coordinates(widths: Sequence[int], panels: Mapping[str, Mapping[str, Sequenc
     figure.savefig(png_file, format="png", dpi=150, bbox_inches="tight")  # whatever a user calls the file
 
 
+def learning_rates(rates: Sequence[float], losses: Sequence[float], at: int | None, png_file: Path) -> None:
+    """Draw the loss of a range test against the learning rate, and the point that was chosen."""
+    figure, axes = _axes()
+    axes.plot(rates, losses, linewidth=1.6)
+    if at is not None:
+        axes.plot([rates[at]], [losses[at]], "o", label=f"falls fastest: {rates[at]:.2g}")
+        axes.legend()
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, averaged over steps")
+    axes.grid(alpha=0.3)
+    figure.savefig(png_file, dpi=150)
+
+
 def confusion_matrix(counts: list[list[int]], labels: list[str], png_file: Path) -> None:
     """Draw how often each true label (rows) was predicted as each label (columns)."""
     size = max(4.0, 0.6 * len(labels) + 2)

@@ -6,7 +6,7 @@ A decoder of one layer on characters of Shakespeare (``$LLMKIT_DATA/tinyshakespe
 64, warmup of 12 and cosine, for learning rates a factor of 2 apart, at several widths. Recorded is the validation loss
 of one seed for every rate and of two around the best one, and where the parabola through the three best rates has its
 vertex. The folder of ``--output`` gets ``mup.json``, which is written after each run and from which the same command
-resumes, and ``mup.png``. docs/scaling.md has what it found.
+resumes, and ``mup.png``: without other options it draws what is there already. docs/scaling.md has what it found.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def draw(found: dict[str, dict[int, dict[int, list[float]]]], png_file: Path) ->
 def main() -> None:
     """Sweep, print two tables, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--base", type=int, default=128)
     parser.add_argument("--powers", type=int, nargs=2, default=[-11, -5], help="of 2: the lowest and highest rate")
     parser.add_argument("--steps", type=int, default=120)

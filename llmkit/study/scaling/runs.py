@@ -30,6 +30,7 @@ KEYS = {
 """What a column can be, and the name of the column that is taken for it where ``--columns`` names none."""
 SIZES = ("N", "N_total", "N_non_embedding")
 TENSORBOARD = ["Wall time", "Step", "Value"]
+D_OF_STEPS = "D={}*TOKENS_A_STEP"
 LEAST = 3
 """A surface needs so many sizes, and so many numbers of tokens."""
 
@@ -162,6 +163,15 @@ def _rows(path: Path, asked: Mapping[str, str], by_name: bool, conditions: Seque
         raise UserError(f"{path}: the file is empty")
     if names == TENSORBOARD:  # the curve of one run: its end counts
         lines = lines[-1:]
+    elif curves := _curves(names):  # those of several runs: the end of the one that is named counts
+        run = asked.get("L", "")
+        if run not in curves:
+            raise UserError(
+                f"{path}: a chart of W&B: {len(curves)} curves, without sizes. Export the table of runs instead, or "
+                f"give each run as '{path}:N=PARAMS,L={curves[0]}', with --columns '{D_OF_STEPS.format(names[0])}'"
+            )
+        if not (lines := [(number, row) for number, row in lines if (row[run] or "").strip()][-1:]):
+            raise UserError(f"{path}: the column '{run}' (L) is empty")
     for column, _, text in conditions:
         if column not in names:
             raise UserError(f"--where {text}: {path}: {unknown('column', column, names)}")
@@ -187,6 +197,13 @@ def _rows(path: Path, asked: Mapping[str, str], by_name: bool, conditions: Seque
                 )
             values[key] = value
         yield values
+
+
+def _curves(names: Sequence[str]) -> list[str]:
+    """Return the columns of a chart of W&B that are curves, ``RUN - METRIC``; none: it is another table."""
+    if len(names) < 2 or not all(" - " in name for name in names[1:]):
+        return []
+    return [name for name in names[1:] if not name.endswith(("__MIN", "__MAX"))]
 
 
 def _known(names: Sequence[str]) -> dict[str, str]:
