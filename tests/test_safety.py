@@ -329,6 +329,11 @@ def test_a_config_that_names_code(kind: str, folder: Path, bait: Path) -> None:
         assert result.code == 2 and says in one_line(result), result.err
 
 
+def test_a_list_on_the_command_line_that_names_code(folder: Path, bait: Path) -> None:
+    result = llmkit("fit", "--data.train", folder / "text.txt", "--trainer.callbacks", "[bait.Evil]")
+    assert result.code == 2 and "trainer.callbacks: bait.Evil" in one_line(result)
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system [touch it_ran]", "!!python/name:bait.Evil ''"])
 def test_yaml_that_builds_objects(tag: str, bait: Path) -> None:
     (bait / "x.yaml").write_text(f"model: {tag}\n")
