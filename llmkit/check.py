@@ -250,6 +250,9 @@ class Walk:
 
     def classes(self, kind: Any, value: Any, key: str) -> Any:
         """Check every class that is named in a value, at any depth, and its arguments."""
+        if isinstance(value, Raw):
+            self.classes(kind, value.value, key)
+            return value  # which may be meant as text
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
         name, known = _named_class(kind, value), _known_classes(kind)
@@ -284,7 +287,7 @@ def _named_class(kind: Any, value: Any) -> str:
     """Return the class, or the file with one, that a value names where a type is expected; empty: it names none."""
     if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
         return str(value["class_path"])
-    if not isinstance(value, str) or isinstance(value, Raw):
+    if not isinstance(value, str):
         return ""
     if kind is Any:  # no type is known: what can be imported is taken for a class
         return value if CLASS_PATH.fullmatch(value) and spec_of(value.partition(".")[0]) else ""
