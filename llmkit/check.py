@@ -5,8 +5,8 @@ imports no class that the tree may not name. Types are asked of jsonargparse, on
 
     check_arguments(LanguageModel, {"dim": "wide", "attention": {"name": "lstm", "heads": 2}}, "model")
 
-returns the problems ``model.dim: expected a whole number, got 'wide'`` and ``model.attention: LSTM has no argument
-'heads'. ...``, and leaves in the tree what each argument is when nothing is given.
+returns the settings with a value for each argument that has a default, and the problems ``model.dim: expected a whole
+number, got 'wide'`` and ``model.attention: LSTM has no argument 'heads'. ...``.
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ def _parser(kind: Any) -> ArgumentParser | None:
 
 def fits(kind: Any, value: Any) -> bool:
     """Return whether a value is of a type, as jsonargparse sees it."""
-    if kind is Any or (
-        type(value) is kind and kind in (bool, int, float, str)
-    ):  # jsonargparse takes a millisecond to say so
-        return True
+    if kind is Any or (kind in (bool, int, float, str) and type(value) is kind):
+        return True  # jsonargparse takes a millisecond to say so
     if value is None:  # which jsonargparse takes for a value left out
         return type(None) in typing.get_args(kind)
     parser = _parser(kind)
@@ -117,16 +115,10 @@ def expected(kind: Any) -> list[str]:
     return [NAMES.get(origin or kind) or f"a {getattr(kind, '__name__', 'value')}"]
 
 
-def shown(value: Any) -> str:
-    """Return a value as a config would have it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 @functools.cache
 def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
     """Return the arguments of a class by name, in order."""
-    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: one for name, one in inspect.signature(cls).parameters.items() if one.kind not in several}
+    return inspect.signature(cls).parameters
 
 
 @functools.cache
@@ -154,10 +146,10 @@ def check_arguments(cls: type, given: Tree, key: str) -> tuple[Tree, list[Proble
 
 
 class Walk:
-    """The walk itself: goes down a tree and collects problems.
+    """The walk: goes down a tree, returns its values typed and with defaults, and collects problems.
 
     Args:
-        meant: the key that is meant by a name which is not a key.
+        meant: name -> the key that is meant by it. Else it is an argument of that name somewhere in the tree.
     """
 
     def __init__(self, meant: Mapping[str, str]) -> None:
@@ -219,15 +211,16 @@ class Walk:
         value = self.classes(kind, value, key)
         if len(self._found) > before or fits(kind, settled(value)):
             return settled(value)
-        for text in [settled(value, as_text=True), *([str(given)] if isinstance(given, Raw) else [])]:
-            if fits(kind, text):
-                return text
+        if fits(kind, settled(value, as_text=True)):
+            return settled(value, as_text=True)
+        if isinstance(given, Raw) and fits(kind, str(given)):
+            return str(given)
         self.mismatch(kind, value, key)
         return settled(value)
 
     def mismatch(self, kind: Any, value: Any, key: str) -> None:
         """Add the problem of a value that is not of a type."""
-        allowed, got = expected(kind), shown(settled(value))
+        allowed, got = expected(kind), value if isinstance(value, str) else json.dumps(settled(value), default=str)
         either = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
         hint = nearest(got, allowed)
         self.report(key, f"expected {either}, got '{got}'{'.' if hint else ''}{hint}")
@@ -257,6 +250,9 @@ class Walk:
 
     def classes(self, kind: Any, value: Any, key: str) -> Any:
         """Check every class that is named in a value, at any depth, and its arguments."""
+        if isinstance(value, Raw):
+            self.classes(kind, value.value, key)
+            return value  # which may be meant as text
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
         name, known = _named_class(kind, value), _known_classes(kind)
@@ -291,7 +287,7 @@ def _named_class(kind: Any, value: Any) -> str:
     """Return the class, or the file with one, that a value names where a type is expected; empty: it names none."""
     if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
         return str(value["class_path"])
-    if not isinstance(value, str) or isinstance(value, Raw):
+    if not isinstance(value, str):
         return ""
     if kind is Any:  # no type is known: what can be imported is taken for a class
         return value if CLASS_PATH.fullmatch(value) and spec_of(value.partition(".")[0]) else ""

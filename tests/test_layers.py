@@ -171,3 +171,22 @@ def test_the_walk_fills_in_and_types() -> None:
 def test_fits(kind: Any, good: list[Any], bad: list[Any]) -> None:
     assert [fits(kind, value) for value in good] == [True] * len(good)
     assert [fits(kind, value) for value in bad] == [False] * len(bad)
+
+
+def test_nulls_and_keys_of_other_types() -> None:
+    tree = planned("model: {decoding: null}\n", "--model.optimizer.name", "sgd").config.tree["model"]
+    assert tree["optimizer"]["class_path"] == "torch.optim.SGD" and tree["decoding"]["max_new_tokens"] == 200
+    Path("x.yaml").write_text("data: {train: text.txt, columns: {no: 010, 1: b}}\n")
+    assert plan("fit", ["--config", "x.yaml"]).config.tree["data"]["columns"] == {"no": "010", "1": "b"}
+    with pytest.raises(UserError, match="x.yaml:2: unknown key 'model.5'"):
+        planned("model: {5: 3}")
+    with pytest.raises(UserError, match="x.yaml:2: name.*expected text"):
+        planned("name: {a: b}")
+
+
+def test_variables_are_filled_in_before_a_checkpoint_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "there")
+    monkeypatch.setenv("NOTHING", "")
+    words = ["--config", "x.yaml", "--output", "${PLACE}/runs${NOTHING}", "--ckpt_path", "best"]
+    with pytest.raises(UserError, match="command line: --ckpt_path best: no run below there/runs/x has a checkpoint"):
+        planned("", *words)

@@ -334,6 +334,14 @@ def test_a_config_that_names_code(kind: str, folder: Path, bait: Path) -> None:
         assert result.code == 2 and says in one_line(result), result.err
 
 
+@pytest.mark.parametrize(
+    "words", [("--trainer.callbacks", "[bait.Evil]"), ("--trainer.callbacks.part", "{class_path: bait.Evil}")]
+)
+def test_a_command_line_that_names_code(words: tuple[str, str], folder: Path, bait: Path) -> None:
+    result = llmkit("fit", "--data.train", folder / "text.txt", *words)
+    assert result.code == 2 and "trainer.callbacks: " in one_line(result)
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system [touch it_ran]", "!!python/name:bait.Evil ''"])
 def test_yaml_that_builds_objects(tag: str, bait: Path) -> None:
     (bait / "x.yaml").write_text(f"model: {tag}\n")

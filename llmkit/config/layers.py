@@ -81,10 +81,8 @@ class Stack:
                 old, value = {"class_path": old}, {"init_args": value}  # --trainer.logger NAME, then .save_dir
             adds = isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value)
             if isinstance(old, dict) and not adds:
-                if layer.source == COMMAND_LINE and family and old.get("init_args"):
-                    dropped = ", ".join(f"{part}: {item}" for part, item in old["init_args"].items())
-                    cls = str(value.get("class_path") if isinstance(value, dict) else value).rpartition(".")[2]
-                    self.notes.append(f"{inner} is {cls} now; {dropped} of {self.at(inner)} no longer applies")
+                if family and layer.source == COMMAND_LINE:
+                    self._note_replaced(inner, old, value)
                 self._forget_below(inner)
             written = plain(inner)
             if not isinstance(value, dict) or not value:
@@ -93,6 +91,13 @@ class Stack:
                 self._places[written] = layer.places[written]
             merged[name] = self._merge(old if adds else {}, value, inner, layer) if isinstance(value, dict) else value
         return merged
+
+    def _note_replaced(self, key: str, old: Tree, new: Any) -> None:
+        """Note which arguments are dropped with a plugin."""
+        if old.get("init_args"):
+            dropped = ", ".join(f"{name}: {value}" for name, value in old["init_args"].items())
+            cls = str(new.get("class_path") if isinstance(new, dict) else new).rpartition(".")[2]
+            self.notes.append(f"{key} is {cls} now; {dropped} of {self.at(key)} no longer applies")
 
     def _leave_out_splits(self, below: Tree, layer: Layer, given: set[str]) -> None:
         """Where a layer trains on other data, leave out the other splits of the layers below, with a note.
@@ -105,21 +110,19 @@ class Stack:
             layer: the layer, already merged.
             given: the keys of data that it sets, or that other options of its command line do.
         """
-        both = [name for name in ("source", "train") if name in layer.tree["data"]]
-        key = next((name for name in both if _kind(self.tree["data"][name]) != _kind(below.get(name))), "")
+        sets = [name for name in ("source", "train") if name in layer.tree["data"]]
+        key = next((name for name in sets if _kind(self.tree["data"][name]) != _kind(below.get(name))), "")
         if not key or not (below.get("train") or below.get("source")) or (key == "train" and below.get("source")):
             return
+        inherited = {name for name, value in below.items() if value is not None} - given
 
-        def left(names: Iterable[str]) -> dict[str, str]:
-            """Return those of some keys that only layers below set, and the place of each."""
-            return {
-                name: self.at(f"data.{name}") for name in names if below.get(name) is not None and name not in given
-            }
+        def places(names: Iterable[str]) -> dict[str, str]:
+            return {name: self.at(f"data.{name}") for name in names if name in inherited}
 
-        dropped = left(["train", "subset", *SPLITS] if key == "source" else SPLITS)
-        kept = left(name for name in READING if below.get(name) not in ("auto", "utf-8"))
+        dropped = places(["train", "subset", *SPLITS] if key == "source" else SPLITS)
+        kept = places(name for name in READING if below.get(name) not in ("auto", "utf-8"))
         if self.of("data.tokenizer").startswith("checkpoint "):
-            kept |= left(["tokenizer"])
+            kept |= places(["tokenizer"])
         for name in dropped:
             self._forget_below(f"data.{name}")
             self.put(f"data.{name}", None, layer.source)
@@ -182,7 +185,7 @@ def _with_places(keys: Mapping[str, str]) -> str:
 
 
 def _kind(data: Any) -> Any:
-    """Return what makes data other ones: their files, or the class that generates them, whatever its arguments."""
+    """Return what tells data apart: their files, or the class that generates them, whatever its arguments."""
     data = settled(data)
     return data.get("class_path", data) if isinstance(data, dict) else data
 
@@ -201,7 +204,7 @@ def _same_class(below: Tree, above: Tree) -> bool:
 
 
 def _whole(family: str, value: Any) -> Any:
-    """Return a plugin as ``{class_path, init_args}``; one without a name sets arguments of the plugin below it."""
+    """Return a plugin as ``{class_path, init_args}``; a mapping without a name has arguments of the plugin below it."""
     if isinstance(value, dict) and not {"name", "class_path", "init_args"} & value.keys():
         return {"init_args": value}
     try:
