@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from command import done, llmkit
+from test_explain_measures import tiny
+
+from llmkit import load
+from llmkit.commands import VERBS
+from llmkit.run.saving import save_model
 
 OLD = Path(__file__).parent / "old_checkpoints"
 GENERATION, TRANSLATION = OLD / "generation.ckpt", OLD / "translation.ckpt"
