@@ -36,8 +36,8 @@ from llmkit_plugins.tokenizer import BPE, Byte, Char, Word
 OLD = Path(__file__).parent / "old_checkpoints"
 GENERATION, TRANSLATION = OLD / "generation.ckpt", OLD / "translation.ckpt"
 VARIANTS = registry.entries("attention")
-CLASSES: dict[str, Any] = {name: registry.find("attention", name).load() for name in VARIANTS}
-CROSS = [name for name in VARIANTS if "cross" in CLASSES[name].roles]
+ROLES: dict[str, Any] = {name: registry.target_of(plugin("attention", name)).roles for name in VARIANTS}
+CROSS = [name for name, roles in ROLES.items() if "cross" in roles]
 
 
 def passes(name: str, topology: Topology, length: int = 9) -> Recording:
