@@ -36,13 +36,14 @@ from llmkit_plugins.tokenizer import BPE, Byte, Char, Word
 OLD = Path(__file__).parent / "old_checkpoints"
 GENERATION, TRANSLATION = OLD / "generation.ckpt", OLD / "translation.ckpt"
 VARIANTS = registry.entries("attention")
-CROSS = [name for name in VARIANTS if "cross" in registry.find("attention", name).load().roles]
+ROLES: dict[str, Any] = {name: registry.target_of(plugin("attention", name)).roles for name in VARIANTS}
+CROSS = [name for name, roles in ROLES.items() if "cross" in roles]
 
 
 def passes(name: str, topology: Topology, length: int = 9) -> Recording:
     """A small network of a variant, and what happened when it read two rows, one of them padded."""
     torch.manual_seed(1)
-    extra = {"window": 3} if name == "sliding_window" else {}
+    extra: dict[str, Any] = {"window": 3} if name == "sliding_window" else {}
     net = decided(name, topology, cross=name if name in CROSS else "multi_head", **extra)
     ids, segments = torch.randint(29, (2, length)), torch.ones(2, length, dtype=torch.long)
     segments[0, length - 3 :] = 0
@@ -91,9 +92,7 @@ def test_jacobian_norms() -> None:
     """Exact ones are torch's; estimates, and those of neighbouring outputs together, come near."""
     part = passes("lstm", "decoder").passes[0].parts[0]
     x, row = part.x_BTD[1].detach(), 1
-    jacobian: Any = torch.autograd.functional.jacobian(  # type: ignore[no-untyped-call]
-        lambda x: part.module(x[None], Sequence.dense(9))[0], x
-    )
+    jacobian: Any = torch.autograd.functional.jacobian(lambda x: part.module(x[None], Sequence.dense(9))[0], x)
     expected = jacobian.square().sum((1, 3)).sqrt()
     torch.testing.assert_close(norms(part, row).norms_TS, expected, rtol=1e-4, atol=1e-6)
     estimated, how = norms(part, row, exact=0)

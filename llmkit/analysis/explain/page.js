@@ -168,7 +168,7 @@
       answering.forEach((span, s) => listen(span, { s }));
     }
     asking.forEach((span, t) => listen(span, { t }));
-    get("hint").textContent = query.writes
+    get("hint").textContent = query.writes && same
       ? "Point at a token: what it rests on is shaded, which stands before it. Click to keep it; arrow keys move on."
       : "Point at a token: what it rests on is shaded. Click to keep it; arrow keys move on.";
     get("numbers").textContent = "";

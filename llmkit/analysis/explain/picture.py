@@ -18,9 +18,11 @@ from llmkit.study import drawing
 
 LABELS = 48
 """Longest text whose tokens stand at the axes."""
-FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
-         "SimHei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")  # fmt: skip
-"""Fonts that have Chinese, the first that is installed is used."""
+FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK TC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS"),
+)
+"""Fonts that have Chinese; the first that is installed is used."""
 PIXELS = 400
 MOST = 64
 """Most pictures of a figure."""
