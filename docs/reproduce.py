@@ -323,19 +323,21 @@ def trusted() -> list[str]:
     """Return the table of the faithfulness of methods by variant."""
     found = json.loads((ROOT / "docs" / "studies" / "explain" / "faithfulness.json").read_text())
     texts = next(iter(next(iter(found.values()))["methods"].values()))["texts"]
-    lines = [
-        TRUSTED.format(texts=texts),
-        "| variant (test accuracy) | method | deletion | insertion | random weights |",
-    ]
-    lines.append("|---|---|---|---|---|")
-    for variant, facts in found.items():
-        title = f"{variant} ({facts['accuracy']:.3f})"
-        for method, one in facts["methods"].items():
+    lines = [TRUSTED.format(texts=texts)]
+    lines += ["| variant (test accuracy) | method | deletion | insertion | random weights |", "|---|---|---|---|---|"]
+    for variant, figures in found.items():
+        title = f"{variant} ({figures['accuracy']:.3f})"
+        for method, one in figures["methods"].items():
             cells = [one["deletion_gain"], one["insertion_gain"], one["randomised"]]
             shown = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in cells]
             lines.append(f"| {title} | {method} | {' | '.join(shown)} |")
             title = ""
-    return [*lines, ""]
+    text = (
+        "A decoder of two layers learns to recall (`docs/studies/explain/mqar.sh`): the scores of its heads on "
+        "repeated random symbols, every 50 steps. Heads of the first layer turn to the previous token while those of "
+        "the second become induction heads."
+    )
+    return [*lines, "", text, "", "![Scores of heads over the steps of a run](studies/explain/heads.png)", ""]
 
 
 def _measured(name: str) -> bool:
