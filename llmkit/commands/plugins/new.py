@@ -27,6 +27,8 @@ OWN_ROWS = """\
   train: {name: NAME}
   validation: {}                 # what is other than in train: nothing
 """
+MODEL = {"tokenizer": "", "compression": "", "dataset": "  head: probe\n"}
+"""What the config says about the model, of families that are no part of one."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -50,7 +52,7 @@ def run(command: str, argv: list[str]) -> int:
         "imports": "" if options.package else f"imports: {name}.py\n",
         "data": {"head": FILES + ROWS + SHARE, "dataset": OWN_ROWS.replace("NAME", name)}.get(family, FILES + SHARE),
         "tokenizer": {"tokenizer": name, "dataset": "word"}.get(family, "byte"),
-        "model": {**dict.fromkeys(("tokenizer", "compression"), ""), "dataset": "  head: probe\n"}.get(family, f"  {family}: {name}\n"),
+        "model": MODEL.get(family, f"  {family}: {name}\n"),
     }
 
     def fill(template: str) -> str:
