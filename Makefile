@@ -1,6 +1,6 @@
 # make quickstart        install, then train a small model
 # make compare           compare three variants of it in a few minutes, with a report
-# make test ARGS="-k x"  the tests, in seven minutes on two cores
+# make test ARGS="-k x"  the tests
 # make lint              ruff and mypy; make clean: the venv and the caches
 # make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
 # make gpu               all that only a machine with a GPU can show, within five minutes; make gpu-dry: without one

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import study_fakes
+from command import parser_once
 from study_fakes import STEPS, cells, count, descendants, everything
 from torch import nn
 
@@ -29,7 +30,8 @@ from llmkit.commands.fit import run_instead
 from llmkit.config.plan import plan
 from llmkit.errors import Stopped, UserError, each_note_once, note
 from llmkit.main import main
-from llmkit.study import calibrate
+from llmkit.run.cli import CLI
+from llmkit.study import calibrate, figures
 from llmkit.study.calibrate import Timing
 from llmkit.study.cells import StudyPlan
 from llmkit.study.execute import Local, locked
@@ -44,6 +46,11 @@ data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 4}
 model: {dim: 32, num_layers: 2, context: 16, attention: {name: multi_head, num_heads: 4}}
 trainer: {max_steps: 4, val_check_interval: 2, accelerator: cpu, enable_progress_bar: false}
 """
+
+
+@pytest.fixture(autouse=True)
+def _parser_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CLI, "setup_parser", parser_once)
 
 
 @pytest.fixture
@@ -432,8 +439,9 @@ def test_mistakes_of_all_variants_are_reported_together(experiment: Path) -> Non
     assert "Did you mean 'lstm'?" in str(caught.value)
 
 
-def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command to its report; a cell is a fit, bit for bit; a second call has nothing left to run."""
+    monkeypatch.setattr(figures, "draw", lambda *results: {})  # three times the same; test_study_report looks at them
     argv = ["compare", "--config", "experiment.yaml", "--vary", "model.attention=multi_head,lstm", "--seeds", "2"]
     assert main([*argv, "--cells"]) == 0
     assert main(["cell", "runs/compare", "9"]) == 2
