@@ -28,9 +28,11 @@ from llmkit import LanguageModel, plugin, registry
 from llmkit.analysis.explain import explain, maps, page, picture, tokens
 from llmkit.analysis.explain.capture import Recording
 from llmkit.analysis.explain.jacobian import norms
+from llmkit.analysis.explain.reading import _with_answer
 from llmkit.contracts import Tokenizer, Topology
 from llmkit.sequence import Sequence
 from llmkit.testing.head.examples import FIELDS
+from llmkit_plugins.head.completion import Completion
 from llmkit_plugins.tokenizer import BPE, Byte, Char, Word
 
 OLD = Path(__file__).parent / "old_checkpoints"
@@ -236,6 +238,13 @@ def test_a_given_target_is_explained_and_nothing_is_written() -> None:
     (one,) = explain(model, ["the cat"], write=False)
     assert (one.texts[0].tokens, one.texts[0].says) == ([*"the ca"], [*"he cat"])
     torch.testing.assert_close(one.maps[0].weights_HTS.sum(-1), torch.ones(2, 6))
+
+
+def test_a_conversation_goes_on_with_the_answer() -> None:
+    head, said = Completion(chat=True), [{"role": "user", "content": "hi"}]
+    for given in ("hi", said, json.dumps(said), json.dumps({"messages": said})):
+        row = _with_answer({"messages": given}, head, {"prompt": "<user>hi", "text": "ho"})
+        assert row == {"messages": [*said, {"role": "assistant", "content": "ho"}]}
 
 
 def test_a_text_longer_than_the_context_ends_with_its_end() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmkit.analysis.explain.capture import Pass, Recording
-from llmkit.contracts import IGNORE, Batch
+from llmkit.contracts import IGNORE, Batch, Head
 from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import Scores, batch_of, columns_of, evaluating
@@ -89,7 +89,7 @@ def _written(model: LanguageModel, row: Mapping[str, Any], options: DecodingOpti
     if write and (missing or not head.targets):
         options = options or shortened(model.head.decoding)
         (answer,) = model.predict([row], options)
-        shown, row = model.head.show(answer), _with_answer(row, head, answer)
+        shown, row = model.head.show(answer), _with_answer(row, model.head, answer)
     batch = row_batch(model, row, (*head.inputs, *head.targets), unread=1)
     with evaluating(model):
         recording = Recording(model.network)
@@ -100,15 +100,25 @@ def _written(model: LanguageModel, row: Mapping[str, Any], options: DecodingOpti
     return Reading(row, answer, shown, batch, passes, _writes(passes[-1], batch) if passes else None)
 
 
-def _with_answer(row: Mapping[str, Any], head: Scores, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _with_answer(row: Mapping[str, Any], head: Head, answer: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the text that was written for it, as the head reads rows to score them."""
+    field = head.inputs[0]
     if head.targets:
         return {**row, head.targets[0]: answer["text"]}
-    given = row[head.inputs[0]]
-    if isinstance(given, str) and answer.get("prompt") is not None and head.inputs == ("text",):
-        return {**row, head.inputs[0]: answer["prompt"] + answer["text"]}
-    said = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
-    return {**row, head.inputs[0]: [*said, {"role": "assistant", "content": answer["text"]}]}
+    if head.layout == "blocks":
+        return {**row, field: answer["prompt"] + answer["text"]}
+    return {**row, field: [*_messages(row[field]), {"role": "assistant", "content": answer["text"]}]}
+
+
+def _messages(given: Any) -> list[Any]:
+    """Return a conversation: a list of messages, its JSON, or what a user says."""
+    if isinstance(given, str):
+        try:
+            parsed = json.loads(given)
+        except ValueError:
+            parsed = None
+        given = parsed if isinstance(parsed, list | dict) else [{"role": "user", "content": given}]
+    return list(given["messages"] if isinstance(given, Mapping) else given)
 
 
 def row_batch(model: LanguageModel, row: Mapping[str, Any], fields: tuple[str, ...], unread: int = 0) -> Batch:
