@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,6 +72,7 @@ def test_no_scores_are_held_whole() -> None:
     assert made == [64 * 64] * 2
 
 
+ROOT = Path(__file__).resolve().parent.parent
 HEADS = {
     "generation": ("text.txt", ()),
     "classification": ("rows.csv", ("--model.head.topology", "decoder")),
@@ -225,16 +229,30 @@ def test_settings_are_checked() -> None:
         Distillation("x", temperature=float("nan")).check()
 
 
-@pytest.mark.parametrize("taught", ["translation"], indirect=True)
-def test_a_student_is_trained_on_what_the_teacher_writes(folder: Path, taught: tuple[str, Path]) -> None:
-    """Sequence-level distillation takes two commands: predict with beams, and a fit on the file that it writes."""
-    given = ("--data.predict", folder / "pairs.jsonl", "--model.decoding", "{num_beams: 3, max_new_tokens: 4}")
-    written = done("predict", "--ckpt_path", taught[1], *given, "--output", folder / "written")
-    predictions = Path(written.out.removeprefix("predictions: ").strip())
-    expected = package.load(taught[1]).predict(
-        [{"source": f"word {i}"} for i in range(2)], package.DecodingOptions(num_beams=3, max_new_tokens=4)
-    )
-    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+def recipes() -> Iterator[list[str]]:
+    """The commands of the guide, without the word ``llmkit``."""
+    section = (ROOT / "docs" / "compressing.md").read_text("utf-8").partition("## Distillation\n")[2]
+    for block in re.findall(r"```sh\n(.*?)```", section.partition("\n## ")[0], re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line)[1:]
+
+
+def test_the_recipes_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a small size. On sequences the student is trained on the best of the teacher's beams."""
+    shutil.copy(folder / "pairs.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done(*words(folder, "translation", "x")[:-2], "--name", "translator")
+    commands = list(recipes())
+    assert [command[0] for command in commands] == ["fit", "fit", "infer", "predict", "fit"]
+    for command in commands:
+        given = [word.replace("configs/", f"{ROOT}/configs/") for word in command]
+        if command[0] == "fit":
+            given += list(map(str, TINY))
+            given += [] if "--data.train" in command else ["--data.train", str(folder / "text.txt")]
+        if command[0] == "predict":
+            given += ["--model.decoding.max_new_tokens", "4"]
+        done(*given)
+    rows = [json.loads(line) for line in Path("runs/translator/version_1/predictions.jsonl").read_text().splitlines()]
+    options = package.DecodingOptions(num_beams=5, max_new_tokens=4)
+    expected = package.load("runs/translator/version_0").predict([{"source": f"word {i}"} for i in range(2)], options)
     assert len(rows) == 40 and rows[:2] == expected
-    data = ("--data.train", predictions, "--data.columns", "{target: text}")
-    done("fit", *data, "--model.head", "translation", *TINY, *SMALL, "--output", folder / "sequence_level")
