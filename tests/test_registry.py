@@ -39,7 +39,10 @@ NAMES = {
         *("compression", "fuzzy_recall", "in_context_recall", "induction", "memorization", "mqar", "noisy_recall"),
         *("parity", "s5", "selective_copying", "sorting"),
     ],
-    "compression": ["bf16", "dynamic_int8", "gptq", "int4", "int8"],
+    "compression": [
+        *("bf16", "drop_channels", "drop_heads", "drop_layers", "dynamic_int8", "gptq", "int4", "int8", "prune", "svd"),
+        *("wanda", "whitened_svd"),
+    ],
 }
 """Every first-party plugin. A name that users write into configs must not vanish by accident."""
 
