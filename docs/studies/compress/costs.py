@@ -1,6 +1,6 @@
 """What packed weights cost to run: time and memory of a larger model with random weights, by method.
 
-    OMP_NUM_THREADS=1 python docs/studies/compress/costs.py multi_head gru
+OMP_NUM_THREADS=1 python docs/studies/compress/costs.py multi_head gru
 """
 
 from __future__ import annotations
