@@ -26,6 +26,7 @@ from llmkit.checkpoint.content import Stored, checked, section
 from llmkit.compression import Packed, matrices
 from llmkit.contracts import Tokenizer
 from llmkit.sequence import DecodingOptions
+from llmkit.testing import check
 from llmkit.testing.head.examples import FIELDS
 from llmkit_plugins.compression.gptq import output_error
 from llmkit_plugins.compression.int4 import Int4Matrix, packed, unpacked
@@ -139,6 +140,12 @@ def test_methods_come_back_from_a_checkpoint(method: str, parts: dict[str, Any],
     back = again(content(small))
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in small.state_dict().items())
     assert back.predict(rows, FEW) == small.predict(rows, FEW)
+
+
+@pytest.mark.parametrize("name", ["bf16", "dynamic_int8", "gptq", "int4", "int8"])
+def test_methods_have_what_is_checked_of_every_one(name: str) -> None:
+    report = check("compression", name)
+    assert not report.failed, str(report)
 
 
 def test_int4_packs_bit_for_bit() -> None:
