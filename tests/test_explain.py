@@ -375,7 +375,6 @@ def test_long_texts_stay_small() -> None:
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
     """Without an error, without markup of users that runs, and with what the shown token rests on."""

@@ -205,7 +205,6 @@ def test_the_coordinate_check(tmp_path: Path) -> None:
     assert standard.code == 1 and "NOT FLAT" in standard.out and "without muP" not in standard.out, standard.out
 
 
-@pytest.mark.slow
 def test_the_coordinate_check_up_to_width_1024(tmp_path: Path) -> None:
     """With two layers, and heads that grow with the width."""
     words = ("verify", "mup", *data(tmp_path), "--widths", "64,256,1024", "--model.num_layers", 2)

@@ -197,7 +197,6 @@ def test_a_study_of_sizes(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
 TRUNK = STUDY.replace("repeat: true", "repeat: true\nschedule: trunk\noverrides: {model.scheduler: wsd}")
 
 
-@pytest.mark.slow
 def test_a_study_on_trunks(faked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size has one trunk, which is trained and counted once; stopped and resumed, the report is the same."""
     Path("study.yaml").write_text(TRUNK)

@@ -1,9 +1,12 @@
 """Kill a real study with SIGKILL at random moments, start it again, and compare its report with one left alone.
 
     python docs/reliability/kill_study.py                 # 12 kills, a few minutes on an idle machine
+    python docs/reliability/kill_study.py --command scale --kills 8
 
-The victims are the command, the fork server and the cells. Another study runs in the same output folder at the same
-time. Writes ``kill_study.json`` next to this file, from which ``table.py`` makes a sentence of ``docs/reliability.md``.
+The victims are the command, the fork server and the cells. The study is one of ``llmkit compare``, and another one runs
+in the same output folder at the same time; or it is one of ``llmkit scale``, in which runs decay from a trunk. Writes
+``kill_study.json`` or ``kill_scale.json`` next to this file, from which ``table.py`` makes a sentence of
+``docs/reliability.md``.
 """
 
 from __future__ import annotations
@@ -33,6 +36,18 @@ seeds: 4
 margin: 0.05
 workers: 2
 """
+SCALE = """\
+base: experiment.yaml
+widths: [8, 16, 24]
+head_width: 8
+budgets: [6.0e+7, 1.2e+8, 2.4e+8]
+hold_out: 4.8e+8
+ratio: [0.01, 10000]
+repeat: true
+schedule: trunk
+overrides: {model.scheduler: wsd, checkpoint.every_n_steps: 20, trainer.val_check_interval: 1000, data.batch_size: 2}
+workers: 2
+"""
 EXPERIMENT = """\
 data: {train: text.txt, validation_share: 0.1, tokenizer: char, batch_size: 8}
 model: {dim: 32, num_layers: 1, context: 32, attention: {name: multi_head, num_heads: 4}, dropout: 0.1}
@@ -41,9 +56,9 @@ checkpoint: {every_n_steps: 5}
 """
 
 
-def compare(folder: Path, output: str, name: str = "study") -> subprocess.Popen[bytes]:
+def start(folder: Path, command: str, output: str, name: str = "study") -> subprocess.Popen[bytes]:
     """Start a study."""
-    line = [sys.executable, "-m", "llmkit", "compare", "--config", "study.yaml", "--output", output, "--name", name]
+    line = [sys.executable, "-m", "llmkit", command, "--config", "study.yaml", "--output", output, "--name", name]
     log = (folder / f"{output}.{name}.log").open("ab")
     return subprocess.Popen(line, cwd=folder, stdout=log, stderr=log)
 
@@ -86,21 +101,23 @@ def main() -> None:
     """Run the study left alone, and the one that is killed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--command", choices=("compare", "scale"), default="compare")
     options = parser.parse_args()
+    compares = options.command == "compare"
     chance = random.Random(0)
     folder = Path(tempfile.mkdtemp(prefix="llmkit_kill_study_"))
     (folder / "text.txt").write_text("\n".join(" ".join(chance.choices(WORDS, k=7)) for _ in range(600)) + "\n")
-    (folder / "study.yaml").write_text(STUDY)
+    (folder / "study.yaml").write_text(STUDY if compares else SCALE)
     (folder / "experiment.yaml").write_text(EXPERIMENT)
     os.environ["LLMKIT_CACHE"] = str(folder / "cache")
-    if compare(folder, "alone").wait() != 0:
+    if start(folder, options.command, "alone").wait() != 0:
         raise SystemExit(f"the study failed: see {folder}")
-    other = compare(folder, "killed", "other")
+    other = start(folder, options.command, "killed", "other") if compares else None
     killed: Counter[str] = Counter()
-    process, began = compare(folder, "killed"), time.monotonic()
+    process, began = start(folder, options.command, "killed"), time.monotonic()
     while process.poll() != 0:
         if process.poll() is not None:
-            process = compare(folder, "killed")
+            process = start(folder, options.command, "killed")
         if killed.total() >= options.kills:
             process.wait()
             continue
@@ -116,20 +133,21 @@ def main() -> None:
             print(f"{time.monotonic() - began:5.1f} s: {kind}", flush=True)
             if kind == "command":
                 process.wait()
-    if other.wait() != 0:
+    if other is not None and other.wait() != 0:
         raise SystemExit(f"the other study failed: see {folder}")
     alone, again = report_of(folder / "alone" / "study"), report_of(folder / "killed" / "study")
-    others = curves(folder / "killed" / "other")
+    results = curves(folder / "alone" / "study")
+    others = curves(folder / "killed" / ("other" if compares else "study"))
     found = {
         "kills": dict(killed),
-        "runs": len(others),
+        "runs": len(results),
         "resumed": sum(len(list(path.glob("version_*"))) > 1 for path in folder.glob("killed/study/cells/*/*/*")),
         "files": len(alone),
         "differences": sorted(name for name in alone.keys() | again.keys() if alone.get(name) != again.get(name)),
-        "other": sorted(name for name, text in curves(folder / "alone" / "study").items() if others.get(name) != text),
+        "other": sorted(name for name, text in results.items() if others.get(name) != text),
     }
     print(json.dumps(found))
-    (HERE / "kill_study.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / f"kill_{'study' if compares else 'scale'}.json").write_text(json.dumps(found, indent=1) + "\n")
     if not found["differences"] and not found["other"]:
         shutil.rmtree(folder)
 

@@ -83,6 +83,17 @@ def kill_study(found: dict[str, Any]) -> str:
     )
 
 
+def kill_scale(found: dict[str, Any]) -> str:
+    """Return the sentence on the study of sizes that was killed."""
+    kills, same = found["kills"], found["files"] - len(found["differences"])
+    victims = ", ".join(f"{kind} {number}" for kind, number in sorted(kills.items()))
+    return (
+        f"{sum(kills.values())} kills ({victims}) in a study of sizes with trunks, {found['runs']} real cells, "
+        f"{found['resumed']} of which were resumed from a checkpoint of their own: {same} of {found['files']} files of "
+        f"the report have the same bytes as without kills, and {len(found['other'])} cells have another result."
+    )
+
+
 def same(found: dict[str, Any]) -> str:
     """Return the sentence on experiments in which nothing differs."""
     return (
@@ -93,7 +104,7 @@ def same(found: dict[str, Any]) -> str:
 
 WRITERS: dict[str, Callable[[Any], str]] = {
     **{"kills": kills, "soak": soak, "soak_multi30k": soak},
-    **{"fuzz": fuzz, "configs": configs, "kill_study": kill_study, "same": same},
+    **{"fuzz": fuzz, "configs": configs, "kill_study": kill_study, "kill_scale": kill_scale, "same": same},
 }
 
 

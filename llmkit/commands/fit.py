@@ -33,9 +33,10 @@ HUSHED = (
     ".*lr_scheduler.step.. before `optimizer.step.*",
 )
 """Lightning's hints that a user cannot act on."""
-FIND_LR = "--find_lr"
 NO_SRUN = ".*srun. command is available on your system but is not used.*"
 """Another one, outside a job of Slurm."""
+FIND_LR = "--find_lr"
+"""Tries learning rates instead of training."""
 
 
 def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") -> int:
@@ -56,7 +57,11 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
     if command == "fit" and FIND_LR in argv:
         from llmkit.run.find_lr import OPTIONS, find_lr  # costs what no other run needs
 
-        return run_instead(find_lr, [*(word for word in argv if word != FIND_LR), *OPTIONS], f"{command} {FIND_LR}")
+        def suggest(cli: CLI) -> int:
+            print(find_lr(cli))
+            return 0
+
+        return run_instead(suggest, [*(word for word in argv if word != FIND_LR), *OPTIONS], f"{command} {FIND_LR}")
     planned = plan(command, argv, asked)
     stored = planned.stored
     if command == "fit" and not asked and stored is not None and _is_finished(stored, planned.config.tree):

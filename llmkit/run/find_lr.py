@@ -23,10 +23,10 @@ OPTIONS = (f"--trainer.max_steps={STEPS}", "--trainer.max_epochs=-1", "--trainer
 PICTURE = "find_lr.png"
 
 
-def find_lr(cli: CLI) -> int:
-    """Run the test by Lightning's Tuner, print a suggestion, and draw the curve into the run's folder.
+def find_lr(cli: CLI) -> str:
+    """Run the test by Lightning's Tuner, draw the curve into the run's folder, and return a suggestion as text.
 
-    The model and the state of random number generators are afterwards what they were. Returns the exit code.
+    The model and the state of random number generators are afterwards what they were.
 
     Raises:
         UserError: the parameters do not share one learning rate, several processes would run, a checkpoint is resumed,
@@ -44,12 +44,11 @@ def find_lr(cli: CLI) -> int:
     learning_rates(rates[SKIPPED:], losses[SKIPPED:], None if at is None else at - SKIPPED, picture)
     if at is None:
         raise UserError(f"the loss does not fall at any learning rate from {LOWEST:g} to {HIGHEST:g}: see {picture}")
-    print(
+    return (
         f"suggested: --model.optimizer.lr {rates[at]:.2g}\n"
         f"the loss, averaged over steps, falls fastest there, in {len(rates)} steps from {LOWEST:g} to {HIGHEST:g}\n"
         f"picture: {picture}"
     )
-    return 0
 
 
 def _check(cli: CLI) -> None:
