@@ -325,9 +325,9 @@ def trusted() -> list[str]:
     texts = next(iter(next(iter(found.values()))["methods"].values()))["texts"]
     lines = [TRUSTED.format(texts=texts)]
     lines += ["| variant (test accuracy) | method | deletion | insertion | random weights |", "|---|---|---|---|---|"]
-    for variant, facts in found.items():
-        title = f"{variant} ({facts['accuracy']:.3f})"
-        for method, one in facts["methods"].items():
+    for variant, measured in found.items():
+        title = f"{variant} ({measured['accuracy']:.3f})"
+        for method, one in measured["methods"].items():
             cells = [one["deletion_gain"], one["insertion_gain"], one["randomised"]]
             shown = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in cells]
             lines.append(f"| {title} | {method} | {' | '.join(shown)} |")
