@@ -127,7 +127,7 @@ def test_unknown_names() -> None:
         f"unknown attention 'multihead'. Did you mean 'multi_head'? Allowed: {', '.join(NAMES['attention'])}."
     )
     text = message(lambda: registry.entries("atention"))
-    assert text.startswith("unknown family 'atention'. Did you mean 'attention'? Allowed: attention, dataset, feedf")
+    assert text.startswith("unknown family 'atention'. Did you mean 'attention'? Allowed: attention, compression, ")
     assert registry.entries("head").keys() == set(NAMES["head"])
 
 
