@@ -105,8 +105,7 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _body(results: Mapping[str, Any], picture: str) -> str:
-    cells = ([html.escape(cell) for cell in line] for line in rows(results))
-    head, *lines = ([name, remarks, *numbers] for name, *numbers, remarks in cells)
+    head, *lines = ([html.escape(cell) for cell in line[:-1]] for line in rows(results))
     links = ", ".join(f'<a href="frontier.{kind}">{kind.upper()}</a>' for kind in ("png", "pdf"))
     text = f"<figcaption>{html.escape(caption(results))} {links}</figcaption>"
     files = ", ".join(f'<a href="{one["file"]}">{one["file"]}</a>' for one in results["settings"])
@@ -114,7 +113,8 @@ def _body(results: Mapping[str, Any], picture: str) -> str:
         f"<h1>{html.escape(title(results))}</h1>",
         page.paragraph(verdict(results)),
         f"<figure>\n<div>{picture}</div>\n{text}\n</figure>",
-        page.table(head, lines, 2),
+        page.table(head, lines, 1),
+        page.bullets(f"{one['name']}: {'; '.join(one['notes'])}" for one in results["settings"] if one["notes"]),
         "<h2>What the numbers show</h2>",
         *map(page.paragraph, [*READING, setup(results)]),
         "<h2>Files</h2>",
