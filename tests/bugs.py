@@ -230,7 +230,7 @@ BUGS = [
     Bug(
         "group norm over the length",
         "self._normalised(join(y_BHTE))",
-        "self.norm(join(y_BHTE).mT.to(v_BHTE.dtype)).mT",
+        "self.norm(join(y_BHTE).mT.to(gate_BTD.dtype)).mT",
         "causal_by_gradient",
         linear,
         "Retention",

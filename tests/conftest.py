@@ -72,12 +72,6 @@ def data_folder() -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def scalar_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let inductor write scalar code: it compiles ten programs to find out which vector instructions there are."""
-    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [], raising=False)
-
-
-@pytest.fixture
 def no_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what torch adds to the report of a wrong gradient: it differentiates by every single weight."""
     # By this name ``torch.autograd`` has the function.

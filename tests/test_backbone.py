@@ -174,7 +174,6 @@ def compiled(net: Backbone, backend: str = "aot_eager") -> CompileCounterWithBac
         ("encoder_decoder", "multi_head", "aot_eager"),
     ],
 )
-@pytest.mark.usefixtures("scalar_code")
 def test_a_compiled_network_trains_alike(topology: str, variant: str, backend: str) -> None:
     """Of each variant by itself, the checks of attention hold that it compiles."""
     net = build(topology, attention=variant, num_layers=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -228,6 +230,27 @@ def test_the_command(written: tuple[Path, str], run: Path) -> None:
     table = csv.DictReader((folder / "frontier.csv").open())
     assert [row["name"] for row in table] == ["original", "int8", "gptq-4", "int4+bf16"]
     assert all(name in out for name in ("gptq-4", "of that of plain rounding", "report.html"))
+
+
+def test_the_recipes_of_the_guide(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that compress and train further, and the block of Python; those of distillation have their own."""
+    guide = (Path(__file__).parent.parent / "docs" / "compressing.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "runs/quickstart/version_0")
+    Path("configs").mkdir()
+    shutil.copy(run / "config.yaml", "configs/quickstart.yaml")
+    few = {
+        "compress": ("--rows", 4, "--rounds", 1, "--calibration", 4, "--no_memory"),
+        "fit": ("--output", "runs", "--trainer.max_steps", 4),
+        "infer": ("--max_new_tokens", 2),
+    }
+    first, further, *_ = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    for _, command, *words in map(shlex.split, (first + further).splitlines()):
+        done(command, *words, *few[command])
+    made = {path.name for path in [*Path("small").glob("*.ckpt"), *Path("smaller").glob("*.ckpt")]}
+    assert made == {"original.ckpt", "int8.ckpt", "gptq.ckpt", "prune50.ckpt", "svd50+int8.ckpt"}
+    (python,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(python, {})
 
 
 def test_an_interval_is_that_of_the_paired_t_test() -> None:

@@ -114,7 +114,6 @@ def python_snippet() -> str:
     return snippet
 
 
-@pytest.mark.usefixtures("scalar_code")
 def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "subprocess", forked)
     # What `make quickstart` leaves behind comes first: the commands after it use its checkpoint.
