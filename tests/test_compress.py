@@ -240,7 +240,7 @@ def test_the_recipes_of_the_guide(run: Path, tmp_path: Path, monkeypatch: pytest
     Path("configs").mkdir()
     shutil.copy(run / "config.yaml", "configs/quickstart.yaml")
     few = {
-        "compress": ("--rows", 4, "--rounds", 1, "--calibration", 4, "--no_memory"),
+        "compress": ("--rows", 4, "--rounds", 2, "--calibration", 4, "--no_memory"),
         "fit": ("--output", "runs", "--trainer.max_steps", 4),
         "infer": ("--max_new_tokens", 2),
     }
