@@ -7,13 +7,13 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -281,7 +281,7 @@ def test_other_commands_take_what_it_writes(written: tuple[Path, str], run: Path
     answers = {name: done("infer", folder / f"{name}.ckpt", *greedy).out for name in ("int8", "gptq-4", "int4+bf16")}
     assert all(answer.startswith("To be") for answer in answers.values())
     words = [sys.executable, "-m", "llmkit", "infer", str(folder / "int8.ckpt"), *greedy]
-    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == answers["int8"]
+    assert forked.run(words).stdout == answers["int8"]
     how = ("--output", tmp_path, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
     assert (
         done("validate", "--ckpt_path", folder / "int8.ckpt", *how).out

@@ -205,13 +205,6 @@ def test_the_coordinate_check(tmp_path: Path) -> None:
     assert standard.code == 1 and "NOT FLAT" in standard.out and "without muP" not in standard.out, standard.out
 
 
-def test_the_coordinate_check_up_to_width_1024(tmp_path: Path) -> None:
-    """With two layers, and heads that grow with the width."""
-    words = ("verify", "mup", *data(tmp_path), "--widths", "64,256,1024", "--model.num_layers", 2)
-    own = llmkit(*words, "--model.optimizer.lr", 3e-3, "--model.mup_base_dim", 128)
-    assert own.code == 0 and "another verdict" not in own.out and len(re.findall(r"\+[123]\.", own.out)) >= 6, own.out
-
-
 def test_slopes_and_verdicts() -> None:
     assert slope([2, 4, 8], [3.0, 6.0, 12.0]) == pytest.approx(1)
     assert math.isnan(slope([2, 4], [0.0, 1.0])) and not Part("x", [0.0, 1.0], math.nan).passed
