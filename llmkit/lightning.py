@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,27 @@ def restart_validation(checkpoint: dict[str, Any]) -> None:
     for counts, before in ((progress["total"], earlier), (progress["current"], 0)):
         counts |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
     progress["is_last_batch"] = False
+
+
+def finish_with(trainer: pl.Trainer, last: Callable[[], None]) -> None:
+    """Have something done at the end of the fit loop while the run still stands; for ``on_fit_start``.
+
+    Also where no step is left: Lightning then calls none of the hooks of training.
+    """
+    run = trainer.fit_loop.run
+
+    def both() -> None:
+        run()
+        last()
+
+    trainer.fit_loop.run = both  # type: ignore[method-assign]
+
+
+def validate_at_the_end(trainer: pl.Trainer) -> None:
+    """Run the validation of the fit loop, as after its last batch; for ``finish_with``."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
 
 
 # Signals and errors

@@ -231,19 +231,20 @@ def check_llmkit(folder: Path) -> None:
     sizes = {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 3, "accumulate_grad_batches": 2}
     words = ["fit", "--data.train", folder / "text.txt", *TINY, "--imports", "faults", "--output", folder / "runs"]
     words += [f"--trainer.{key}={value}" for key, value in sizes.items()]
-    sender = {"class_path": "faults.Sender", "init_args": {"number": 15, "step": 4, "validation_batch": 1}}
     whole = done(*words, "--name", "whole")
-    stopped = llmkit(*words, "--name", "parts", "--trainer.callbacks", json.dumps(sender))
-    assert stopped.code == 128 + 15, stopped
-    resumed = done(*words, "--name", "parts", "--ckpt_path", "last")
-    for name in ("results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
-        one, two = (run.folder / name for run in (whole, resumed))
-        if name.endswith(".json"):
-            assert one.read_text() == two.read_text()
-            continue
-        weights = [torch.load(path, weights_only=True)["state_dict"] for path in (one, two)]
-        assert weights[0].keys() == weights[1].keys()
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for step in (4, 8):  # 8: no step is left for the run that resumes
+        sender = {"class_path": "faults.Sender", "init_args": {"number": 15, "step": step, "validation_batch": 1}}
+        stopped = llmkit(*words, "--name", f"parts{step}", "--trainer.callbacks", json.dumps(sender))
+        assert stopped.code == 128 + 15, stopped
+        resumed = done(*words, "--name", f"parts{step}", "--ckpt_path", "last")
+        for name in ("results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+            one, two = (run.folder / name for run in (whole, resumed))
+            if name.endswith(".json"):
+                assert one.read_text() == two.read_text()
+                continue
+            weights = [torch.load(path, weights_only=True)["state_dict"] for path in (one, two)]
+            assert weights[0].keys() == weights[1].keys()
+            assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def check_build_first(folder: Path) -> None:

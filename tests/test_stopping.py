@@ -89,15 +89,16 @@ def rows_of(run: Result) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("where", ["in a step", "before a validation", "in a validation"])
+@pytest.mark.parametrize("where", ["in a step", "before a validation", "in a validation", "in the last validation"])
 def test_the_run_goes_on_as_if_it_had_not_been_stopped(
     number: int, where: str, words: list[str], whole: Result
 ) -> None:
-    at = {"in a step": (5, -1), "before a validation": (3, -1), "in a validation": (4, 1)}[where]
+    places = {"in a step": (5, -1), "before a validation": (3, -1), "in a validation": (4, 1)}
+    at = {**places, "in the last validation": (8, 1)}[where]
     before = signal.getsignal(signal.SIGINT)
     stopped = llmkit(*words, "--name", "parts", *sender(number, *at))
     assert stopped.code == 128 + number
-    step = {"in a step": 6, "before a validation": 4, "in a validation": 4}[where]
+    step = {"in a step": 6, "before a validation": 4, "in a validation": 4, "in the last validation": 8}[where]
     assert f"at step {step}; saved " in stopped.err
     assert "--ckpt_path last" in stopped.err
     assert signal.getsignal(signal.SIGINT) == before

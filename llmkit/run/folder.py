@@ -134,8 +134,13 @@ class RunFolder(Callback):
                     logger.log_metrics(row, step)
                 logger.save()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy them before the validation of a run that had no step left."""
+        if trainer.state.fn == "fit":
+            self.on_train_start(trainer, pl_module)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copy them in a run that had no step left."""
+        """Copy them in a run that had nothing left."""
         self.on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

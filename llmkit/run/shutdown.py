@@ -14,7 +14,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmkit.errors import Stopped
-from llmkit.lightning import can_resume_here, log_interval, requeue_signal, restart_validation, write_step_metrics
+from llmkit.lightning import (
+    can_resume_here,
+    finish_with,
+    log_interval,
+    requeue_signal,
+    restart_validation,
+    validate_at_the_end,
+    write_step_metrics,
+)
 from llmkit.run.folder import run_folder
 from llmkit.run.saving import Checkpoints
 
@@ -36,6 +44,24 @@ class GracefulShutdown(Callback):
         self._compiling = False
         self._previous: dict[int, Any] = {}
         self._validating = False
+        self._unfinished = False  # the checkpoint that is resumed was saved within a validation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether a validation is not done yet."""
+        return {"validating": True} if self._validating else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note whether a validation was not done yet."""
+        self._unfinished = bool(state_dict.get("validating"))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Repeat a validation that was not done after the last step: Lightning resumes within steps alone."""
+
+        def last() -> None:
+            if self._unfinished:
+                validate_at_the_end(trainer)
+
+        finish_with(trainer, last)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers."""
@@ -77,7 +103,7 @@ class GracefulShutdown(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that a validation is not done yet."""
-        self._validating = trainer.state.fn == "fit"
+        self._validating, self._unfinished = trainer.state.fn == "fit", False
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
         """Stop between two batches."""

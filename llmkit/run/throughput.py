@@ -153,6 +153,6 @@ class Throughput(Callback):
         self._paused = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restart the clock."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        """Restart the clock, if it was started: a resumed run may have nothing left but its last validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and hasattr(self, "meter"):
             self.meter.pause(time.monotonic() - self._paused)
