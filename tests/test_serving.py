@@ -325,7 +325,7 @@ def test_mistakes_of_the_command(argv: list[str], message: str, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def address(model: LanguageModel) -> Iterator[str]:
     """A server on a free port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(create_app(model, "cats", LIMITS), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(create_app(model, "cats", LIMITS), log_config=None, log_level="error"))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -56,7 +56,9 @@ def run(command: str, argv: list[str]) -> int:
     name = args.name or _name(args.checkpoint)
     hosts = ["localhost", "127.0.0.1", "[::1]", args.host] if local else None
     app = create_app(model, name, limits, token, hosts)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    # Its own logging would close the handlers of all other packages, and with them streams that are not its own.
+    config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     paths = ", ".join(sorted(str(path) for path in app.openapi()["paths"] if str(path).startswith("/v1/")))
     print(f"llmkit: '{name}' is served at {address}: {paths}. Ctrl-C stops it.", flush=True)
     server.run(sockets=[listening])
