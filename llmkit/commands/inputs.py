@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmkit.commands import Parser, at_least
 from llmkit.errors import UserError
+
+
+def add_rows(parser: Parser, limit: int) -> None:
+    """Add the arguments of a command that reads a checkpoint and rows; ``limit`` is the default of ``--limit``."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, a run folder: its best one, or hf:NAME_OR_FOLDER")
+    add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object with the fields of a row")
+    add("--input", metavar="FILE", help="a file with a text or JSON object a line, or .csv, .jsonl, ...; -: stdin")
+    add("--limit", type=at_least(1), default=limit, metavar="N", help=f"the first N rows; default: {limit}")
 
 
 def row_of(command: str, text: str, fields: tuple[str, ...]) -> dict[str, str]:

@@ -63,11 +63,12 @@ class Writing(BaseModel):
     stream: bool = Field(False, description="Whether the text is sent piece by piece, as server-sent events.")
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Accepted, and not used.")
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens to write.")
 
     @property
     def limit(self) -> int | None:
         """Most tokens to write."""
-        raise NotImplementedError
+        return self.max_tokens
 
     @property
     def stops(self) -> list[str]:
@@ -84,13 +85,8 @@ class CompletionRequest(Writing):
         | Ids
         | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)]
     )
-    max_tokens: int | None = Field(None, ge=1)
     echo: bool = Field(False, description="Whether the answer begins with the prompt.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Of each token, and of so many best ones.")
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -112,7 +108,6 @@ class ChatRequest(Writing):
     """A conversation; the answer is the assistant's next turn."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Another name of max_tokens.")
 
     @property

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmkit.commands import Parser, at_least, columns, imported
 from llmkit.commands.explain.rows import file_rows, text_row
-from llmkit.commands.inputs import device_of
+from llmkit.commands.inputs import add_rows, device_of
 from llmkit.errors import UserError, note
-
-if TYPE_CHECKING:
-    pass
 
 DESCRIPTION = (
     "Attribute the answer to the tokens: the score of the class, or the log probability of the next token or of the "
@@ -25,11 +22,8 @@ GRADIENTS = "integrated gradients"
 def run(command: str, argv: list[str]) -> int:
     """Print the contributions; returns the exit code."""
     parser = Parser(command, DESCRIPTION)
+    add_rows(parser, 20)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, a run folder: its best one, or hf:NAME_OR_FOLDER")
-    add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object with the fields of a row")
-    add("--input", metavar="FILE", help="a file with a text or JSON object a line, or .csv, .jsonl, ...; -: stdin")
-    add("--limit", type=at_least(1), default=20, metavar="N", help="the first N rows; default: 20")
     methods = ("integrated_gradients", "occlusion", "jacobian", "map", "rollout")
     add("--method", choices=methods, default=methods[0], help="default: integrated_gradients")
     add("--layers", action="store_true", help="integrated gradients at the output of each layer too")

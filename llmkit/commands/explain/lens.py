@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.commands import Parser, at_least, columns, imported
+from llmkit.commands import Parser, columns, imported
 from llmkit.commands.explain.rows import file_rows, text_row
-from llmkit.commands.inputs import device_of
+from llmkit.commands.inputs import add_rows, device_of
 from llmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ LONGEST = 200
 def run(command: str, argv: list[str]) -> int:
     """Print the losses by layer; returns the exit code."""
     parser = Parser(command, DESCRIPTION)
+    add_rows(parser, 200)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, a run folder: its best one, or hf:NAME_OR_FOLDER")
-    add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object with the fields of a row")
-    add("--input", metavar="FILE", help="a file with a text or JSON object a line, or .csv, .jsonl, ...; -: stdin")
-    add("--limit", type=at_least(1), default=200, metavar="N", help="the first N rows; default: 200")
     add("--output", metavar="FOLDER", help="write lens.json and lens.png there")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--device", default="cpu", help="cpu, cuda, mps, ...; default: cpu")

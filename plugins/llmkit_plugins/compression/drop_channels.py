@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkit.compression import Calibration, Compression
+from llmkit.compression import Calibration
 from llmkit.contracts import Feedforward
 from llmkit.errors import UserError
-from llmkit_plugins.compression.maps import fewest, is_plain, keep, of_model, percent, positive, second_moments
+from llmkit_plugins.compression.maps import Removal, fewest, is_plain, keep, of_model, positive, second_moments
 
 ALL = slice(None)
 
 
-class DropChannels(Compression):
+class DropChannels(Removal):
     """The hidden channels of each feedforward network that add the least to its output are removed.
 
     What a channel adds is its column of the output matrix times its value; its root mean square is measured on rows of
@@ -26,19 +26,7 @@ class DropChannels(Compression):
         share: share of the channels of each network that is removed.
     """
 
-    trains: ClassVar[bool] = True
-    expands: ClassVar[bool] = False
-    reads: ClassVar[bool] = True
-
-    def __init__(self, share: float = 0.5) -> None:
-        if not 0 < share < 1:
-            raise UserError(f"share must be above 0 and below 1, got {share}")
-        self.share = share
-
-    @classmethod
-    def arguments(cls, text: str) -> dict[str, Any]:
-        """Return the percentage of channels that stands after the name."""
-        return {"share": percent(text, "the percentage of channels to remove")}
+    parts: ClassVar[str] = "channels"
 
     def apply(self, model: nn.ModuleDict, rows: Calibration | None) -> dict[str, Any]:
         """Remove channels; returns the number of those that are left, by network."""

@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkit.compression import Calibration, Compression
+from llmkit.compression import Calibration
 from llmkit.contracts import Position
 from llmkit.errors import UserError
 from llmkit_plugins.attention.differential import Differential
 from llmkit_plugins.attention.softmax import GroupedQuery
-from llmkit_plugins.compression.maps import fewest, is_plain, keep, of_model, percent, positive, second_moments
+from llmkit_plugins.compression.maps import Removal, fewest, is_plain, keep, of_model, positive, second_moments
 
 ALL = slice(None)
 
 
-class DropHeads(Compression):
+class DropHeads(Removal):
     """The heads of each softmax attention that add the least to its output are removed.
 
     What a head adds is its columns of the output matrix times its values; its root mean square is measured on rows of
@@ -28,19 +28,7 @@ class DropHeads(Compression):
         share: share of the heads of each attention that is removed.
     """
 
-    trains: ClassVar[bool] = True
-    expands: ClassVar[bool] = False
-    reads: ClassVar[bool] = True
-
-    def __init__(self, share: float = 0.5) -> None:
-        if not 0 < share < 1:
-            raise UserError(f"share must be above 0 and below 1, got {share}")
-        self.share = share
-
-    @classmethod
-    def arguments(cls, text: str) -> dict[str, Any]:
-        """Return the percentage of heads that stands after the name."""
-        return {"share": percent(text, "the percentage of heads to remove")}
+    parts: ClassVar[str] = "heads"
 
     def apply(self, model: nn.ModuleDict, rows: Calibration | None) -> dict[str, Any]:
         """Remove heads; returns the number of key/value heads that are left, by attention."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from llmkit.compression import Calibration, Matrix, matrices, watching
+from llmkit.compression import Calibration, Compression, Matrix, matrices, watching
 from llmkit.errors import UserError
 
 T = TypeVar("T")
@@ -81,6 +81,29 @@ def keep(module: nn.Linear, rows: Tensor | slice, columns: Tensor | slice) -> No
 def is_plain(module: object) -> bool:
     """Return whether a module is a linear map whose weight has its usual form."""
     return isinstance(module, nn.Linear) and "weight" in module._parameters
+
+
+class Removal(Compression):
+    """A share of the parts of each module is removed for good, those that matter least on rows of the training data.
+
+    Args:
+        share: share of the parts that is removed.
+    """
+
+    trains: ClassVar[bool] = True
+    expands: ClassVar[bool] = False
+    reads: ClassVar[bool] = True
+    parts: ClassVar[str]
+
+    def __init__(self, share: float = 0.5) -> None:
+        if not 0 < share < 1:
+            raise UserError(f"share must be above 0 and below 1, got {share}")
+        self.share = share
+
+    @classmethod
+    def arguments(cls, text: str) -> dict[str, Any]:
+        """Return the percentage of parts that stands after the name."""
+        return {"share": percent(text, f"the percentage of {cls.parts} to remove")}
 
 
 def fewest(scores: Tensor, share: float) -> Tensor:
