@@ -97,11 +97,11 @@ def create_app(
         if model.head.inputs == ("source",):
             paths.append("translate")
 
-        async def predict(request: RowsRequest, connection: Request) -> dict[str, Any]:
+        async def predict(request: RowsRequest) -> dict[str, Any]:
             """Return the answer of the model to each input."""
             check_name(request.model)
             jobs = _jobs_of(request, model, engine)
-            return {"object": "list", "model": name, "data": await _gathered(jobs, connection)}
+            return {"object": "list", "model": name, "data": await _gathered(jobs)}
 
         for path in paths:
             app.post(f"/v1/{path}", tags=["rows"], name=path)(predict)
@@ -149,7 +149,7 @@ def _jobs_of(request: RowsRequest, model: LanguageModel, engine: Rows) -> list[t
     return found
 
 
-async def _gathered(jobs: list[tuple[RowJob, asyncio.Future[Any]]], connection: Request) -> list[Any]:
+async def _gathered(jobs: list[tuple[RowJob, asyncio.Future[Any]]]) -> list[Any]:
     """Return the answers in their order. Raises RefusedError when there is an exception among them."""
     try:
         answers = await asyncio.gather(*(future for _, future in jobs))

@@ -58,6 +58,10 @@ class BusyError(Exception):
     """As much is waiting as the engine accepts."""
 
 
+class ClosedError(RuntimeError):
+    """The engine has been closed."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What a client gets of a text: a piece of it, or its end."""
@@ -139,18 +143,18 @@ class Engine(ABC):
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of these jobs, or none.
 
-        Raises BusyError when there is no room for them, and RuntimeError after ``close``.
+        Raises BusyError when there is no room for them, and ClosedError after ``close``.
         """
         with self._changed:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise ClosedError("the engine is closed")
             if len(self._waiting) + len(jobs) > self.max_waiting:
                 raise BusyError
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the present step, and end what is not finished with a RuntimeError."""
+        """Stop after the present step, and end what is not finished with a ClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -165,7 +169,7 @@ class Engine(ABC):
                     self._closed = True
                 self._end_all(error)
                 raise
-            self._end_all(RuntimeError("the server is shutting down"))
+            self._end_all(ClosedError("the server is shutting down"))
 
     def _end_all(self, error: BaseException) -> None:
         for job in [*self._active(), *self._waiting]:

@@ -168,7 +168,7 @@ class Reply:
             "created": int(time.time()),
             "model": model,
         }
-        self.kind = kind
+        self.kind, self.kind_of_events = kind, f"{kind}.chunk" if chat else kind
 
     def whole(self, choices: list[dict[str, Any]], used: Usage) -> dict[str, Any]:
         """Return the answer that is not streamed."""
@@ -187,13 +187,13 @@ class Reply:
         else:
             said = {"text": part.text}
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": part.finish}
-        return {**self.about, "object": f"{self.kind}.chunk" if self.chat else self.kind, "choices": [choice]}
+        return {**self.about, "object": self.kind_of_events, "choices": [choice]}
 
     def last(self, used: Usage) -> dict[str, Any]:
         """Return the event with the numbers of tokens."""
         return {
             **self.about,
-            "object": f"{self.kind}.chunk" if self.chat else self.kind,
+            "object": self.kind_of_events,
             "choices": [],
             "usage": used.model_dump(),
         }

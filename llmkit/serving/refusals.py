@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
-from llmkit.serving.engine import BusyError, Rows, Texts
+from llmkit.serving.engine import BusyError, ClosedError, Rows, Texts
 
 BODY_LIMIT = 2**20
 """Bytes that a request may have."""
@@ -32,15 +32,15 @@ def submit(engine: Texts | Rows, jobs: list[Any]) -> None:
         engine.submit(jobs)
     except BusyError:
         raise RefusedError(429, "too many requests are waiting: try again in a moment", code="busy") from None
-    except RuntimeError as error:
-        raise RefusedError(503, str(error)) from error
+    except ClosedError as error:
+        raise refused_by(error) from error
 
 
 def refused_by(error: BaseException) -> RefusedError:
     """Return what a client is told of an exception in the engine."""
     if isinstance(error, UserError):
         return RefusedError(400, str(error))
-    if isinstance(error, RuntimeError) and "shutting down" in str(error):
+    if isinstance(error, ClosedError):
         return RefusedError(503, str(error))
     return RefusedError(500, f"{type(error).__name__}: {error}")
 
