@@ -107,7 +107,8 @@ def test_a_probe(tmp_path: Path) -> None:
 
 def test_faithfulness(tmp_path: Path) -> None:
     pytest.importorskip("captum")
-    done("explain", GENERATION, "the cat", "on a mat", "x", "--faithfulness", "--output", tmp_path)
+    printed = done("explain", GENERATION, "the cat", "on a mat", "x", "--faithfulness", "--output", tmp_path).out
+    assert "integrated gradients" in printed and str(tmp_path / "faithfulness.json") in printed
     facts = json.loads((tmp_path / "faithfulness.json").read_text())
     assert list(facts) == ["map", "rollout", "integrated gradients", "occlusion", "jacobian"]
     assert all(one["texts"] == 2 and 0 <= one["deletion"][0] <= 1 for one in facts.values())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.commands import VERBS, Parser, at_least, imported
 from llmkit.commands.explain import faithfulness
-from llmkit.commands.inputs import device_of, lines_of, row_of
+from llmkit.commands.inputs import add_rows, device_of, lines_of, row_of
 from llmkit.errors import UserError, note
 
 if TYPE_CHECKING:
@@ -28,11 +28,8 @@ def run(command: str, argv: list[str]) -> int:
     """Write the page, a picture and the numbers; returns the exit code."""
     verbs = "".join(f" 'llmkit explain {verb} --help': {text}." for verb, text in VERBS["explain"].items())
     parser = Parser(command, DESCRIPTION + verbs)
+    add_rows(parser, 20)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, a run folder: its best one, or hf:NAME_OR_FOLDER")
-    add("texts", metavar="TEXT", nargs="*", help="a text; a JSON object with the fields of a row")
-    add("--input", metavar="FILE", help="a file with a text or JSON object a line, or .csv, .jsonl, ...; -: stdin")
-    add("--limit", type=at_least(1), default=20, metavar="N", help="explain the first N rows; default: 20")
     add("--output", default="explain", metavar="FOLDER", help="where explain.html, .png and .json go; default: explain")
     text = "most tokens to write; 0: explain texts, or rows with targets, as they are; default: 32 of a language model"
     add("--max_new_tokens", type=at_least(0), metavar="N", help=text)
@@ -60,10 +57,10 @@ def run(command: str, argv: list[str]) -> int:
             raise UserError(f"explain: --input {args.input} has no texts")
         if len(rows) > args.limit:
             note(f"explain: the first {args.limit} of {len(rows):,} rows; --limit N explains more")
-        if args.faithfulness:
-            return faithfulness.report(model, rows[: args.limit], Path(args.output), args.seed or 0)
-        options = _options(args, model.head.decoding)
-        found = explain(model, rows[: args.limit], options=options, write=args.max_new_tokens != 0)
+    if args.faithfulness:
+        return faithfulness.report(model, rows[: args.limit], Path(args.output), args.seed or 0)
+    options = _options(args, model.head.decoding)
+    found = explain(model, rows[: args.limit], options=options, write=args.max_new_tokens != 0)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     picture.draw(found[0], folder / "explain.png", args.layer, args.head)
