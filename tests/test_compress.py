@@ -317,6 +317,14 @@ def test_mistakes_are_one_line(words: tuple[str, ...], says: str, run: Path, tmp
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"llmkit: error: {says}"), answer.err
 
 
+def test_a_missing_package_is_named_before_anything_is_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    answer = llmkit("compress", run, "--to", "int8", "--output", tmp_path / "new")
+    assert answer.code == 2 and "pip install 'llmkit[study]'" in answer.err and not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_trained_further_is_refused(written: tuple[Path, str], tmp_path: Path) -> None:
     file = written[0] / "int8.ckpt"
     answer = llmkit("fit", "--ckpt_path", file, "--output", tmp_path, "--trainer.accelerator", "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def run(command: str, argv: list[str]) -> int:
     path, folder = file_of(options.checkpoint, "best.ckpt", "last.ckpt"), Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"compress: --output {folder} exists already, and is not an empty folder")
+    if find_spec("scipy") is None:  # said before minutes of measuring
+        raise UserError("compress needs scipy for its intervals: pip install 'llmkit[study]'")
 
     class Compressing(CLI):
         def execute(self) -> None:
