@@ -11,53 +11,26 @@ returns the problems ``model.dim: expected a whole number, got 'wide'`` and ``mo
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import copy
 import dataclasses
-import datetime
 import functools
-import importlib
 import inspect
 import json
-import os
-import pkgutil
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePath
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from llmkit import registry
+from llmkit.classes import NAMES, is_file, known_classes, load, named_class, spelled_out
 from llmkit.errors import Problem, UserError, nearest
-from llmkit.imports import is_importable, refusal
+from llmkit.imports import refusal
 
 Tree = dict[str, Any]
-
-NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-    collections.abc.Iterable: "a list",
-    dict: "a mapping",
-    collections.abc.Mapping: "a mapping",
-}
-"""Types as people call them."""
-
-PLAIN = {
-    *NAMES,
-    *(Any, complex, bytes, type(None), set, object, Path, PurePath, os.PathLike, datetime.timedelta),
-}
-"""Types whose values are not classes."""
-
-CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-"""A dotted name, as in ``package.module.Class``."""
 
 
 class Raw(str):
@@ -257,7 +230,7 @@ class _Walk:
     def typed(self, kind: Any, text: Raw, key: str) -> Any:
         """Return a value of the command line as the type wants it."""
         value = text.value
-        if key in registry.FAMILY_OF or _named_class(kind, value) or fits(kind, value) or not fits(kind, str(text)):
+        if key in registry.FAMILY_OF or named_class(kind, value) or fits(kind, value) or not fits(kind, str(text)):
             return value
         return str(text)
 
@@ -306,13 +279,18 @@ class _Walk:
             return value
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
-        name = _named_class(kind, value)
+        try:
+            value = spelled_out(kind, value)
+        except UserError as error:
+            self.problems += [Problem(key, item.text) for item in error.problems]
+            return value
+        name = named_class(kind, value)
         if not name:
             if isinstance(value, dict):
                 return {str(part): self.classes(kind, item, f"{key}.{part}") for part, item in value.items()}
             return value
-        known = _known_classes(kind)
-        why = f"'{name[:100]}' would be read as a file: write the class here" if _is_file(name) else ""
+        known = known_classes(kind)
+        why = f"'{name[:100]}' would be read as a file: write the class here" if is_file(name) else ""
         if not why and "." in name:
             why = refusal(name)
         elif not why and name not in known and not (isinstance(value, str) and fits(kind, value)):
@@ -321,7 +299,7 @@ class _Walk:
         if why:
             self.report(key, why)
             return value
-        cls = known.get(name) or _load(name)
+        cls = known.get(name) or load(name)
         written = value.get("init_args") if isinstance(value, dict) else {}
         if isinstance(cls, type) and isinstance(written, dict):
             given = dict(written)
@@ -329,55 +307,3 @@ class _Walk:
             if written:  # its defaults are left to the class
                 return {**value, "init_args": {part: given[part] for part in written}}
         return value
-
-
-def _named_class(kind: Any, value: Any) -> str:
-    """Return the class, or the file with one, that a value names where a type is expected; empty: it names none."""
-    if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-        return str(value["class_path"])
-    if not isinstance(value, str):
-        return ""
-    if kind in (Any, inspect.Parameter.empty):  # no type is known: what can be imported is taken for a class
-        return value if CLASS_PATH.fullmatch(value) and is_importable(value.partition(".")[0]) else ""
-    if not _takes_class(kind):
-        return ""
-    named = CLASS_PATH.fullmatch(value) is not None or _is_file(value) or bool(_known_classes(kind))
-    return value if named else ""
-
-
-def _takes_class(kind: Any) -> bool:
-    """Return whether a value of this type may be given as the path of a class or a function."""
-    origin = typing.get_origin(kind)
-    if origin is typing.Literal:
-        return False
-    if origin in (collections.abc.Callable, type) or kind in (collections.abc.Callable, type):
-        return True
-    if typing.get_args(kind):
-        return any(_takes_class(item) for item in typing.get_args(kind))
-    return isinstance(kind, type) and kind not in PLAIN
-
-
-@functools.cache
-def _known_classes(kind: Any) -> Mapping[str, type]:
-    """Return the classes by name that a library has for a type: the callbacks next to Lightning's ``Callback``, say."""
-    if typing.get_args(kind):
-        return {name: cls for item in typing.get_args(kind) for name, cls in _known_classes(item).items()}
-    if not _takes_class(kind) or not isinstance(kind, type) or not kind.__module__.startswith("lightning."):
-        return {}
-    package = importlib.import_module(kind.__module__.rpartition(".")[0])
-    classes = {name: cls for name, cls in vars(package).items() if isinstance(cls, type)}
-    return {name: cls for name, cls in classes.items() if issubclass(cls, kind) and cls is not kind}
-
-
-def _load(path: str) -> Any:
-    try:
-        return pkgutil.resolve_name(path)
-    except Exception:  # whatever the module raises is reported where the value is checked against its type
-        return None
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):
-        return False

@@ -63,7 +63,7 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
 
 
 ROOMS = (
-    *("errors", "registry", "imports", "check"),
+    *("errors", "registry", "imports", "classes", "check"),
     *("sequence", "contracts", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop"),
     *("run", "config", "testing", "study", "commands", "main", "__main__"),
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llmkit import registry
+from llmkit.check import settled
 from llmkit.errors import Problem, UserError, note
 
 Tree = dict[str, Any]
@@ -59,7 +60,7 @@ class Stack:
         merged = dict(below)
         for name, value in above.items():
             if name.endswith("+"):  # --trainer.callbacks+=NAME
-                name, old = name[:-1], below.get(name[:-1])
+                name, old = name[:-1], settled(below.get(name[:-1]))
                 more = getattr(value, "value", value)
                 value = old if isinstance(old, list) else [old] if old else []
                 value = value + more if isinstance(more, list) else [*value, more]

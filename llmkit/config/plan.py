@@ -26,6 +26,7 @@ from llmkit.config.stored import find, is_below, layer_of
 from llmkit.errors import Problem, UserError, unknown
 from llmkit.ops.sampling import unused
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
+from llmkit.run.trackers import with_folders
 from llmkit.sequence import DecodingOptions
 
 TOP_KEYS = (*TOP, *GROUPS)
@@ -117,6 +118,10 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
         stack.put("imports", list(dict.fromkeys(imported)), place)
     if _tokenizer_comes_along(stack):
         stack.tree["data"]["tokenizer"] = None
+    if isinstance(stack.tree["trainer"], dict) and "logger" in stack.tree["trainer"]:
+        stack.tree["trainer"]["logger"] = with_folders(
+            stack.tree["trainer"]["logger"], stack.tree.get("output", "runs")
+        )
     problems += _check(stack)
     if begins_with is not None and not problems:
         problems += published.conflicts(stack, begins_with)

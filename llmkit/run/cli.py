@@ -6,14 +6,17 @@ import hashlib
 import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 
 from llmkit.checkpoint.content import Stored
 from llmkit.checkpoint.weights import check_fits
@@ -22,6 +25,7 @@ from llmkit.errors import Problem, UserError, note
 from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkpoint
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
+from llmkit.run import trackers
 from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
@@ -82,6 +86,7 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: dict[str, Any] | list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
+        self.tree = args if isinstance(args, dict) else {}
         self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
@@ -127,6 +132,7 @@ class CLI(LightningCLI):
             self.config.model.init_from = None
             self.config.model.adapter = None
             self.config.model.word_vectors = None
+        logger, self.config.trainer.logger = self.config.trainer.logger, None  # built by ``loggers``
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
@@ -134,6 +140,8 @@ class CLI(LightningCLI):
             if isinstance(error, UserError) or (not isinstance(error, ValueError) and explain(error)):
                 raise
             raise UserError(str(error)) from error
+        finally:
+            self.config.trainer.logger = logger
         if self.stored is None:
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
@@ -149,21 +157,24 @@ class CLI(LightningCLI):
         check_fp8(str(given.get("precision")))
         kwargs |= filled_in(given)
         output = self.config_init["output"]
-        writes = given.get("logger") is not False
-        folder_logger = RunLogger(output, self.config_init["name"], writes)
-        kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
-        callbacks = _listed(given.get("callbacks"))
+        kwargs["logger"] = self.loggers()
+        callbacks = trackers.listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [Validations(), throughput, ReturnMemory()]
         if self.command == "predict":
             own.append(Predictions())
-        if given.get("enable_progress_bar") is not False:
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(Progress(throughput))
         own += [Compilation(), GracefulShutdown()]  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
-        if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
-            own.append(self.config_init["checkpoint"])
-        kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
+        savers = [item for item in callbacks if isinstance(item, Checkpoint)]
+        first: list[pl.Callback] = [RunFolder()]
+        if saves and not given.get("fast_dev_run") and all(isinstance(item, OnExceptionCheckpoint) for item in savers):
+            first.append(self.config_init["checkpoint"])
+        kwargs["callbacks"] = [*first, *callbacks, *own]
+        profiler = given.get("profiler")
+        if isinstance(profiler, Profiler):  # into the run folder, as Lightning does with a name only
+            profiler.filename = profiler.filename or "profile"
         if given.get("default_root_dir") is None:
             # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
             # job nor another command of this one.
@@ -176,11 +187,27 @@ class CLI(LightningCLI):
         use_whole_files(trainer)
         return trainer
 
+    def loggers(self) -> list[Logger]:
+        """Return the logger of the run folder, and those of the config, which are given what identifies the run."""
+        given, name = self.tree.get("trainer", {}).get("logger"), self.config_init["name"]
+        own = RunLogger(self.config_init["output"], name, given is not False)
+        specs = trackers.listed(given)
+        if not specs:
+            return [own]
+        tags = {key: str(self.tree["model"][key]["class_path"]).rpartition(".")[2] for key in ("head", "attention")}
+        state = (self.stored.content.get("callbacks") or {}).get("RunFolder") if self.stored is not None else None
+        try:
+            return [own, *trackers.build(specs, Path(own.log_dir), name, tags, (state or {}).get("trackers"))]
+        except BaseException:
+            own.release()
+            raise
+
     def execute(self) -> None:
         """Run the command."""
         try:
             if self.command == "fit":
                 self.before_fit()
+            trackers.begin(self.trainer.loggers)
             given = {key: self.config_init[key] for key in self.command_keys}
             getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
         except UserError:
@@ -248,11 +275,6 @@ class CLI(LightningCLI):
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
         self.trainer.predict(model, return_predictions=False, **kwargs)
-
-
-def _listed(value: Any) -> list[Any]:
-    """Return the loggers or callbacks that a config names: none, one, or several."""
-    return value if isinstance(value, list) else [] if value in (None, True) else [value]
 
 
 def filled_in(given: Any) -> dict[str, Any]:
