@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 import llmkit
 from llmkit.config.plan import plan
 from llmkit.errors import UserError
+from llmkit.model.average import MovingAverage
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import evaluating
+from llmkit.run.figures import read_metrics
 
 EPOCHS = 3
 
@@ -75,6 +79,77 @@ def test_a_moving_average_averages_the_weights(tmp_path: Path) -> None:
     for weights in look.steps[1:]:
         average = 0.9 * average + 0.1 * weights
     torch.testing.assert_close(model.network.embedding.weight.detach(), average)
+
+
+def test_ema_is_the_average_that_is_validated_saved_and_resumed(tmp_path: Path) -> None:
+    """Against the average computed step by step from the weights of a run without it, which trains the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    words = ["fit", "--data.train", text, *TINY, "--trainer.max_steps", "4", "--model.scheduler.warmup_steps", "1"]
+    words += ["--trainer.val_check_interval", "2", "--checkpoint.keep", "9", "--checkpoint.every_n_steps", "1"]
+    words += ["--output", tmp_path / "runs"]
+    plain = done(*words, "--name", "plain").folder / "checkpoints"
+    ema = [*words, "--name", "ema", "--model.ema", "0.3"]
+    whole = done(*ema).folder / "checkpoints"
+
+    def read(folder: Path, step: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(folder / f"step_{step}.ckpt", weights_only=True)
+        return content
+
+    expected: dict[str, Tensor] = {}
+    for step in range(1, 5):
+        trained, saved = read(plain, step)["state_dict"], read(whole, step)
+        assert all(torch.equal(trained[name], value) for name, value in saved["ema"]["trained"].items())
+        if step == 1:  # after one step the average is 2/11 of the start, which no checkpoint holds
+            expected = saved["state_dict"]
+        else:
+            decay = min(0.3, (1 + step) / (10 + step))
+            expected = {name: decay * expected[name] + (1 - decay) * trained[name] for name in trained}
+        for name, value in expected.items():
+            torch.testing.assert_close(saved["state_dict"][name], value)
+    assert not torch.equal(trained["net.embedding.weight"], expected["net.embedding.weight"])
+    again = [*words, "--name", "again", "--ckpt_path"]
+    resumed = done(*again, whole / "step_2.ckpt").folder / "checkpoints"  # the checkpoint brings model.ema
+    for step in (3, 4):
+        one, other = read(whole, step), read(resumed, step)
+        for part in (lambda x: x["state_dict"], lambda x: x["ema"]["trained"]):
+            assert all(torch.equal(value, part(other)[name]) for name, value in part(one).items())
+    curves = [read_metrics(folder.parent / "metrics.csv")["val_loss"] for folder in (plain, whole, resumed)]
+    assert curves[1] == curves[2] and curves[0] != curves[1]
+    results = [json.loads((folder.parent / "results.json").read_text())["val_loss"] for folder in (whole, resumed)]
+    assert results[0] == results[1] == pytest.approx(min(value for _, value in curves[1]))
+
+
+def test_ema_costs_one_operation_a_step_and_refuses_what_it_cannot_be() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    average = MovingAverage(0.999, model, {})
+    with torch.profiler.profile() as profile:
+        average.update()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.pop("aten::_foreach_lerp_") == 1
+    assert counts.keys() <= {"aten::lerp_", "aten::detach", "detach", "aten::to"}  # views of the weights, no copies
+    for value in (0.0, 1.0):
+        with pytest.raises(UserError, match="model.ema: must be above 0 and below 1"):
+            LanguageModel(ema=value)
+
+
+def test_ema_of_half_precision_moves() -> None:
+    """In bf16 a step of a thousandth would be lost: 1 + 0.001 is 1."""
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    average = MovingAverage(0.999, model, {"steps": 10**6})
+    nn.init.constant_(model.weight, 2.0)
+    for _ in range(700):
+        average.update()
+    expected = 2 - 0.999**700
+    torch.testing.assert_close(average.average[0], torch.full((2, 2), expected))
+    saved = model.state_dict()
+    state = copy.deepcopy(average.state(model, saved))
+    assert saved["weight"].dtype == torch.bfloat16 and saved["weight"][0, 0] == torch.tensor(expected).bfloat16()
+    model.load_state_dict(saved)
+    resumed = MovingAverage(0.999, model, state)
+    assert torch.equal(resumed.average[0], average.average[0]) and resumed.steps == average.steps
+    assert torch.equal(model.weight, torch.full((2, 2), 2.0, dtype=torch.bfloat16))
 
 
 def test_a_run_keeps_the_average(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class CLI(LightningCLI):
         try:
             if self.command == "fit":
                 self.before_fit()
-            trackers.begin(self.trainer.loggers)
+            trackers.begin(item for item in self.trainer.loggers if not isinstance(item, RunLogger))
             given = {key: self.config_init[key] for key in self.command_keys}
             getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
         except UserError:

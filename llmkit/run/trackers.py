@@ -175,8 +175,6 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
 def _reaching(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError:  # which names its file
-        raise
     except Exception as error:
         text = f"{name} cannot begin: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(Problem("trainer.logger", text)) from error
