@@ -112,8 +112,8 @@ def test_ema_is_the_average_that_is_validated_saved_and_resumed(tmp_path: Path) 
     resumed = done(*again, whole / "step_2.ckpt").folder / "checkpoints"  # the checkpoint brings model.ema
     for step in (3, 4):
         one, other = read(whole, step), read(resumed, step)
-        for part in (lambda x: x["state_dict"], lambda x: x["ema"]["trained"]):
-            assert all(torch.equal(value, part(other)[name]) for name, value in part(one).items())
+        pairs = [(one["state_dict"], other["state_dict"]), (one["ema"]["trained"], other["ema"]["trained"])]
+        assert all(torch.equal(value, b[name]) for a, b in pairs for name, value in a.items())
     curves = [read_metrics(folder.parent / "metrics.csv")["val_loss"] for folder in (plain, whole, resumed)]
     assert curves[1] == curves[2] and curves[0] != curves[1]
     results = [json.loads((folder.parent / "results.json").read_text())["val_loss"] for folder in (whole, resumed)]

@@ -132,8 +132,9 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if file is not None and isinstance(logger, RunLogger | TensorBoardLogger):
                 for step, row in rows_before(file, trainer.global_step):
-                    own = isinstance(logger, RunLogger)
-                    logger.log_metrics(row if own else {key: float(value) for key, value in row.items()}, step)
+                    # As text, so that nothing is rounded; TensorBoard takes numbers.
+                    values: Any = row if isinstance(logger, RunLogger) else {k: float(v) for k, v in row.items()}
+                    logger.log_metrics(values, step)
                 logger.save()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
