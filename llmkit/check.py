@@ -300,7 +300,7 @@ class _Walk:
             self.report(key, why)
             return value
         cls = known.get(name) or load(name)
-        written = value.get("init_args") if isinstance(value, dict) else {}
+        written = (value.get("init_args") or {}) if isinstance(value, dict) else {}
         if isinstance(cls, type) and isinstance(written, dict):
             given = dict(written)
             self.named(cls, given, key)
