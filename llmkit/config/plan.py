@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from llmkit import imports, registry
-from llmkit.check import check_arguments, check_value, unknown_key, with_arguments_of_train, without_repetition
+from llmkit.check import check_arguments, check_value, settled, unknown_key, with_arguments_of_train, without_repetition
 from llmkit.checkpoint.content import Stored
 from llmkit.config import argv as command_line
 from llmkit.config import published
@@ -118,10 +118,9 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
         stack.put("imports", list(dict.fromkeys(imported)), place)
     if _tokenizer_comes_along(stack):
         stack.tree["data"]["tokenizer"] = None
-    if isinstance(stack.tree["trainer"], dict) and "logger" in stack.tree["trainer"]:
-        stack.tree["trainer"]["logger"] = with_folders(
-            stack.tree["trainer"]["logger"], stack.tree.get("output", "runs")
-        )
+    trainer = stack.tree["trainer"]
+    if isinstance(trainer, dict) and "logger" in trainer:
+        trainer["logger"] = with_folders(settled(trainer["logger"]), stack.tree.get("output", "runs"))
     problems += _check(stack)
     if begins_with is not None and not problems:
         problems += published.conflicts(stack, begins_with)
