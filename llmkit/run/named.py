@@ -95,8 +95,10 @@ def _spelled_out(key: str, value: Any) -> Any:
     path = _path(key, value[part])
     flat = {name: item for name, item in value.items() if name not in (part, "init_args", "dict_kwargs")}
     given = {**(value.get("init_args") or {}), **flat}
-    if path == f"{CLASSES['logger'][0]}.CSVLogger" and not given:
+    if path == names("logger")["csv"] and not given:
         return IN_ANY_CASE
+    if path in (names("logger")["csv"], names("logger")["tensorboard"]):
+        given = {"save_dir": "", **given}  # the run decides
     more = {"dict_kwargs": value["dict_kwargs"]} if "dict_kwargs" in value else {}
     return {"class_path": path, **({"init_args": given} if given else {}), **more}
 
