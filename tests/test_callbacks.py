@@ -165,36 +165,6 @@ def test_a_run_keeps_the_average(tmp_path: Path) -> None:
     assert not torch.equal(*(file["state_dict"]["net.embedding.weight"] for file in files))
 
 
-EVERY = [
-    *("device_stats_monitor", "LearningRateMonitor", "model_summary", "rich_model_summary", "spike_detection"),
-    *("{name: early_stopping, monitor: val_loss}", "{name: timer, duration: '00:00:10:00'}"),
-    *("{name: gradient_accumulation_scheduler, scheduling: {1: 2}}", "{name: on_exception_checkpoint, dirpath: x}"),
-    *("{name: model_pruning, pruning_fn: l1_unstructured, amount: 0.1}", "RichProgressBar"),
-    *("{name: stochastic_weight_averaging, swa_lrs: 0.1, swa_epoch_start: 1}", "weight_averaging"),
-    *(["{name: ema_weight_averaging, decay: 0.5}"] if hasattr(callbacks, "EMAWeightAveraging") else []),
-]
-ROWS = {
-    "generation": "word a b\n" * 60,
-    "classification": "text,label\n" + "a b,x\nb c,y\n" * 12,
-    "translation": "source,target\n" + "a b,b a\n" * 24,
-}
-
-
-@pytest.mark.parametrize("head", ROWS)
-def test_callbacks_of_lightning_run_with_every_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    """By name, all in one run, with a profile in the run folder and llmkit's own checkpoints."""
-    monkeypatch.chdir(tmp_path)
-    data = Path("rows.txt" if head == "generation" else "rows.csv")
-    data.write_text(ROWS[head])
-    words = ["fit", "--data.train", data, "--model.head", head, *TINY, "--trainer.limit_train_batches", "2"]
-    words += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true"]
-    words += ["--trainer.log_every_n_steps", "1", "--trainer.profiler", "simple"]
-    folder = done(*words, "--trainer.callbacks", f"[{', '.join(EVERY)}]").folder
-    assert {path.stem for path in folder.glob("checkpoints/*")} == {"best", "last"}
-    assert "optimizer_step" in (folder / "fit-profile.txt").read_text()
-    assert "lr-AdamW" in (folder / "metrics.csv").read_text().replace("lr-AdamW/pg1", "lr-AdamW")
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -205,12 +175,15 @@ def test_callbacks_of_lightning_run_with_every_head(tmp_path: Path, monkeypatch:
         ("callbacks", "ThroughputMonitor", "metrics.csv has tokens_per_second, mfu and memory_gib already"),
         ("callbacks", "{name: model_checkpoint, monitr: x}", "ModelCheckpoint has no argument 'monitr'"),
         ("profiler", "simpel", "unknown profiler 'simpel'. Did you mean 'simple'?"),
+        ("profiler", "pytorch", "StochasticWeightAveraging copies the model, which has hooks of PyTorchProfiler"),
+        ("callbacks", "{monitor: val_loss}", "expected a name, or {name: ..., arguments}, got {'monitor': 'val_loss'}"),
         ("profiler", "xla", "XLAProfiler needs a package that is not installed: pip install torch_xla"),
     ],
 )
 def test_a_callback_that_does_not_fit_is_one_line(key: str, value: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        plan("fit", ["--data.train", "x.txt", f"--trainer.{key}", value])
+        average = ["--trainer.callbacks", "{name: stochastic_weight_averaging, swa_lrs: 0.1}"]
+        plan("fit", ["--data.train", "x.txt", *average, f"--trainer.{key}", value])
     (problem,) = refused.value.problems
     assert problem.text.startswith(f"command line: trainer.{key}: ")
 

@@ -13,13 +13,13 @@ import torch
 
 from llmkit.lightning import SEED_VARIABLES
 
-VARIABLES = (*SEED_VARIABLES, "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = (*SEED_VARIABLES, "CUBLAS_WORKSPACE_CONFIG", "MLFLOW_TRACKING_URI")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """Put back at the end of the block what Lightning's trainer changes in a process and leaves so.
+    """Put back at the end of the block what Lightning's trainer and loggers change in a process and leave so.
 
     These are handlers of signals, which would hold on to every trainer, environment variables, the switches for
     deterministic kernels, and filters of warnings.
