@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,8 @@ import pytest
 import torch
 from command import TINY, done
 from lightning.pytorch import callbacks
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 
 import llmkit
@@ -133,6 +136,20 @@ def test_ema_costs_one_operation_a_step_and_refuses_what_it_cannot_be() -> None:
             LanguageModel(ema=value)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "callback", "message"),
+    [
+        (FSDPStrategy, None, "model.ema: averages whole weights: use DDP instead of a strategy that shards"),
+        (DDPStrategy, callbacks.StochasticWeightAveraging(0.1), "StochasticWeightAveraging averages the weights too"),
+    ],
+)
+def test_ema_refuses_what_it_does_not_work_with(strategy: type, callback: pl.Callback | None, message: str) -> None:
+    model = LanguageModel(ema=0.5)
+    model.trainer = SimpleNamespace(strategy=strategy(), callbacks=[callback])  # type: ignore[assignment]
+    with pytest.raises(UserError, match=message):
+        model.on_fit_start()
+
+
 def test_ema_of_half_precision_moves() -> None:
     """In bf16 a step of a thousandth would be lost: 1 + 0.001 is 1."""
     model = nn.Linear(2, 2, dtype=torch.bfloat16)
@@ -217,6 +234,31 @@ def test_predict_says_what_it_takes(tmp_path: Path) -> None:
         LanguageModel().predict(["a"])
     with pytest.raises(TypeError, match="dropout"):
         LanguageModel.load_from_checkpoint("x.ckpt", dropout=0.9)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("head", ["generation", "classification", "translation"])
+def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It leaves the size of batches that it has found, and the weights as they were."""
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label,source,target\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,x,a b,b a\n" for i in range(40)))
+    pl.seed_everything(0, verbose=False)
+    tokenizer, columns = llmkit.plugin("tokenizer", "char"), {"text": "text"} if head == "generation" else None
+    module = llmkit.DataModule(
+        train=str(data), tokenizer=tokenizer, columns=columns, batch_size=2, validation_share=0, num_workers=0
+    )
+    model = LanguageModel(head=llmkit.plugin("head", head), dim=8, num_layers=1, context=16)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    look = Look()
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, use_distributed_sampler=False, callbacks=[look], **off)  # type: ignore[arg-type]
+    tuner = Tuner(trainer)
+    assert tuner.scale_batch_size(model, datamodule=module, max_trials=2, steps_per_trial=1) == module.batch_size == 4
+    before = model.network.embedding.weight.detach().clone()
+    found: Any = tuner.lr_find(model, datamodule=module, num_training=8, update_attr=False)
+    assert len(found.results["loss"]) == 8 and torch.equal(model.network.embedding.weight, before)
+    seen: list[int] = []
+    model.on_after_batch_transfer = lambda batch, index: seen.append(len(next(iter(batch.values())))) or batch  # type: ignore[func-returns-value, method-assign]
+    trainer.fit(model, module)
+    assert seen == [4]
 
 
 def test_evaluating_ends_with_an_error_too() -> None:
