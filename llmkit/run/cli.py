@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -58,13 +59,26 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 }
 """The other keys of a config: type, default and description."""
 
+OF_THE_CHECKPOINT = ("ckpt_path", "weights_only")
+"""Those that say where a run starts, which the checkpoints that it writes do not carry."""
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a tree that is checked already: to check it once more would take as long as two training steps."""
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Do nothing."""
+
 
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
-        text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
+        assert isinstance(pl_module, LanguageModel)
+        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT}}
+        header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
+        text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
@@ -93,6 +107,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},  # SavedConfig does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False, "prog": f"llmkit {command}", "description": purpose},
             args=args,
             run=False,  # the one command needs no parser below another, which would take twice as long
@@ -143,9 +158,8 @@ class CLI(LightningCLI):
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
             self.model.restore(self.stored)
-        drop = ("config", "ckpt_path", "weights_only")
-        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
-        self.model.config = {key: value for key, value in content.items() if key not in drop}
+        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
+        self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
