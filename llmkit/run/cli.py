@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.sources import note_changed
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
@@ -28,6 +29,7 @@ from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
+from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
@@ -84,6 +86,7 @@ class CLI(LightningCLI):
         self.command = command
         self.stored = stored
         self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
+        self.provenance = Provenance(command, stored)
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
@@ -142,6 +145,7 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
         drop = ("config", "ckpt_path", "weights_only")
         content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
@@ -167,7 +171,7 @@ class CLI(LightningCLI):
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
         if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
             own.append(self.config_init["checkpoint"])
-        kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
+        kwargs["callbacks"] = [RunFolder(), *callbacks, *own, self.provenance]  # the last, which counts all tokens
         if given.get("default_root_dir") is None:
             # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
             # job nor another command of this one.
