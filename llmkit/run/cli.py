@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.sources import note_changed
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
@@ -31,6 +32,7 @@ from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
+from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
@@ -89,6 +91,7 @@ class CLI(LightningCLI):
         self.logger: Any = None
         """The value of ``trainer.logger``: its loggers are built when the run has a folder."""
         self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
+        self.provenance = Provenance(command, stored)
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
@@ -149,6 +152,7 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
         self.config.trainer.logger = self.logger
         drop = ("config", "ckpt_path", "weights_only")
@@ -175,7 +179,7 @@ class CLI(LightningCLI):
         first: list[pl.Callback] = [RunFolder()]
         if saves and not given.get("fast_dev_run") and all(isinstance(item, OnExceptionCheckpoint) for item in savers):
             first.append(self.config_init["checkpoint"])
-        kwargs["callbacks"] = [*first, *callbacks, *own]
+        kwargs["callbacks"] = [*first, *callbacks, *own, self.provenance]  # the last, which counts all tokens
         if given.get("profiler") is not None:  # without a name of its file, it would print
             given["profiler"].filename = given["profiler"].filename or "profile"
         if given.get("default_root_dir") is None:
