@@ -361,7 +361,7 @@ def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
     }
 
 
-PASSED = {"dim", "role", "max_length", "layer", "bias_heads", "params", "optimizer", "save_dir"}
+PASSED = {"dim", "role", "max_length", "layer", "bias_heads", "params", "optimizer"}
 """Arguments that the framework passes by itself."""
 
 

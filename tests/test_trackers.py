@@ -104,14 +104,16 @@ def test_aim(fit: Callable[..., Result]) -> None:
     aim = pytest.importorskip("aim")
     first = fit("--trainer.logger", "aim").folder
     second = fit("--trainer.logger", "aim", *LAST).folder
-    repo = aim.Repo("runs")
-    assert known_as(first) == known_as(second) == {"AimLogger": repo.list_all_runs()[0]}
-    run = aim.Run(repo.list_all_runs()[0], repo="runs", read_only=True)
+    (known,) = aim.Repo("runs").list_all_runs()
+    assert known_as(first) == known_as(second) == {"AimLogger": known}
+    run = aim.Run(known, repo="runs", force_resume=True)  # read only, it shows nothing until aim has an index
     assert (run.experiment, run.name, run["hparams"]["model.dim"]) == ("exp", "exp/version_0", 16)
-    curve = next(metric for metric in run.metrics() if metric.name == "loss" and metric.context["subset"] == "train")
-    steps, values = curve.values.sparse_list()
-    assert dict(zip(steps, values, strict=True)) == pytest.approx(logged(second)) and len(steps) == 4
-    assert "loss_curve" in {image.name for image in run.images()}
+    context = importlib.import_module("aim.storage.context").Context
+    curve = run.get_metric("loss", context({"subset": "train"})).dataframe()
+    assert dict(zip(curve["step"], curve["value"], strict=True)) == pytest.approx(logged(second)) and len(curve) == 4
+    nothing = context({})
+    assert run.get_image_sequence("loss_curve", nothing) and run.get_text_sequence("sample", nothing)
+    run.close()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkit.check import Raw, settled
-from llmkit.errors import Problem, UserError, unknown
+from llmkit.errors import Problem, UserError, nearest
 
 Tree = dict[str, Any]
 
@@ -63,7 +63,7 @@ def spelled_out(trainer: Mapping[str, Any]) -> tuple[Tree, list[Problem]]:
     x}}``. A value with a wrong name becomes None; what is wrong in other ways stays for the check to report.
     """
     tree, problems = dict(trainer), []
-    for key in CLASSES.keys() & tree.keys():
+    for key in [key for key in CLASSES if key in tree]:
         value = _plain(tree[key])
         found = []
         for item in value if isinstance(value, list) else [value]:
@@ -95,19 +95,22 @@ def _spelled_out(key: str, value: Any) -> Any:
     path = _path(key, value[part])
     flat = {name: item for name, item in value.items() if name not in (part, "init_args", "dict_kwargs")}
     given = {**(value.get("init_args") or {}), **flat}
-    if path == f"{CLASSES['logger'][0]}.CSVLogger" and not given:
+    if path == names("logger")["csv"] and not given:
         return IN_ANY_CASE
+    if path in (names("logger")["csv"], names("logger")["tensorboard"]):
+        given = {"save_dir": "", **given}  # the run decides
     more = {"dict_kwargs": value["dict_kwargs"]} if "dict_kwargs" in value else {}
     return {"class_path": path, **({"init_args": given} if given else {}), **more}
 
 
 def _path(key: str, name: str) -> str:
-    known = names(key)
+    known, suffix = names(key), CLASSES[key][1]
     path = name if "." in name else known.get(name) or known.get(name.replace("_", "").replace("-", "").lower())
     if path is None:
-        short = {cls.removesuffix(CLASSES[key][1]) for cls in known if not cls.islower()}
-        kind = CLASSES[key][1].lower() or key.removesuffix("s")
-        raise UserError(unknown(kind, name, map(str.lower, short) if CLASSES[key][1] else short))
+        full = [cls for cls in known if not cls.islower()]
+        short = sorted(cls.removesuffix(suffix).lower() for cls in full) if suffix else sorted(full)
+        hint, kind = nearest(name, [*short, *full]), suffix.lower() or key.removesuffix("s")
+        raise UserError(f"unknown {kind} '{name}'.{hint} Allowed: {', '.join(short)}.")
     cls = path.rpartition(".")[2]
     if path in known.values() and cls in REFUSED:
         raise UserError(f"{cls}: {REFUSED[cls]}")

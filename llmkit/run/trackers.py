@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,7 +88,7 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
     """Return the loggers of a config for the run in a folder.
 
     Args:
-        specs: their descriptions.
+        specs: their descriptions; an empty ``save_dir`` is one that the config leaves open.
         folder: of the run, OUTPUT/NAME/version_N.
         name: NAME.
         tags: what else identifies the run.
@@ -108,12 +109,14 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
     }
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--logger", type=Logger)
+    logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # it warns of each run that is continued
     loggers = []
     for spec in specs:
         cls = spec["class_path"].rpartition(".")[2]
         with _reaching(cls):
-            known = dict.fromkeys(IDS, ids[cls]) if cls in ids else {}
-            spec = filled(spec, run, {**defaults.get(cls, {}), **known})
+            known = {**dict.fromkeys(IDS, ids[cls]), "name": None, "run_name": None} if cls in ids else {}
+            given = {key: value for key, value in spec.get("init_args", {}).items() if (key, value) != ("save_dir", "")}
+            spec = filled({**spec, "init_args": given}, run, {**defaults.get(cls, {}), **known})
             loggers.append(parser.instantiate_classes(parser.parse_object({"logger": spec})).logger)
     return loggers
 
