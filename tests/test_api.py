@@ -137,6 +137,9 @@ def test_a_run_is_read_from_its_folder(tree: dict[str, Any], tmp_path: Path) -> 
     assert run.plot()._repr_png_().startswith(b"\x89PNG")
     (answer,) = run.model.predict(["word"])
     assert run.model.spec["dim"] == 16 and answer["prompt"] == "word"
+    greedy = kit.DecodingOptions(temperature=0)  # which leaves the length to the checkpoint, and to the head there
+    assert len(run.model.predict(["word"], greedy)[0]["text"]) == 4
+    assert kit.LanguageModel(decoding=greedy).head.decoding.max_new_tokens == 200
     with pytest.raises(kit.UserError, match="is not the folder of a run"):
         kit.Run(tmp_path / "nothing")
 

@@ -120,7 +120,8 @@ class Run:
             f'<td style="text-align:left">{html.escape(value)}</td></tr>'
             for name, value in rows
         )
-        return f"<table><caption>{html.escape(str(self.folder))}</caption>{cells}</table>"
+        caption = f'<caption style="text-align:left">{html.escape(str(self.folder))}</caption>'
+        return f"<table>{caption}{cells}</table>"
 
 
 def _shown(value: float) -> str:
