@@ -18,6 +18,7 @@ from llmkit.errors import note
 from llmkit.lightning import has_ended
 from llmkit.run.cli import CLI, filled_in
 from llmkit.run.process import LOGGERS, as_found
+from llmkit.run.record import RESULTS
 from llmkit.run.report import report_finished
 from llmkit.testing import first_use
 
@@ -102,7 +103,7 @@ def finished(planned: Plan) -> Path | None:
 
 def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
     """Return whether a fit resumes a run that reached its end, and has reported it, with the same model and data."""
-    if not (stored.path.parent.parent / "results.json").is_file():
+    if not (stored.path.parent.parent / RESULTS).is_file():
         return False
     limits = {**tree["trainer"], **filled_in(tree["trainer"])}
     model = {name: value for name, value in stored.part["model"].items() if name not in ("optimizer", "scheduler")}

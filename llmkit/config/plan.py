@@ -25,6 +25,7 @@ from llmkit.data.sources import with_arguments_of_train
 from llmkit.errors import Problem, UserError, located, note, unknown
 from llmkit.ops.sampling import unused
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
+from llmkit.run.named import spelled_out
 from llmkit.sequence import DecodingOptions
 
 TOP_KEYS = (*TOP, *GROUPS)
@@ -142,6 +143,7 @@ def _check(stack: Stack) -> list[Problem]:
         stack.give_places(f"data.{split}", "data.train")
     if settled(tree["model"].get("decoding")) is None:
         tree["model"]["decoding"] = {}
+    tree["trainer"], wrong = spelled_out(tree["trainer"])
     walk = Walk(command_line.SHORT)
     for name in [name for name in tree if name not in TOP_KEYS]:
         walk.unknown("", name, TOP_KEYS)
@@ -150,7 +152,7 @@ def _check(stack: Stack) -> list[Problem]:
         tree[group] = walk.group(cls, tree[group], group)
     for name, (kind, default, _) in TOP.items():
         tree[name] = walk.value(kind, tree.get(name, default), name)
-    problems = walk.problems()
+    problems = wrong + walk.problems()
     for split in inherit:  # what it has from data.train is reported there
         of_train = {one: Problem(*(text.replace(f"data.{split}", "data.train") for text in one)) for one in problems}
         problems = [one for one in problems if of_train[one] == one or of_train[one] not in of_train]
