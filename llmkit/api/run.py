@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from llmkit.api.result import Run
@@ -84,8 +85,11 @@ def _with_objects(given: Given) -> type[CLI]:
                 names = ", ".join(type(item).__name__ for item in objects)
                 note(f"trainer.{name}: config.yaml does not have {names}, which was given as an object")
                 listed = trainer[name] if isinstance(trainer[name], list) else []
-                trainer[name] = [*listed, *objects] if name in ("callbacks", "logger", "plugins") else objects[-1]
+                trainer[name] = [*listed, *objects] if name in ("callbacks", "plugins") else objects[-1]
             return super().instantiate_trainer(**kwargs)
+
+        def loggers(self) -> list[Logger]:
+            return [*super().loggers(), *given.trainer.get("logger", ())]
 
     return Handed
 
