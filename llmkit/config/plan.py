@@ -63,7 +63,7 @@ class Plan:
             raise UserError(*map(self.config.placed, error.problems)) from error
 
 
-def plan(command: str, argv: list[str], asked: str = "") -> Plan:
+def plan(command: str, argv: list[str] | command_line.CommandLine, asked: str = "") -> Plan:
     """Return what a command would do. Nothing is built, but the modules that the config imports are imported.
 
     A value is taken from the command line, else the config files (later ones first), else the checkpoint, else the
@@ -71,13 +71,13 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: the words after it.
+        argv: the words after it, or what they say.
         asked: the command's name in messages.
 
     Raises:
         UserError: all mistakes that can be found before anything is built, together.
     """
-    words = command_line.read(argv)
+    words = argv if isinstance(argv, command_line.CommandLine) else command_line.read(argv)
     layers: list[Layer] = []
     imported: list[str] = []
     problems: list[Problem] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, OnExceptionCheckpoint, ProgressBar
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.sources import note_changed
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
@@ -32,6 +34,7 @@ from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.named import listed
 from llmkit.run.progress import Progress
+from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
@@ -62,13 +65,26 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 }
 """The other keys of a config: type, default and description."""
 
+OF_THE_CHECKPOINT = ("ckpt_path", "weights_only")
+"""Those that say where a run starts, which the checkpoints that it writes do not carry."""
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a tree that is checked already: to check it once more would take as long as two training steps."""
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Do nothing."""
+
 
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
-        text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
+        assert isinstance(pl_module, LanguageModel)
+        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT}}
+        header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
+        text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
@@ -90,6 +106,7 @@ class CLI(LightningCLI):
         self.logger: Any = None
         """The value of ``trainer.logger``: its loggers are built when the run has a folder."""
         self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
+        self.provenance = Provenance(command, stored)
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
@@ -99,6 +116,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},  # SavedConfig does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False, "prog": f"llmkit {command}", "description": purpose},
             args=args,
             run=False,  # the one command needs no parser below another, which would take twice as long
@@ -150,11 +168,11 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
         self.config.trainer.logger = self.logger
-        drop = ("config", "ckpt_path", "weights_only")
-        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
-        self.model.config = {key: value for key, value in content.items() if key not in drop}
+        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
+        self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
@@ -176,7 +194,7 @@ class CLI(LightningCLI):
         first: list[pl.Callback] = [RunFolder()]
         if saves and not given.get("fast_dev_run") and all(isinstance(item, OnExceptionCheckpoint) for item in savers):
             first.append(self.config_init["checkpoint"])
-        kwargs["callbacks"] = [*first, *callbacks, *own]
+        kwargs["callbacks"] = [*first, *callbacks, *own, self.provenance]  # the last, which counts all tokens
         if given.get("profiler") is not None:  # without a name of its file, it would print
             given["profiler"].filename = given["profiler"].filename or "profile"
         if given.get("default_root_dir") is None:
