@@ -240,12 +240,12 @@ def test_predict_says_what_it_takes(tmp_path: Path) -> None:
 def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It leaves the size of batches that it has found, and the weights as they were."""
     data = tmp_path / "rows.csv"
-    data.write_text("text,label,source,target\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,{'xy'[i % 2]},a b,b a\n" for i in range(40)))
+    data.write_text(
+        "text,label,source,target\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,{'xy'[i % 2]},a b,b a\n" for i in range(40))
+    )
     pl.seed_everything(0, verbose=False)
     tokenizer, columns = llmkit.plugin("tokenizer", "char"), {"text": "text"} if head == "generation" else None
-    module = llmkit.DataModule(
-        train=str(data), tokenizer=tokenizer, columns=columns, batch_size=2, validation_share=0
-    )
+    module = llmkit.DataModule(train=str(data), tokenizer=tokenizer, columns=columns, batch_size=2, validation_share=0)
     model = LanguageModel(head=llmkit.plugin("head", head), dim=8, num_layers=1, context=16)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     look = Look()
