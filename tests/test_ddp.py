@@ -169,6 +169,7 @@ def results(output: Path) -> dict[str, Any]:
     (path,) = output.rglob("results.json")
     assert [folder.name for folder in path.parent.parent.iterdir()] == ["version_0"]
     found: dict[str, Any] = json.loads(path.read_text())
+    found.pop("provenance")  # which has the number of processes, and tokens with their padding
     return found
 
 

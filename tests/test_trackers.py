@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +254,20 @@ def pictures(logger: str) -> set[str]:
         for path in Path("runs").rglob("events.*")
         for tag in reader.EventAccumulator(str(path)).Reload().Tags()["images"]
     }
+
+
+@pytest.mark.parametrize("heading", ["Loggers", "Callbacks and profilers", "The average of the weights"])
+def test_the_recipes_of_the_page_run(offline: None, heading: str) -> None:
+    """Or say which package to install."""
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text("utf-8")
+    recipe = text.partition(f"\n### {heading}\n")[2].partition("```yaml\n")[2].partition("```")[0]
+    Path("recipe.yaml").write_text(recipe)
+    Path("rows.txt").write_text(ROWS["generation"])
+    words = ("fit", "--config", "recipe.yaml", "--data.train", "rows.txt", *TINY)
+    result = llmkit(*words, "--trainer.enable_progress_bar", "true")
+    absent = [name for name in ("tensorboard", "wandb") if name in recipe and not importlib.util.find_spec(name)]
+    assert result.code == (2 if absent else 0), result
+    assert absent == re.findall(r"needs a package that is not installed: pip install (\w+)\n", result.err)
 
 
 @pytest.mark.parametrize("head", ROWS)
