@@ -140,22 +140,29 @@ def test_a_wrong_logger_is_one_line(fit: Callable[..., Result], value: str, mess
     assert failed.code == 2 and "command line: trainer.logger" in line and message in line
 
 
-def test_a_tracker_that_fails_is_one_line(fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.loggers import MLFlowLogger
+class Offline(pl.loggers.MLFlowLogger):
+    """A tracker that cannot be reached."""
 
-    class Offline(MLFlowLogger):
-        def __init__(self) -> None:
-            pl.loggers.Logger.__init__(self)
+    def __init__(self) -> None:
+        pl.loggers.Logger.__init__(self)
 
-        @property
-        def experiment(self) -> Any:
-            raise RuntimeError("api_key not configured\n  (no-tty)")
+    @property
+    def experiment(self) -> Any:
+        raise RuntimeError("api_key not configured\n  (no-tty)")
 
+
+def test_a_tracker_that_fails_is_one_line(
+    fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error before training, a note at its end."""
     monkeypatch.setattr(trackers, "build", lambda *given: [Offline()])
     spec = json.dumps({"name": "csv", "save_dir": "more"})
     failed = llmkit("fit", "--data.train", "text.txt", *TINY, "--trainer.logger", spec)
     text = "trainer.logger: Offline cannot begin: RuntimeError: api_key not configured (no-tty)"
     assert failed.code == 2 and text in failed.err and not Path("runs").exists()
+    trackers.send([Offline()], 1, {}, {"sample": "text"})
+    text = "Offline did not take sample: RuntimeError: api_key not configured (no-tty)"
+    assert capsys.readouterr().err == f"llmkit: note: {text}\n"
 
 
 def test_names() -> None:
