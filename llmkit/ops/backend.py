@@ -12,6 +12,8 @@ from torch import Tensor
 from llmkit.errors import note
 
 Backend = Literal["plain", "cpu", "triton"]
+FEW_ROWS = 32
+"""Most rows that are multiplied by packed weights: with more of them making the matrix takes less time."""
 
 
 def backend(x: Tensor, triton: bool = False) -> Backend:
@@ -34,6 +36,24 @@ def backend(x: Tensor, triton: bool = False) -> Backend:
         return "cpu" if fast else "plain"
     single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return "triton" if triton and x.device.type == "cuda" and single and runs_triton(x.device) else "plain"
+
+
+def multiplies_packed(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Return whether torch multiplies inputs by a matrix of packed eight-bit or four-bit numbers without unpacking it.
+
+    Its kernels for CPUs are for bfloat16 (in float32 they take many times as long) and few rows. They have no gradient,
+    and check nothing: of sizes that do not fit they read what is not theirs.
+
+    Args:
+        x: the inputs, (..., columns).
+        shape: rows and columns of the matrix.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    few = 0 < x.numel() <= FEW_ROWS * shape[1] and not differentiated
+    fits = shape[0] % 16 == 0 and shape[1] % 32 == 0 and x.is_contiguous() and x.data_ptr() % 32 == 0
+    return few and fits and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @functools.cache

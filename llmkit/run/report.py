@@ -18,7 +18,7 @@ from llmkit.errors import Problem, UserError
 from llmkit.lightning import is_debug_run
 from llmkit.model.groups import trained_share
 from llmkit.model.language_model import LanguageModel
-from llmkit.run import figures
+from llmkit.run import figures, trackers
 from llmkit.run.folder import run_folder
 from llmkit.run.provenance import Provenance
 from llmkit.run.record import RESULTS, read
@@ -35,6 +35,8 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     metrics, curve = folder / "metrics.csv", folder / "loss.png"
     if metrics.exists():
         figures.loss_curve(metrics, curve)
+    pictures = {"loss_curve": curve} if curve.exists() else {}
+    trackers.send(trainer.loggers, trainer.global_step, pictures, {"sample": sample} if sample else {})
     print("\nValidation:" if model.results else "\nNo validation data, so no metrics.")
     _report_metrics(trainer, model, "val")
     if not all(parameter.requires_grad for parameter in model.parameters()):
@@ -99,6 +101,7 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
     if matrix is not None:
         path = folder / "confusion_matrix.png"
         figures.confusion_matrix(matrix.tolist(), model.head.info()["labels"], path)
+        trackers.send(trainer.loggers, trainer.global_step, {"confusion_matrix": path}, {})
         print(f"  confusion matrix: {path}")
     print(f"  results: {folder / RESULTS}", flush=True)
 

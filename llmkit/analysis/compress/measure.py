@@ -80,15 +80,17 @@ def answering(model: LanguageModel, split: Blocks | Examples, row: NDArray[np.in
 def times(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, Floats]:
     """Return the milliseconds for a token, or a row, of each in every round; in a round one comes after the other.
 
-    Every second round goes backwards, and a first one is not counted.
+    Every second round goes backwards, and a first one is not counted. With one thread they are of CPU time, which other
+    processes of the machine do not lengthen.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in [*runs] if number % 2 else reversed([*runs]):
-            start = time.perf_counter()
+            start = clock()
             made = runs[name]()
             if number:
-                found[name].append(1000 * (time.perf_counter() - start) / made)
+                found[name].append(1000 * (clock() - start) / made)
     return {name: np.array(values) for name, values in found.items()}
 
 

@@ -186,8 +186,9 @@ class Recurrent(Attention):
             carried = [value[None].to(exact) for value in start]
         first = carried if len(carried) > 1 else carried[0]
         settings = (True, 1, 0.0, self.training, both)  # biases, layers, dropout between layers
-        quantized = getattr(self.rnn, "quantized", None)  # kernels that a compressed network brings
-        if quantized is not None and exact == torch.float32 and x.device.type == "cpu":
+        quantized = getattr(self.rnn, "quantized", None)  # kernels that a compressed network brings; without gradients
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if quantized is not None and exact == torch.float32 and x.device.type == "cpu" and not differentiated:
             y, *ends = quantized(x.to(exact), sizes, first, directions, settings)
             return y.to(x.dtype), [end[0] for end in ends]
         weights = self.rnn.all_weights

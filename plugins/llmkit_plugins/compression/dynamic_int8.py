@@ -29,12 +29,19 @@ class DynamicMatrix(Int8Matrix):
         return torch.ops.quantized.linear_prepack(whole, bias)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the map of (..., columns), whose inputs are rounded to seven bits, with one scale for all of them."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        """Return the map of (..., columns), whose inputs are rounded to seven bits, with one scale for all of them.
+
+        Where a gradient is wanted the matrix is made, for torch's operators have none.
+        """
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or differentiated:
             return super().linear(x, bias)
         if self._kernel is None:  # the weights have been loaded by now
             self._kernel = self.kernel(None if bias is None else bias.detach())
-        y: Tensor = torch.ops.quantized.linear_dynamic(x, self._kernel, True)
+        try:
+            y: Tensor = torch.ops.quantized.linear_dynamic(x, self._kernel, True)
+        except RuntimeError:  # inputs that are not finite have no scale
+            return super().linear(x, bias)
         return y
 
 
@@ -59,9 +66,13 @@ class RecurrentKernel:
         is_lstm = isinstance(self.rnn, nn.LSTM)
         run: Any = torch.quantized_lstm if is_lstm else torch.quantized_gru
         how = {"dtype": torch.qint8, "use_dynamic": True} if is_lstm else {}
-        if sizes is None:
-            return run(x, first, cells, *settings, True, **how)
-        return run(x, sizes, first, cells, *settings, **how)
+        given, rest = ((x, first), (*settings, True)) if sizes is None else ((x, sizes, first), settings)
+        try:
+            return run(*given, cells, *rest, **how)
+        except RuntimeError:  # as above
+            plain: Any = torch.lstm if is_lstm else torch.gru
+            weights = self.rnn.all_weights
+            return plain(*given, [weight for number in directions for weight in weights[number]], *rest)
 
 
 class DynamicInt8(Compression):

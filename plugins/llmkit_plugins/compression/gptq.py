@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmkit.compression import Calibration, matrices, watching
+from llmkit.compression import Calibration, matrices
 from llmkit.errors import UserError
 from llmkit_plugins.compression.int4 import Int4, Int4Matrix
 from llmkit_plugins.compression.int8 import scales
+from llmkit_plugins.compression.maps import second_moments
 
 DAMPING = 0.01
-"""What is added to the diagonal of the inputs' products, as a share of its mean."""
+"""What is added to the diagonal of the inputs' second moments, as a share of its mean."""
 
 
 class GPTQ(Int4):
@@ -21,7 +22,7 @@ class GPTQ(Int4):
 
     Frantar et al. 2022, arXiv:2210.17323, in the order of the columns and with the scale of a group taken when its turn
     comes. The inputs are those of the model before; in the paper they come through the layers that are rounded already.
-    It needs a few hundred rows. Embeddings, recurrences and maps that are not called are rounded as by ``int4``.
+    It needs a few hundred rows. Embeddings and maps that are not called are rounded as by ``int4``.
 
     Args:
         group: weights that share a scale, an even number.
@@ -32,46 +33,38 @@ class GPTQ(Int4):
     def apply(self, model: nn.ModuleDict, rows: Calibration | None) -> dict[str, Any]:
         """Pack every matrix; returns the squared error of the maps' outputs as a share of that of plain rounding."""
         assert rows is not None
-        products: dict[str, Tensor] = {}
-
-        def see(name: str, x_NI: Tensor) -> None:
-            x_NI = x_NI.double()
-            products[name] = products[name] + x_NI.T @ x_NI if name in products else x_NI.T @ x_NI
-
-        with watching(model, see):
-            rows.loss()
+        moments = second_moments(model, rows)
         own = plain = 0.0
         for matrix in matrices(model):
             weight, form = matrix.weight.detach(), Int4Matrix(matrix.weight, self.group)
             form.take(weight)
-            if matrix.name in products:
-                product = products[matrix.name]
-                plain += output_error(form() - weight, product)
-                round_columns(form, weight, product)
-                own += output_error(form() - weight, product)
+            if (moments_II := moments.get(matrix.name)) is not None:
+                plain += output_error(form() - weight, moments_II)
+                round_columns(form, weight, moments_II)
+                own += output_error(form() - weight, moments_II)
             matrix.replace(form)
         if not plain:
             raise UserError("no linear map has read anything: use int4")
         return {"error": own / plain, "note": f"error of the maps' outputs {own / plain:.0%} of that of plain rounding"}
 
 
-def output_error(difference_OI: Tensor, product_II: Tensor) -> float:
-    """Return the squared error of a map's outputs over its inputs, given the sum of their outer products."""
+def output_error(difference_OI: Tensor, moments_II: Tensor) -> float:
+    """Return the mean squared error of a map's outputs, summed over these, given the second moments of its inputs."""
     difference_OI = difference_OI.double()
-    return float((difference_OI @ product_II * difference_OI).sum())
+    return float((difference_OI @ moments_II * difference_OI).sum())
 
 
-def round_columns(form: Int4Matrix, weight_OI: Tensor, product_II: Tensor) -> None:
+def round_columns(form: Int4Matrix, weight_OI: Tensor, moments_II: Tensor) -> None:
     """Give a form the weights as GPTQ rounds them.
 
     Args:
         form: gets numbers and scales.
         weight_OI: the matrix.
-        product_II: the sum of the outer products of what it reads.
+        moments_II: the second moments of what it reads.
     """
     left = form.grouped(weight_OI.double()).flatten(1)  # what is to be rounded, corrected on the way
     columns = weight_OI.shape[1]
-    hessian = product_II.clone()
+    hessian = moments_II.clone()
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from llmkit.compression import Packed, PackingMethod
 from llmkit.errors import UserError
+from llmkit.ops.backend import multiplies_packed
 from llmkit_plugins.compression.int8 import scales
+
+GROUPS = (32, 64, 128, 256)
+"""Sizes of groups for which torch has kernels."""
 
 
 class Int4Matrix(Packed):
@@ -25,6 +29,9 @@ class Int4Matrix(Packed):
         self.scale: Tensor
         self.register_buffer("codes", weight.new_empty(rows, groups * self.group // 2, dtype=torch.uint8))
         self.register_buffer("scale", weight.new_empty(rows, groups, dtype=torch.bfloat16))
+        self.like: Tensor  # has the type of the model's numbers
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
+        self._kernel: tuple[Tensor, Tensor] | None = None
 
     def take(self, weight: Tensor) -> None:
         """Round a matrix to the nearest numbers."""
@@ -42,8 +49,22 @@ class Int4Matrix(Packed):
         self.codes.copy_(packed(numbers.flatten(1)))
 
     def forward(self) -> Tensor:
-        """Return the matrix in float32, each weight within half a scale of what was rounded."""
+        """Return the matrix, each weight within half a scale of what was rounded."""
         return self._values(self.codes, self.scale)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the map of (..., columns)."""
+        if self.group not in GROUPS or self.shape[1] % self.group or not multiplies_packed(x, self.shape):
+            return super().linear(x, bias)
+        if self._kernel is None:  # the weights have been loaded by now
+            numbers = unpacked(self.codes).int() + 8
+            scales_GR = self.scale.T.bfloat16()
+            factors_GR2 = torch.stack([scales_GR, torch.zeros_like(scales_GR)], -1)
+            self._kernel = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1), factors_GR2
+        codes, factors_GR2 = self._kernel
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), codes, self.group, factors_GR2)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Return rows of the matrix."""
@@ -51,7 +72,7 @@ class Int4Matrix(Packed):
 
     def _values(self, codes: Tensor, scale: Tensor) -> Tensor:
         numbers = unpacked(codes).view(*scale.shape, self.group)
-        return (numbers * scale.float()[..., None]).flatten(-2)[..., : self.shape[1]]
+        return (numbers * scale.float()[..., None]).to(self.like.dtype).flatten(-2)[..., : self.shape[1]]
 
 
 def packed(numbers: Tensor) -> Tensor:
@@ -68,8 +89,9 @@ def unpacked(codes: Tensor) -> Tensor:
 class Int4(PackingMethod):
     """Every matrix as four-bit numbers, with a scale (bfloat16) for each group of neighbouring weights of a row.
 
-    About a seventh of the bytes: 4.5 bits a weight in groups of 32. On a CPU it is not faster: the matrix is made again
-    whenever it is used. ``int4:64`` has groups of 64.
+    About a seventh of the bytes: 4.5 bits a weight in groups of 32; ``int4:64`` has groups of 64. On a CPU it is
+    slower: the matrix is made again whenever it is used. ``int4+bf16`` is faster where matrices are large and few
+    tokens come at once, and holds its weights twice then.
 
     Args:
         group: weights that share a scale, an even number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from llmkit.compression import Calibration, Compression, Matrix, matrices, watching
 from llmkit.errors import UserError
+from llmkit_plugins.attention.recurrent import Recurrent
 
 T = TypeVar("T")
 
@@ -28,7 +30,9 @@ def maps(model: nn.Module) -> list[Matrix]:
 def second_moments(model: nn.Module, rows: Calibration) -> dict[str, Tensor]:
     """Return the mean of x x^T over what each linear map reads, (columns, columns), by the name of its weight.
 
-    A weight that is read without calling its module is not in it: that of a recurrence, say.
+    The matrices of a recurrence read its inputs, and its outputs of the step before: the last outputs of a text, which
+    none reads, are counted too. A weight that is read without calling its module is not in it: an embedding that is the
+    output matrix, say.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -39,8 +43,23 @@ def second_moments(model: nn.Module, rows: Calibration) -> dict[str, Tensor]:
         sums[name] = sums[name] + product if name in sums else product
         counts[name] = counts.get(name, 0) + len(x_ND)
 
-    with watching(model, see):
-        rows.loss()
+    def hook(path: str) -> Callable[[Recurrent, tuple[Any, ...], Tensor], None]:
+        def recurrence(module: Recurrent, inputs: tuple[Any, ...], y_BTD: Tensor) -> None:
+            ends = ("_l0", "_l0_reverse")[: 1 + module.rnn.bidirectional]
+            for end, states_BTW in zip(ends, y_BTD.detach().chunk(len(ends), -1), strict=True):
+                see(f"{path}.rnn.weight_ih{end}", inputs[0].detach().flatten(0, -2))
+                see(f"{path}.rnn.weight_hh{end}", states_BTW.flatten(0, -2))
+
+        return recurrence
+
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Recurrent)]
+    hooks = [module.register_forward_hook(hook(path)) for path, module in found]
+    try:
+        with watching(model, see):
+            rows.loss()
+    finally:
+        for one in hooks:
+            one.remove()
     return {name: total / counts[name] for name, total in sums.items()}
 
 

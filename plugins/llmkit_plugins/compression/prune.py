@@ -28,6 +28,7 @@ class Sparse(Packed):
     def __init__(self, weight: Tensor, kept: int) -> None:
         rows, columns = weight.shape
         super().__init__((rows, columns))
+        self.kept = kept
         self.values = nn.Parameter(weight.new_empty(rows, kept))
         self.bits: Tensor
         self.register_buffer("bits", weight.new_zeros((rows * columns + 7) // 8, dtype=torch.uint8))
@@ -39,6 +40,11 @@ class Sparse(Packed):
         padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
         self.bits.copy_((padded * torch.tensor(BITS, device=flat.device)).sum(1))
         self.values.copy_(weight[mask].view_as(self.values))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *given)
+        if self.mask().sum(1).ne(self.kept).any():  # which would mix up the rows, or find too few values
+            given[-1].append(f"{prefix}bits should have {self.kept} weights in each row")
 
     def mask(self) -> Tensor:
         """Return which weights are kept, (rows, columns)."""
@@ -133,7 +139,7 @@ class Wanda(Prune):
     """``prune`` by the magnitude of a weight times the norm of the input that it is multiplied with.
 
     Sun et al. 2023, arXiv:2306.11695: a small weight on a large input matters more than a large one on a small input.
-    Maps that are not called as a module (those of a recurrence) are pruned by magnitude.
+    Maps that are not called as a module are pruned by magnitude; of a recurrence the inputs and the states are seen.
 
     Args:
         share: share of the weights of a row that become zero, rounded to whole weights.

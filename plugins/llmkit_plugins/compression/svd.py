@@ -109,7 +109,7 @@ class WhitenedSVD(SVD):
 
     Wang et al. 2024 (SVD-LLM), arXiv:2403.07378: with S S^T the second moments of the inputs, the decomposition of W S,
     times the inverse of S, is the product of its rank that changes the outputs on these inputs the least. Maps that are
-    not called as a module (those of a recurrence) are decomposed without S.
+    not called as a module are decomposed without S; of a recurrence the inputs and the states are seen.
 
     Args:
         keep: share of the parameters of a map that its two parts have together, which decides their rank.
