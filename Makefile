@@ -2,6 +2,7 @@
 # make compare           compare three variants of it in a few minutes, with a report
 # make test ARGS="-k x"  the tests
 # make lint              ruff and mypy; make clean: the venv and the caches
+# make docs              the documentation site, in build/docs; fails on any warning
 # make bench             benchmarks against other libraries (needs them: see the recipe); writes docs/performance.md
 # make gpu               all that only a machine with a GPU can show, within five minutes; make gpu-dry: without one
 # Nothing is installed twice: a stamp in the venv is newer than pyproject.toml and constraints.txt.
@@ -13,7 +14,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_LIGHTNING := $(shell sed -n 's/.*"lightning>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: help install quickstart compare test bench gpu gpu-dry lint clean
+.PHONY: help install quickstart compare test docs bench gpu gpu-dry lint clean
 .NOTPARALLEL:
 
 help:
@@ -31,6 +32,10 @@ compare: $(VENV)/.installed-study
 # By default tests are dealt out one by one, and what a file's tests share is built in both processes.
 test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The variable leaves out an advertisement for another program.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)
@@ -63,6 +68,10 @@ $(VENV)/.installed-study: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # A second Lightning, the oldest that pyproject.toml allows, in a folder of its own: see tests/test_lightning.py.

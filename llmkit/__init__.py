@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmkit.analysis.compress.chain import compress
     from llmkit.analysis.explain import explain
+    from llmkit.api.result import Run
+    from llmkit.api.run import fit, predict, test, validate
     from llmkit.compression import Compression
     from llmkit.contracts import Attention, Feedforward, Head, Norm, Position, Tokenizer
     from llmkit.data import DataModule
@@ -28,6 +30,8 @@ _HOMES = {
         "analysis.compress.chain": "compress",
         "compression": "Compression",
         "analysis.explain": "explain",
+        "api.result": "Run",
+        "api.run": "fit predict test validate",
         "contracts": "Attention Feedforward Head Norm Position Tokenizer",
         "data": "DataModule",
         "errors": "UserError",
@@ -52,6 +56,7 @@ __all__ = [
     "Memory",
     "Norm",
     "Position",
+    "Run",
     "Sequence",
     "State",
     "Tokenizer",
@@ -59,9 +64,13 @@ __all__ = [
     "__version__",
     "compress",
     "explain",
+    "fit",
     "load",
     "plugin",
+    "predict",
     "register",
+    "test",
+    "validate",
 ]
 
 

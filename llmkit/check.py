@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import importlib
 import inspect
 import json
 import os
@@ -255,27 +254,23 @@ class Walk:
             return value  # which may be meant as text
         if isinstance(value, list | tuple):
             return [self.classes(kind, item, key) for item in value]
-        name, known = _named_class(kind, value), _known_classes(kind)
-        if not name and isinstance(value, dict) and not known:
+        name = _named_class(kind, value)
+        if not name and isinstance(value, dict):
             return {part: self.classes(kind, item, f"{key}.{part}") for part, item in value.items()}
         if not name:
-            if isinstance(value, dict):
-                self.mismatch(kind, value, key)
             return value
         why = f"'{name[:100]}' would be read as a file: write the class here" if os.path.isfile(name) else ""
         if not why and "." in name:
             why = refusal(name)
-        elif not why and name not in known and not (isinstance(value, str) and fits(kind, value)):
-            allowed = f"a class path, or one of {', '.join(sorted(known))}" if known else "a class path"
-            why = f"unknown class '{name}'.{nearest(name, known)} Allowed: {allowed}."
+        elif not why and not (isinstance(value, str) and fits(kind, value)):
+            why = f"unknown class '{name}'. Allowed: a class path."
         if why:
             self.report(key, why)
             return value
-        cls = known.get(name)
-        if cls is None:
-            with contextlib.suppress(Exception):  # whatever the module raises: the value is checked against its type
-                cls = pkgutil.resolve_name(name)
-        written = value.get("init_args") if isinstance(value, dict) else {}
+        cls = None
+        with contextlib.suppress(Exception):  # whatever the module raises: the value is checked against its type
+            cls = pkgutil.resolve_name(name)
+        written = (value.get("init_args") or {}) if isinstance(value, dict) else {}
         if isinstance(cls, type) and isinstance(written, dict):
             given = self.named(cls, written, key)
             if written:  # its defaults are left to the class
@@ -291,7 +286,7 @@ def _named_class(kind: Any, value: Any) -> str:
         return ""
     if kind is Any:  # no type is known: what can be imported is taken for a class
         return value if CLASS_PATH.fullmatch(value) and spec_of(value.partition(".")[0]) else ""
-    named = _takes_class(kind) and (CLASS_PATH.fullmatch(value) or os.path.isfile(value) or _known_classes(kind))
+    named = _takes_class(kind) and (CLASS_PATH.fullmatch(value) or os.path.isfile(value))
     return value if named else ""
 
 
@@ -302,15 +297,3 @@ def _takes_class(kind: Any) -> bool:
     if typing.get_args(kind):
         return any(_takes_class(item) for item in typing.get_args(kind))
     return isinstance(kind, type) and kind not in PLAIN
-
-
-@functools.cache
-def _known_classes(kind: Any) -> Mapping[str, type]:
-    """Return the classes by name that a library has for a type: the callbacks next to Lightning's ``Callback``, say."""
-    if typing.get_args(kind):
-        return {name: cls for item in typing.get_args(kind) for name, cls in _known_classes(item).items()}
-    if not isinstance(kind, type) or not kind.__module__.startswith("lightning."):
-        return {}
-    package = importlib.import_module(kind.__module__.rpartition(".")[0])
-    classes = {name: cls for name, cls in vars(package).items() if isinstance(cls, type)}
-    return {name: cls for name, cls in classes.items() if issubclass(cls, kind) and cls is not kind}

@@ -31,6 +31,10 @@ class UserError(ValueError):
         self.problems = [item if isinstance(item, Problem) else Problem("", item) for item in problems]
         super().__init__(" | ".join(map(str, self.problems)))
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that a notebook shows, which are those of the command: its own frames help nobody."""
+        return [f"llmkit: error: {' '.join(str(problem).split())}" for problem in self.problems]
+
 
 class Stopped(Exception):  # noqa: N818
     """A signal asked the run to stop, and it has saved. Its exit code is the shell's for a signal."""

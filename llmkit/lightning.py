@@ -205,3 +205,8 @@ def raised_while_resuming(error: BaseException) -> bool:
         code.co_filename.endswith("checkpoint_connector.py") and re.match("_?(restore|resume)", code.co_name)
         for code in codes
     )
+
+
+def was_interrupted(exit: SystemExit) -> bool:
+    """Return whether Lightning ends the process because a KeyboardInterrupt reached its trainer."""
+    return isinstance(exit.__context__, KeyboardInterrupt)

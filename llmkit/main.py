@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fit how the loss depends on size and tokens",
     ),
     "tune": ("llmkit.commands.tune:run", "search settings by trials, and write the best config"),
+    "runs": ("llmkit.commands.runs:run", "list runs with their figures, sort and filter them, open a folder"),
     "cell": ("llmkit.commands.cell:run", "run one cell of a comparison in this process, for clusters"),
     "plugins": ("llmkit.commands:run_verb", "list, describe, check or create plugins"),
     "inspect": ("llmkit.commands.inspect:run", "describe the model of a config: parameters, FLOPs, memory"),

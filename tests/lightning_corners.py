@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from command import TINY, done, llmkit
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers.csv_logs import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -183,6 +183,18 @@ def check_resume(folder: Path) -> None:
             assert corners.raised_while_resuming(error) == answer, error
         else:
             raise AssertionError("nothing was raised")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        fit(trainer(folder, LambdaCallback(on_train_start=interrupt)), Tiny())
+    except SystemExit as exit:
+        assert corners.was_interrupted(exit) and not corners.was_interrupted(SystemExit(1))
+    else:
+        raise AssertionError("nothing was raised")
+    signal.signal(signal.SIGINT, handler)
+
+
+def interrupt(*given: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def check_end(folder: Path) -> None:

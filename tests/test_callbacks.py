@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
 import llmkit
+from llmkit.config.plan import plan
 from llmkit.errors import UserError
+from llmkit.model.average import MovingAverage
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.use import evaluating
+from llmkit.run.figures import read_metrics
 
 EPOCHS = 3
 
@@ -75,6 +81,77 @@ def test_a_moving_average_averages_the_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(model.network.embedding.weight.detach(), average)
 
 
+def test_ema_is_the_average_that_is_validated_saved_and_resumed(tmp_path: Path) -> None:
+    """Against the average computed step by step from the weights of a run without it, which trains the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    words = ["fit", "--data.train", text, *TINY, "--trainer.max_steps", "4", "--model.scheduler.warmup_steps", "1"]
+    words += ["--trainer.val_check_interval", "2", "--checkpoint.keep", "9", "--checkpoint.every_n_steps", "1"]
+    words += ["--output", tmp_path / "runs"]
+    plain = done(*words, "--name", "plain").folder / "checkpoints"
+    ema = [*words, "--name", "ema", "--model.ema", "0.3"]
+    whole = done(*ema).folder / "checkpoints"
+
+    def read(folder: Path, step: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(folder / f"step_{step}.ckpt", weights_only=True)
+        return content
+
+    expected: dict[str, Tensor] = {}
+    for step in range(1, 5):
+        trained, saved = read(plain, step)["state_dict"], read(whole, step)
+        assert all(torch.equal(trained[name], value) for name, value in saved["ema"]["trained"].items())
+        if step == 1:  # after one step the average is 2/11 of the start, which no checkpoint holds
+            expected = saved["state_dict"]
+        else:
+            decay = min(0.3, (1 + step) / (10 + step))
+            expected = {name: decay * expected[name] + (1 - decay) * trained[name] for name in trained}
+        for name, value in expected.items():
+            torch.testing.assert_close(saved["state_dict"][name], value)
+    assert not torch.equal(trained["net.embedding.weight"], expected["net.embedding.weight"])
+    again = [*words, "--name", "again", "--ckpt_path"]
+    resumed = done(*again, whole / "step_2.ckpt").folder / "checkpoints"  # the checkpoint brings model.ema
+    for step in (3, 4):
+        one, other = read(whole, step), read(resumed, step)
+        pairs = [(one["state_dict"], other["state_dict"]), (one["ema"]["trained"], other["ema"]["trained"])]
+        assert all(torch.equal(value, b[name]) for a, b in pairs for name, value in a.items())
+    curves = [read_metrics(folder.parent / "metrics.csv")["val_loss"] for folder in (plain, whole, resumed)]
+    assert curves[1] == curves[2] and curves[0] != curves[1]
+    results = [json.loads((folder.parent / "results.json").read_text())["val_loss"] for folder in (whole, resumed)]
+    assert results[0] == results[1] == pytest.approx(min(value for _, value in curves[1]))
+
+
+def test_ema_costs_one_operation_a_step_and_refuses_what_it_cannot_be() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    average = MovingAverage(0.999, model, {})
+    with torch.profiler.profile() as profile:
+        average.update()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.pop("aten::_foreach_lerp_") == 1
+    assert counts.keys() <= {"aten::lerp_", "aten::detach", "detach", "aten::to"}  # views of the weights, no copies
+    for value in (0.0, 1.0):
+        with pytest.raises(UserError, match="model.ema: must be above 0 and below 1"):
+            LanguageModel(ema=value)
+
+
+def test_ema_of_half_precision_moves() -> None:
+    """In bf16 a step of a thousandth would be lost: 1 + 0.001 is 1."""
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    average = MovingAverage(0.999, model, {"steps": 10**6})
+    nn.init.constant_(model.weight, 2.0)
+    for _ in range(700):
+        average.update()
+    expected = 2 - 0.999**700
+    torch.testing.assert_close(average.average[0], torch.full((2, 2), expected))
+    saved = model.state_dict()
+    state = copy.deepcopy(average.state(model, saved))
+    assert saved["weight"].dtype == torch.bfloat16 and saved["weight"][0, 0] == torch.tensor(expected).bfloat16()
+    model.load_state_dict(saved)
+    resumed = MovingAverage(0.999, model, state)
+    assert torch.equal(resumed.average[0], average.average[0]) and resumed.steps == average.steps
+    assert torch.equal(model.weight, torch.full((2, 2), 2.0, dtype=torch.bfloat16))
+
+
 def test_a_run_keeps_the_average(tmp_path: Path) -> None:
     """The average comes after the last validation, and ``last.ckpt`` must hold it all the same."""
     text = tmp_path / "text.txt"
@@ -86,6 +163,56 @@ def test_a_run_keeps_the_average(tmp_path: Path) -> None:
     files = [torch.load(folder / name, weights_only=True) for name in ("best.ckpt", "last.ckpt")]
     assert files[0]["global_step"] == files[1]["global_step"] == 6
     assert not torch.equal(*(file["state_dict"]["net.embedding.weight"] for file in files))
+
+
+EVERY = [
+    *("device_stats_monitor", "LearningRateMonitor", "model_summary", "rich_model_summary", "spike_detection"),
+    *("{name: early_stopping, monitor: val_loss}", "{name: timer, duration: '00:00:10:00'}"),
+    *("{name: gradient_accumulation_scheduler, scheduling: {1: 2}}", "{name: on_exception_checkpoint, dirpath: x}"),
+    *("{name: model_pruning, pruning_fn: l1_unstructured, amount: 0.1}", "RichProgressBar"),
+    *("{name: stochastic_weight_averaging, swa_lrs: 0.1, swa_epoch_start: 1}", "weight_averaging"),
+    *(["{name: ema_weight_averaging, decay: 0.5}"] if hasattr(callbacks, "EMAWeightAveraging") else []),
+]
+ROWS = {
+    "generation": "word a b\n" * 60,
+    "classification": "text,label\n" + "a b,x\nb c,y\n" * 12,
+    "translation": "source,target\n" + "a b,b a\n" * 24,
+}
+
+
+@pytest.mark.parametrize("head", ROWS)
+def test_callbacks_of_lightning_run_with_every_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    """By name, all in one run, with a profile in the run folder and llmkit's own checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    data = Path("rows.txt" if head == "generation" else "rows.csv")
+    data.write_text(ROWS[head])
+    words = ["fit", "--data.train", data, "--model.head", head, *TINY, "--trainer.limit_train_batches", "2"]
+    words += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true"]
+    words += ["--trainer.log_every_n_steps", "1", "--trainer.profiler", "simple"]
+    folder = done(*words, "--trainer.callbacks", f"[{', '.join(EVERY)}]").folder
+    assert {path.stem for path in folder.glob("checkpoints/*")} == {"best", "last"}
+    assert "optimizer_step" in (folder / "fit-profile.txt").read_text()
+    assert "lr-AdamW" in (folder / "metrics.csv").read_text().replace("lr-AdamW/pg1", "lr-AdamW")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("callbacks", "early_stoping", "unknown callback 'early_stoping'. Did you mean 'EarlyStopping'?"),
+        ("callbacks", "learning_rate_finder", "search model.optimizer.lr with llmkit tune"),
+        ("callbacks", "lightning.pytorch.callbacks.BatchSizeFinder", "set data.batch_size"),
+        ("callbacks", "[{name: backbone_finetuning, verbose: true}]", "train with model.freeze first"),
+        ("callbacks", "ThroughputMonitor", "metrics.csv has tokens_per_second, mfu and memory_gib already"),
+        ("callbacks", "{name: model_checkpoint, monitr: x}", "ModelCheckpoint has no argument 'monitr'"),
+        ("profiler", "simpel", "unknown profiler 'simpel'. Did you mean 'simple'?"),
+        ("profiler", "xla", "XLAProfiler needs a package that is not installed: pip install torch_xla"),
+    ],
+)
+def test_a_callback_that_does_not_fit_is_one_line(key: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        plan("fit", ["--data.train", "x.txt", f"--trainer.{key}", value])
+    (problem,) = refused.value.problems
+    assert problem.text.startswith(f"command line: trainer.{key}: ")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

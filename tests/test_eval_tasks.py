@@ -192,7 +192,7 @@ def test_what_cannot_be_judged(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert result.code == 2 and "unknown task 'chose'. Did you mean 'choose'? Allowed: a YAML file, or" in result.err
     assert "choose" in done("eval", path, "--tasks", "choose", "--limit", 1).out
     other = LanguageModel(head=plugin("head", "masked_lm"), dim=8, num_layers=1)
-    with pytest.raises(UserError, match="MaskedLM is no language model: tasks are for generation and completion"):
+    with pytest.raises(UserError, match="MaskedLM is not a language model: tasks are for generation and completion"):
         ours.Adapter(other)
     monkeypatch.setattr("llmkit.commands.eval.find_spec", lambda name: None)
     result = llmkit("eval", path, "--tasks", folder / "tasks" / "roll.yaml")

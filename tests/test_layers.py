@@ -130,8 +130,12 @@ def test_classes_of_the_trainer() -> None:
     logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
     callbacks = ("--trainer.callbacks", "LearningRateMonitor", "--trainer.callbacks+=DeviceStatsMonitor")
     trainer = planned("", *logger, *callbacks).config.tree["trainer"]
-    assert trainer["logger"] == {"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}
-    assert trainer["callbacks"] == ["LearningRateMonitor", "DeviceStatsMonitor"]
+    assert trainer["logger"] == {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "logs"},
+    }
+    names = ("LearningRateMonitor", "DeviceStatsMonitor")
+    assert trainer["callbacks"] == [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in names]
     with pytest.raises(UserError, match="command line: trainer.callbacks: EarlyStopping needs monitor"):
         planned("", "--trainer.callbacks", "EarlyStopping")
     with pytest.raises(UserError, match="command line: trainer.logger: CSVLogger has no argument 'save_dri'"):

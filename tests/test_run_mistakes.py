@@ -29,7 +29,7 @@ def words(folder: Path) -> list[str]:
         (["--trainer.overfit_batches", "0.001"], "error: Lightning: You requested to check 0.001"),
         (["--model.scheduler", "reducelronplateau"], "model.scheduler: ReduceLROnPlateau waits for a metric"),
         (["--model.optimizer", "sparseadam"], "model.optimizer: SparseAdam does not support dense gradients"),
-        (["--trainer.callbacks", "LearningRateFinder"], "trainer.callbacks: When using the learning rate finder"),
+        (["--trainer.callbacks", "LearningRateFinder"], "trainer.callbacks: LearningRateFinder: a learning rate"),
         (
             ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_los"],
             "trainer.callbacks: EarlyStopping: unknown metric 'val_los'. Did you mean 'val_loss'?",

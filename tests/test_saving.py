@@ -211,7 +211,8 @@ def test_without_a_logger_a_run_has_a_folder_too(words: list[str], tmp_path: Pat
     for number in range(2):
         checkpoint = str(done(*words, "--trainer.logger", "false").checkpoint)
         folder = tmp_path / "runs" / "run" / f"version_{number}"
-        assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.yaml", "results.json"}
+        records = {"provenance.json", "results.json"}
+        assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.yaml", *records}
     done("validate", "--ckpt_path", checkpoint, "--trainer.logger", "false")
     debugged = done("validate", "--ckpt_path", checkpoint, "--trainer.fast_dev_run", "true")
     assert "loss" in debugged.out

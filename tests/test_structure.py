@@ -70,7 +70,7 @@ ROOMS = (
     *("errors", "registry", "imports", "check"),
     *("sequence", "contracts", "compression", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop"),
     "serving",
-    *("run", "config", "testing", "study", "analysis", "commands", "main", "__main__"),
+    *("run", "config", "testing", "study", "analysis", "commands", "api", "main", "__main__"),
 )
 """The modules and packages of llmkit from the bottom to the top: each may import itself and what stands before it."""
 FOR_PLUGINS = ("contracts", "compression", "sequence", "registry", "errors", "ops")

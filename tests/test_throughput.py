@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmkit
+from llmkit.run.progress import Progress
 from llmkit.run.throughput import LOGGED, Meter, memory, peak_flops
 
 
@@ -95,6 +96,18 @@ def test_the_progress_line_tells_them(text: Path, tmp_path: Path) -> None:
     line = next(line for line in run.err.splitlines() if line.startswith("step 2/2  loss"))
     assert " tokens/s  MFU " in line
     assert " GiB" in line
+
+
+def test_a_notebook_has_one_line_that_is_rewritten(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stdout, in order with the report; only notes are on stderr, which is red there."""
+    monkeypatch.setattr("llmkit.run.progress.in_notebook", lambda: True)
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
+    steps = ("--trainer.max_steps", 4, "--trainer.enable_progress_bar", "true", "--trainer.val_check_interval", 4)
+    run = done("fit", "--data.train", text, *TINY, *steps, "--output", tmp_path)
+    shown, after, *_ = run.out.partition("step 1/4")[2].split("\n")
+    assert [part[:6] for part in f"step 1/4{shown}".split("\r")] == ["step 1", "step 2", "step 3", "step 4"]
+    assert after.startswith("step 4: val_loss ") and "\nValidation:\n" in run.out
+    assert all(line.startswith("llmkit: note:") for line in run.err.splitlines())
 
 
 def test_pauses_do_not_count() -> None:

@@ -42,7 +42,7 @@ def read(file: Path) -> Any:
     """Return what ``torch.save`` wrote to a file, loaded with ``weights_only=True``.
 
     Raises:
-        UserError: a file that is missing, truncated, damaged (a checksum is wrong) or no checkpoint, that holds more
+        UserError: a file that is missing, truncated, damaged (a checksum is wrong) or not a checkpoint, that holds more
             than plain data, or claims sizes that it does not have.
     """
     if not file.is_file():
@@ -62,7 +62,7 @@ def read(file: Path) -> Any:
 def _check_members(file: Path) -> None:
     """Raise ValueError for a file that is not whole, or would be larger in memory than it is on the disk."""
     if not zipfile.is_zipfile(file):
-        raise ValueError("it is truncated or no checkpoint")
+        raise ValueError("it is truncated or not a checkpoint")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         stored = all(m.compress_type == zipfile.ZIP_STORED and m.compress_size == m.file_size for m in members)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmkit import imports, registry
 from llmkit.checkpoint import archive
+from llmkit.checkpoint.sources import class_paths, sources
 from llmkit.contracts import Head, Tokenizer
 from llmkit.errors import UserError
 
@@ -53,11 +54,13 @@ def section(
 ) -> dict[str, Any]:
     """Return what makes a checkpoint complete, as plain data; ``compression``: what has been done to the weights."""
     packages = ("llmkit", "torch", "lightning", "tokenizers")
+    parts = {"model": spec, "tokenizer": registry.spec_of_instance(tokenizer)}
+    plugins = class_paths([parts, *(step["method"] for step in compression)])
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in packages},
-        "model": spec,
-        "tokenizer": registry.spec_of_instance(tokenizer),
+        "sources": sources(path.rpartition(".")[0] for path in plugins),
+        **parts,
         "tokenizer_state": tokenizer.to_state(),
         "head_info": head.info(),
         "config": config,

@@ -37,7 +37,7 @@ def run(command: str, argv: list[str]) -> int:
     with imported(args.imports):
         model = load(args.checkpoint, args.device)
     if not writes_text(model):
-        raise UserError(f"chat: {type(model.head).__name__} is no language model: use llmkit infer")
+        raise UserError(f"chat: {type(model.head).__name__} is not a language model: use llmkit infer")
     template = chats(model)
     if args.system is not None and not template:
         raise UserError("chat: --system is for models that have a chat template")

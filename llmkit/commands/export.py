@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llmkit.commands import Parser, imported
 from llmkit.errors import UserError
+from llmkit.run import record
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -73,8 +73,8 @@ def _card(checkpoint: Path, part: dict[str, Any], size: str) -> str:
     """Return a model card: what it is, what it was trained on, and the figures next to its checkpoint."""
     config = part["config"]
     data = {key: value for key, value in (config.get("data") or {}).items() if key in ("train", "source", "validation")}
-    results = checkpoint.parent.parent / "results.json"
-    figures = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    results = record.read(checkpoint.parent.parent / record.RESULTS)
+    figures = {name: value for name, value in results.items() if name != "provenance"}
     head = part["model"]["head"]["class_path"].rpartition(".")[2]
     made = f"{head}{size}, trained with llmkit {part['versions']['llmkit']}. The licence is for the author to choose."
     lines = [

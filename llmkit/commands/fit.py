@@ -6,17 +6,19 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from llmkit.checkpoint.content import Stored
-from llmkit.config.plan import plan
+from llmkit.config.plan import Plan, plan
 from llmkit.data import cache
 from llmkit.errors import note
 from llmkit.lightning import has_ended
 from llmkit.run.cli import CLI, filled_in
-from llmkit.run.process import as_found
+from llmkit.run.process import LOGGERS, as_found
+from llmkit.run.record import RESULTS
 from llmkit.run.report import report_finished
 from llmkit.testing import first_use
 
@@ -62,25 +64,46 @@ def run(command: str, argv: list[str], cli: type[CLI] = CLI, asked: str = "") ->
             return 0
 
         return run_instead(suggest, [*(word for word in argv if word != FIND_LR), *OPTIONS], f"{command} {FIND_LR}")
-    planned = plan(command, argv, asked)
-    stored = planned.stored
-    if command == "fit" and not asked and stored is not None and _is_finished(stored, planned.config.tree):
-        report_finished(stored)
-        return 0
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    planned, trains = plan(command, argv, asked), command == "fit" and not asked
+    if not trains or finished(planned) is None:
+        start(planned, cli, examines=trains)
+    return 0
+
+
+def start(planned: Plan, cli: type[CLI], examines: bool) -> CLI:
+    """Run a plan, leave the process as it was found, and return what ran it.
+
+    Args:
+        planned: what to run with.
+        cli: what builds and runs it.
+        examines: whether plugins are examined first.
+
+    Raises:
+        UserError: the config cannot be built, or the run fails for a reason that the user can remove.
+        Stopped: a signal ended the run, which has saved.
+    """
     with as_found(), planned.placed():
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         for text in [*HUSHED, *([] if "SLURM_JOB_ID" in os.environ else [NO_SRUN])]:
             warnings.filterwarnings("ignore", text)
-        if command == "fit" and not asked:
+        if examines:
             examine_plugins(planned.config.tree)
-        cli(command, planned.args, planned.stored)
-    return 0
+        return cli(planned.command, planned.args, planned.stored)
+
+
+def finished(planned: Plan) -> Path | None:
+    """Return the folder of a run that a fit would resume and that has ended, and print its report; else None."""
+    stored = planned.stored
+    if stored is None or not _is_finished(stored, planned.config.tree):
+        return None
+    report_finished(stored)
+    return stored.path.parent.parent
 
 
 def _is_finished(stored: Stored, tree: Mapping[str, Any]) -> bool:
     """Return whether a fit resumes a run that reached its end, and has reported it, with the same model and data."""
-    if not (stored.path.parent.parent / "results.json").is_file():
+    if not (stored.path.parent.parent / RESULTS).is_file():
         return False
     limits = {**tree["trainer"], **filled_in(tree["trainer"])}
     model = {name: value for name, value in stored.part["model"].items() if name not in ("optimizer", "scheduler")}

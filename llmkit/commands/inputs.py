@@ -51,6 +51,6 @@ def lines_of(command: str, source: str | None) -> list[str]:
         lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{command}: --input {source}: {error}") from error
-    if not lines[-1]:  # what follows the last line end is no line
+    if not lines[-1]:  # what follows the last line end is not a line
         lines.pop()
     return [line.removesuffix("\r") if line.strip() else "" for line in lines]

@@ -13,7 +13,7 @@ from llmkit.errors import Problem, UserError
 Tree = dict[str, Any]
 
 DEFAULT = "default"
-COMMAND_LINE = "command line"
+COMMAND_LINE, OVERRIDES = "command line", "overrides"  # of a command, and of a call from Python
 
 SPLITS = ("validation", "test", "predict")
 READING = ("format", "pattern", "delimiter", "column_names", "columns", "encoding")
@@ -81,7 +81,7 @@ class Stack:
                 old, value = {"class_path": old}, {"init_args": value}  # --trainer.logger NAME, then .save_dir
             adds = isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value)
             if isinstance(old, dict) and not adds:
-                if family and layer.source == COMMAND_LINE:
+                if family and layer.source in (COMMAND_LINE, OVERRIDES):
                     self._note_replaced(inner, old, value)
                 self._forget_below(inner)
             written = plain(inner)

@@ -25,6 +25,7 @@ from llmkit.data.sources import with_arguments_of_train
 from llmkit.errors import Problem, UserError, located, note, unknown
 from llmkit.ops.sampling import unused
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
+from llmkit.run.named import spelled_out
 from llmkit.sequence import DecodingOptions
 
 TOP_KEYS = (*TOP, *GROUPS)
@@ -62,7 +63,7 @@ class Plan:
             raise UserError(*map(self.config.placed, error.problems)) from error
 
 
-def plan(command: str, argv: list[str], asked: str = "") -> Plan:
+def plan(command: str, argv: list[str] | command_line.CommandLine, asked: str = "") -> Plan:
     """Return what a command would do. Nothing is built, but the modules that the config imports are imported.
 
     A value is taken from the command line, else the config files (later ones first), else the checkpoint, else the
@@ -70,13 +71,13 @@ def plan(command: str, argv: list[str], asked: str = "") -> Plan:
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: the words after it.
+        argv: the words after it, or what they say.
         asked: the command's name in messages.
 
     Raises:
         UserError: all mistakes that can be found before anything is built, together.
     """
-    words = command_line.read(argv)
+    words = argv if isinstance(argv, command_line.CommandLine) else command_line.read(argv)
     layers: list[Layer] = []
     imported: list[str] = []
     problems: list[Problem] = []
@@ -142,6 +143,7 @@ def _check(stack: Stack) -> list[Problem]:
         stack.give_places(f"data.{split}", "data.train")
     if settled(tree["model"].get("decoding")) is None:
         tree["model"]["decoding"] = {}
+    tree["trainer"], wrong = spelled_out(tree["trainer"])
     walk = Walk(command_line.SHORT)
     for name in [name for name in tree if name not in TOP_KEYS]:
         walk.unknown("", name, TOP_KEYS)
@@ -150,7 +152,7 @@ def _check(stack: Stack) -> list[Problem]:
         tree[group] = walk.group(cls, tree[group], group)
     for name, (kind, default, _) in TOP.items():
         tree[name] = walk.value(kind, tree.get(name, default), name)
-    problems = walk.problems()
+    problems = wrong + walk.problems()
     for split in inherit:  # what it has from data.train is reported there
         of_train = {one: Problem(*(text.replace(f"data.{split}", "data.train") for text in one)) for one in problems}
         problems = [one for one in problems if of_train[one] == one or of_train[one] not in of_train]

@@ -133,33 +133,28 @@ class DataModule(pl.LightningDataModule):
         seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
+        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens, "shuffle_buffer": shuffle_buffer}
-        for name, value in {**sizes, "num_workers": num_workers}.items():
-            least = int(name in sizes)
+        for name in ("batch_size", "batch_tokens", "shuffle_buffer", "num_workers"):
+            value, least = self.arguments[name], int(name != "num_workers")
             if value is not None and value < least:
                 raise UserError(Problem(f"data.{name}", f"must be at least {least}, got {value}"))
         shares = Shares.checked(validation_share, test_share, folds, fold, has_test=test is not None)
         limits = checked_limits(limit)
         if not 0 <= balance <= 1:
             raise UserError(Problem("data.balance", f"must be from 0 to 1, got {balance}"))
-        if balance and streaming:
-            raise UserError(Problem("data.balance", "cannot be combined with data.streaming"))
-        if streaming and (shares.cut_test or limits):
-            key = "data.limit" if limits else "data.folds" if folds else "data.test_share"
-            raise UserError(Problem(key, "cannot be combined with data.streaming"))
+        if streaming and (balance or shares.cut_test or limits):
+            key = "balance" if balance else "limit" if limits else "folds" if folds else "test_share"
+            raise UserError(Problem(f"data.{key}", "cannot be combined with data.streaming"))
         self._folder = cache.root(cache_dir)
         given = datasets({"train": train, "validation": validation, "test": test, "predict": predict})
         options = Options(format, pattern, column_names, encoding, delimiter)
         self._corpus = Corpus(
             given, source, subset, options, on_bad_row, columns, documents, shares, limits, streaming, self._folder
         )
-        self._factory = tokenizer
+        self._factory, self.balance = tokenizer, balance
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
         self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
-        self.balance = balance
-        # Lightning leaves the seed of seed_everything in the environment.
-        self.seed = global_seed() if seed is None else seed
         self._head: Head | None = None
         self._context = 0
         self._tokenizer: Tokenizer | None = None
@@ -185,6 +180,12 @@ class DataModule(pl.LightningDataModule):
             raise UserError(Problem("data.pack", text))
         self._head, self._context, self._tokenizer, self._head_ready = head, context, tokenizer, head_ready
         self._learned, self._splits, self._entries = False, {}, {}
+
+    @property
+    def seed(self) -> int:
+        """The seed of the order of training data: where none was given, that of ``seed_everything``."""
+        given: int | None = self.arguments["seed"]
+        return global_seed() if given is None else given
 
     @property
     def head(self) -> Head:
@@ -315,8 +316,7 @@ class DataModule(pl.LightningDataModule):
         tokens = read_tokens(path)
         if tokens.targets == 0:
             raise UserError(Problem(reader.source.key, f"fewer than two tokens in {', '.join(reader.source.names)}"))
-        kind = Packed if self.pack else Blocks
-        return kind(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
+        return (Packed if self.pack else Blocks)(tokens, self._context, self._rows_of_a_batch, tokenizer.pad_id)
 
     def _key(self, stage: Stage, reader: Reader) -> str | None:
         """Return the name of a split in the cache; None for one that is not kept."""

@@ -19,6 +19,11 @@ LOGGED = 10.0  # seconds until the first line elsewhere (a log file); the time b
 Thing = TypeVar("Thing")
 
 
+def in_notebook() -> bool:
+    """Return whether what is printed goes to a notebook, which rewrites lines in place as a terminal does."""
+    return type(sys.stderr).__module__.startswith("ipykernel.")
+
+
 class Step:
     """A step that may take long, as a context: after a few seconds, a bar or lines on stderr say so.
 
@@ -57,7 +62,7 @@ class Step:
             yield item
 
     def _watch(self) -> None:
-        if not sys.stderr.isatty():
+        if not (sys.stderr.isatty() or in_notebook()):
             pause = LOGGED
             while not self._over.wait(pause):
                 done = f", {self.count:,} rows" if self.count else ""

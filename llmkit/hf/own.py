@@ -35,7 +35,7 @@ HEADS = {
 
 NOT_OF_THE_NETWORK = (
     *("head", "decoding", "optimizer", "scheduler", "dropout", "gradient_checkpointing", "compile", "freeze"),
-    *("layer_decay", "lora", "distill", "max_bad_steps", "vocab_size"),
+    *("layer_decay", "ema", "lora", "distill", "max_bad_steps", "vocab_size"),
 )
 """Settings of a description that another run with its weights may set as it likes; vocab_size stands in config.json."""
 

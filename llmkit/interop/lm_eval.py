@@ -50,7 +50,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         if model.head.topology != "decoder" or not isinstance(model.head, Scores):
             raise UserError(
-                f"{type(model.head).__name__} is no language model: tasks are for generation and completion"
+                f"{type(model.head).__name__} is not a language model: tasks are for generation and completion"
             )
         assert model.tokenizer is not None
         self.model, self.words, self.batch_size = model, model.tokenizer, batch_size
@@ -152,7 +152,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _write(self, contexts: list[str], options: DecodingOptions, stops: list[str]) -> list[str]:
         assert options.max_new_tokens is not None
         room = self.model.context - options.max_new_tokens
-        room = room if room > 0 else max(1, self.model.context // 2)  # a text that outgrows the context goes on
+        room = room if room > 0 else max(1, self.model.context // 2)  # a text that outgrows the context continues
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         longest = max(map(len, stops), default=0)
 

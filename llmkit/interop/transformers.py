@@ -59,7 +59,7 @@ class LlmkitConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 class DecodingCache:
     """What ``generate`` hands from step to step: the decoding states, and the texts so far.
 
-    A text that outgrows the context goes on with its last half, as when llmkit generates.
+    A text that outgrows the context continues with its last half, as when llmkit generates.
 
     Args:
         net: the network.

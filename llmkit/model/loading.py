@@ -12,6 +12,7 @@ import torch
 from llmkit.check import check_arguments
 from llmkit.checkpoint.archive import file_of
 from llmkit.checkpoint.content import Stored, check_classes, read, refusing
+from llmkit.checkpoint.sources import note_changed
 from llmkit.checkpoint.weights import without_adapters
 from llmkit.contracts import Head
 from llmkit.errors import Problem, UserError
@@ -64,6 +65,7 @@ class Loadable(Answers):
         Raises UserError, which begins with ``where``, for a description that is damaged or needs other plugins.
         """
         check_classes(part, where)
+        note_changed(part, where)
         spec = {**part["model"], "compile": False}
         _, problems = check_arguments(cls, spec, "model")
         if problems:

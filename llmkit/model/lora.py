@@ -26,7 +26,7 @@ def adapt(net: Backbone, settings: Mapping[str, Any] | None, draws: Draws) -> Ba
         settings: which maps, and the size of the adapters, as a ``LoRA``; None: it stays as it is.
         draws: where random numbers come from.
 
-    Raises UserError for a target that is no linear map of a layer.
+    Raises UserError for a target that is not a linear map of a layer.
     """
     if settings is None:
         return net

@@ -34,7 +34,7 @@ SHAPE = (
 """The plain arguments of a model that its network takes under the same name."""
 SIZES = (
     *("dim", "num_layers", "context", *SHAPE, "vocab_size", "compile", "freeze", "lora", "distill"),
-    *("layer_decay", "max_bad_steps", "mup_base_dim"),
+    *("layer_decay", "ema", "max_bad_steps", "mup_base_dim"),
 )
 """The plain arguments of a model that its checkpoints describe."""
 
@@ -67,6 +67,8 @@ class Parts:
             raise UserError(Problem("model.token_types", f"must be 0 or more, got {sizes['token_types']}"))
         if not 0 < sizes["layer_decay"] <= 1:
             raise UserError(Problem("model.layer_decay", f"must be above 0 and at most 1, got {sizes['layer_decay']}"))
+        if sizes["ema"] is not None and not 0 < sizes["ema"] < 1:
+            raise UserError(Problem("model.ema", f"must be above 0 and below 1, got {sizes['ema']}"))
         if not 0 <= sizes["dropout"] < 1:
             raise UserError(Problem("model.dropout", f"must be at least 0 and below 1, got {sizes['dropout']}"))
         if sizes["lora"] is not None:  # a checkpoint has plain data

@@ -6,16 +6,20 @@ import hashlib
 import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 
 from llmkit.checkpoint.content import Stored
+from llmkit.checkpoint.sources import note_changed
 from llmkit.checkpoint.weights import check_fits
 from llmkit.data import DataModule
 from llmkit.errors import Problem, UserError, note
@@ -23,11 +27,13 @@ from llmkit.lightning import is_debug_run, raised_while_resuming, requeue_checkp
 from llmkit.model.compressed import check_trainable
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
+from llmkit.run import trackers
 from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
 from llmkit.run.progress import Progress
+from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
 from llmkit.run.saving import Checkpoints, use_whole_files
 from llmkit.run.shutdown import GracefulShutdown
@@ -58,13 +64,26 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 }
 """The other keys of a config: type, default and description."""
 
+OF_THE_CHECKPOINT = ("ckpt_path", "weights_only")
+"""Those that say where a run starts, which the checkpoints that it writes do not carry."""
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a tree that is checked already: to check it once more would take as long as two training steps."""
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Do nothing."""
+
 
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
-        text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
+        assert isinstance(pl_module, LanguageModel)
+        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT}}
+        header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
+        text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
@@ -83,7 +102,10 @@ class CLI(LightningCLI):
     def __init__(self, command: str, args: dict[str, Any] | list[str], stored: Stored | None = None) -> None:
         self.command = command
         self.stored = stored
+        self.logger: Any = None
+        """The value of ``trainer.logger``: its loggers are built when the run has a folder."""
         self.identity = hashlib.sha256(json.dumps([command, args], default=str).encode()).hexdigest()[:8]
+        self.provenance = Provenance(command, stored)
         bound_kernels()
         purpose = " ".join((getattr(pl.Trainer, command).__doc__ or "").split()).partition(".")[0]
         super().__init__(
@@ -93,6 +115,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},  # SavedConfig does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False, "prog": f"llmkit {command}", "description": purpose},
             args=args,
             run=False,  # the one command needs no parser below another, which would take twice as long
@@ -121,6 +144,8 @@ class CLI(LightningCLI):
             else:  # it has every default: to look for them would take as long again
                 own = ("name", "output", "imports", "examine", "checkpoint", *self.command_keys)
                 tree = {key: args.get(key) for key in ("seed_everything", "trainer", "model", "data", *own)}
+                self.logger = tree["trainer"]["logger"]
+                tree["trainer"] = {**tree["trainer"], "logger": None}
                 self.config = parser.parse_object(tree, defaults=False)
         except ArgumentError as error:
             raise UserError(" ".join(str(error).split())[:400]) from error
@@ -142,10 +167,11 @@ class CLI(LightningCLI):
             self.model.check_tokenizer(self.datamodule.tokenizer_class)
         else:
             check_fits(self.model.spec, self.stored, self.datamodule.tokenizer_class)
+            note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
-        drop = ("config", "ckpt_path", "weights_only")
-        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
-        self.model.config = {key: value for key, value in content.items() if key not in drop}
+        self.config.trainer.logger = self.logger
+        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
+        self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
@@ -153,21 +179,23 @@ class CLI(LightningCLI):
         check_fp8(str(given.get("precision")))
         kwargs |= filled_in(given)
         output = self.config_init["output"]
-        writes = given.get("logger") is not False
-        folder_logger = RunLogger(output, self.config_init["name"], writes)
-        kwargs["logger"] = [folder_logger, *(_listed(given.get("logger")) if writes else [])]
-        callbacks = _listed(given.get("callbacks"))
+        kwargs["logger"] = self.loggers()
+        callbacks = trackers.listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [Validations(), throughput, ReturnMemory()]
         if self.command == "predict":
             own.append(Predictions())
-        if given.get("enable_progress_bar") is not False:
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(Progress(throughput))
         own += [Compilation(), GracefulShutdown()]  # after those that log
         saves = self.command == "fit" and given.get("enable_checkpointing") is not False
-        if saves and not given.get("fast_dev_run") and not any(isinstance(c, Checkpoint) for c in callbacks):
-            own.append(self.config_init["checkpoint"])
-        kwargs["callbacks"] = [RunFolder(), *callbacks, *own]
+        savers = [item for item in callbacks if isinstance(item, Checkpoint)]
+        first: list[pl.Callback] = [RunFolder()]
+        if saves and not given.get("fast_dev_run") and all(isinstance(item, OnExceptionCheckpoint) for item in savers):
+            first.append(self.config_init["checkpoint"])
+        kwargs["callbacks"] = [*first, *callbacks, *own, self.provenance]  # the last, which counts all tokens
+        if given.get("profiler") is not None:  # without a name of its file, it would print
+            given["profiler"].filename = given["profiler"].filename or "profile"
         if given.get("default_root_dir") is None:
             # A requeued SLURM job looks here for its checkpoint, so no other run may write here: neither one of another
             # job nor another command of this one.
@@ -180,11 +208,28 @@ class CLI(LightningCLI):
         use_whole_files(trainer)
         return trainer
 
+    def loggers(self) -> list[Logger]:
+        """Return the logger of the run folder, and those of the config, which are given what identifies the run."""
+        name = self.config_init["name"]
+        own = RunLogger(self.config_init["output"], name, self.logger is not False)
+        specs = trackers.listed(self.logger)
+        if not specs or self.command == "predict" or self.config_init["trainer"].get("fast_dev_run"):
+            return [own]
+        tags = {key: self.model.spec[key]["class_path"].rpartition(".")[2] for key in ("head", "attention")}
+        states: Any = (self.stored.content.get("callbacks") if self.stored is not None else None) or {}
+        known = states.get("RunFolder", {}).get("trackers", {})
+        try:
+            return [own, *trackers.build(specs, Path(own.log_dir), name, tags, known)]
+        except UserError:
+            own.release()
+            raise
+
     def execute(self) -> None:
         """Run the command."""
         try:
             if self.command == "fit":
                 self.before_fit()
+            trackers.begin(item for item in self.trainer.loggers if not isinstance(item, RunLogger))
             given = {key: self.config_init[key] for key in self.command_keys}
             getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
         except UserError:
@@ -255,11 +300,6 @@ class CLI(LightningCLI):
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         """Write one JSON line per example to ``predictions.jsonl`` in the run folder."""
         self.trainer.predict(model, return_predictions=False, **kwargs)
-
-
-def _listed(value: Any) -> list[Any]:
-    """Return the loggers or callbacks that a config names: none, one, or several."""
-    return value if isinstance(value, list) else [] if value in (None, True) else [value]
 
 
 def filled_in(given: Any) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmkit.run.picture import Picture
 
 Curve = list[tuple[int, float]]
 
@@ -21,24 +24,33 @@ def read_metrics(csv_file: Path) -> dict[str, Curve]:
     return curves
 
 
-def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Picture, Any]:
+    from llmkit.run.picture import Picture
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def losses(csv_file: Path) -> dict[str, Curve]:
+    """Return training and validation loss by their label; those that were not logged are left out."""
+    curves = read_metrics(csv_file)
+    names = {"train_loss": "training", "val_loss": "validation"}
+    return {label: curves[name] for name, label in names.items() if name in curves}
 
 
 def loss_curve(csv_file: Path, png_file: Path) -> None:
     """Draw training and validation loss against the step; no file where neither was logged."""
-    curves = read_metrics(csv_file)
-    names = {"train_loss": "training", "val_loss": "validation"}
-    found = {label: curves[name] for name, label in names.items() if name in curves}
-    if found:
+    if found := losses(csv_file):
         comparison_curves(found, png_file)
 
 
 def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str = "loss (nats)") -> None:
     """Draw several curves by label into one picture."""
+    curves_figure(curves, ylabel).savefig(png_file, dpi=150, bbox_inches="tight")
+
+
+def curves_figure(curves: Mapping[str, Curve], ylabel: str = "loss (nats)") -> Picture:
+    """Return the figure of several curves by label."""
     figure, axes = _axes()
     for number, (label, points) in enumerate(curves.items()):
         steps, values = zip(*points, strict=True)
@@ -49,7 +61,7 @@ def comparison_curves(curves: Mapping[str, Curve], png_file: Path, ylabel: str =
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside, so that it covers no curve
-    figure.savefig(png_file, dpi=150, bbox_inches="tight")
+    return figure
 
 
 def coordinates(widths: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], png_file: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from llmkit.errors import Problem, UserError
 from llmkit.model.language_model import LanguageModel
+from llmkit.run import trackers
 
 
 def claim(parent: Path) -> int:
@@ -97,14 +98,15 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 class RunFolder(Callback):
     """Makes all processes of a run use the folder that the first one has claimed; the first callback of a trainer.
 
-    It gives the config to all loggers, as hyperparameters. The ``metrics.csv`` of a resumed run begins with the rows of
-    the run before it, up to the checkpoint.
+    It gives the config to all loggers, as hyperparameters. The ``metrics.csv`` of a resumed run, and what TensorBoard
+    shows, begin with the rows of the run before it, up to the checkpoint; other trackers continue that run.
     """
 
     def __init__(self) -> None:
         self.folder = Path()
         self.resumed = ""
         self._to_copy = True
+        self._loggers: list[Logger] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Pass the folder's number on."""
@@ -112,14 +114,13 @@ class RunFolder(Callback):
             if isinstance(logger, RunLogger):
                 logger.number = trainer.strategy.broadcast(logger.version)
         if stage == "fit":
-            self.folder = run_folder(trainer)
+            self.folder, self._loggers = run_folder(trainer), trainer.loggers
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the config."""
         assert isinstance(pl_module, LanguageModel)
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_hyperparams(dict(flat(pl_module.config)))
+            trackers.describe(trainer.loggers, dict(flat(pl_module.config)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the earlier rows."""
@@ -129,9 +130,11 @@ class RunFolder(Callback):
         places = (Path(trainer.ckpt_path).parent.parent, Path(self.resumed))
         file = next((path / "metrics.csv" for path in places if (path / "metrics.csv").is_file()), None)
         for logger in trainer.loggers:
-            if file is not None and isinstance(logger, RunLogger):
+            if file is not None and isinstance(logger, RunLogger | TensorBoardLogger):
                 for step, row in rows_before(file, trainer.global_step):
-                    logger.log_metrics(row, step)
+                    # As text, so that nothing is rounded; TensorBoard takes numbers.
+                    values: Any = row if isinstance(logger, RunLogger) else {k: float(v) for k, v in row.items()}
+                    logger.log_metrics(values, step)
                 logger.save()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,8 +147,9 @@ class RunFolder(Callback):
         self.on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the folder."""
-        return {"folder": str(self.folder.absolute())}
+        """Return the folder, and what trackers know the run by."""
+        known = trackers.ids(self._loggers)
+        return {"folder": str(self.folder.absolute()), **({"trackers": known} if known else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the folder of the run that is resumed."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import shutil
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
+from llmkit.data.progress import in_notebook
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.throughput import Throughput, Totals, memory
+
+NOTEBOOK = 99
+"""Characters of the line in a notebook."""
 
 
 def duration(seconds: float) -> str:
@@ -20,11 +24,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress(ProgressBar):
-    """A line with step, loss, tokens per second, MFU, memory and time left, rewritten in place on a terminal.
+    """A line with step, loss, tokens per second, MFU, memory and time left, rewritten in place.
+
+    A notebook has it on stdout, with the report: stderr is red there.
 
     Args:
         throughput: measures the speed; it comes before this callback in the trainer's list.
-        seconds: time between two lines on a terminal; elsewhere (a log file) a line comes every ten times that.
+        seconds: time between two lines on a terminal or in a notebook; elsewhere (a log file) a line comes every ten
+            times that.
     """
 
     def __init__(self, throughput: Throughput, seconds: float = 0.5) -> None:
@@ -32,6 +39,10 @@ class Progress(ProgressBar):
         self.throughput, self.seconds = throughput, seconds
         self._enabled = True
         self._line_is_open = False
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stdout if in_notebook() else sys.stderr
 
     def disable(self) -> None:
         """Show nothing (every process but the first)."""
@@ -64,7 +75,7 @@ class Progress(ProgressBar):
         """Show the line when it is time."""
         assert isinstance(pl_module, LanguageModel)
         now = self.throughput.meter.totals()
-        tty = sys.stderr.isatty()
+        tty = sys.stderr.isatty() or in_notebook()
         due = now.seconds - self._shown.seconds >= self.seconds * (1 if tty else 10)
         if not self._enabled or not (due or trainer.global_step == trainer.max_steps):
             return
@@ -81,8 +92,9 @@ class Progress(ProgressBar):
             f"step {step}{of}  loss {float(pl_module.last_loss):.4f}  {tokens:,.0f} tokens/s  MFU {mfu:.0%}"
             f"  {memory(pl_module.device):.2f} GiB{left}"
         )
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
-        print(f"\r{line[:width]:<{width}}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        # A line that wraps cannot be rewritten.
+        width = NOTEBOOK if in_notebook() else shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:<{width}}" if tty else line, end="" if tty else "\n", file=self._stream, flush=True)
         self._line_is_open = tty
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,11 +102,11 @@ class Progress(ProgressBar):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
             text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
-            self.print(f"step {trainer.global_step}: {text}", file=sys.stderr)
+            self.print(f"step {trainer.global_step}: {text}", file=self._stream)
 
     def _end_line(self) -> None:
         if self._line_is_open:
-            print(file=sys.stderr)
+            print(file=self._stream)
             self._line_is_open = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,8 +18,10 @@ from llmkit.errors import Problem, UserError
 from llmkit.lightning import is_debug_run
 from llmkit.model.groups import trained_share
 from llmkit.model.language_model import LanguageModel
-from llmkit.run import figures
+from llmkit.run import figures, trackers
 from llmkit.run.folder import run_folder
+from llmkit.run.provenance import Provenance
+from llmkit.run.record import RESULTS, read
 from llmkit.run.saving import Checkpoints, write_text
 from llmkit.sequence import on_device
 
@@ -33,6 +35,8 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     metrics, curve = folder / "metrics.csv", folder / "loss.png"
     if metrics.exists():
         figures.loss_curve(metrics, curve)
+    pictures = {"loss_curve": curve} if curve.exists() else {}
+    trackers.send(trainer.loggers, trainer.global_step, pictures, {"sample": sample} if sample else {})
     print("\nValidation:" if model.results else "\nNo validation data, so no metrics.")
     _report_metrics(trainer, model, "val")
     if not all(parameter.requires_grad for parameter in model.parameters()):
@@ -50,8 +54,8 @@ def report_finished(stored: Stored) -> None:
     print(
         f"finished: {stored.path} is of step {step}, the last one; a larger trainer.max_steps (or max_epochs) resumes"
     )
-    values = json.loads((folder / "results.json").read_text())
-    values.pop("precision", None)
+    kept = ("precision", "provenance")
+    values = {name: value for name, value in read(folder / RESULTS).items() if name not in kept}
     print("\nValidation:" if values else "\nNo validation data, so no metrics.")
     _print(values, "val")
     head: Any = registry.class_of(stored.part["model"]["head"]["class_path"], "head")
@@ -64,7 +68,7 @@ def _report_paths(folder: Path, fields: tuple[str, ...], saved: Sequence[Path] =
     paths = {
         "config": folder / "config.yaml",
         "metrics": folder / "metrics.csv",
-        "results": folder / "results.json",
+        "results": folder / RESULTS,
         "loss curve": folder / "loss.png",
         **{f"checkpoint ({path.stem})": path for path in sorted(checkpoints.glob("*.ckpt"))},
     }
@@ -97,8 +101,9 @@ def report_evaluation(trainer: pl.Trainer, model: LanguageModel, prefix: str) ->
     if matrix is not None:
         path = folder / "confusion_matrix.png"
         figures.confusion_matrix(matrix.tolist(), model.head.info()["labels"], path)
+        trackers.send(trainer.loggers, trainer.global_step, {"confusion_matrix": path}, {})
         print(f"  confusion matrix: {path}")
-    print(f"  results: {folder / 'results.json'}", flush=True)
+    print(f"  results: {folder / RESULTS}", flush=True)
 
 
 class Predictions(pl.Callback):
@@ -130,6 +135,7 @@ class Predictions(pl.Callback):
         lines = in_place(chain.from_iterable(batches), set(trainer.datamodule.blank_rows))  # type: ignore[attr-defined]
         path = run_folder(trainer) / "predictions.jsonl"
         write_text(path, "".join(f"{line}\n" for line in lines))
+        _made_by(trainer)
         print(f"predictions: {path}")
 
 
@@ -161,9 +167,16 @@ def _report_metrics(trainer: pl.Trainer, model: LanguageModel, prefix: str) -> N
         if callable(signature) and f"{prefix}_{name}" in values:
             values[f"{prefix}_{name}_signature"] = signature()
     if not is_debug_run(trainer):
-        results = {**values, "precision": str(trainer.precision)}
-        write_text(run_folder(trainer) / "results.json", json.dumps(results, indent=2) + "\n")
+        results = {**values, "precision": str(trainer.precision), "provenance": _made_by(trainer)}
+        text = json.dumps(results, indent=2, ensure_ascii=False)
+        write_text(run_folder(trainer) / RESULTS, text + "\n")
     _print(values, prefix)
+
+
+def _made_by(trainer: pl.Trainer) -> dict[str, Any]:
+    """Complete the record of what made a run, and return it."""
+    recorder = next(item for item in trainer.callbacks if isinstance(item, Provenance))  # type: ignore[attr-defined]
+    return recorder.write(trainer)
 
 
 def _print(values: Mapping[str, Any], prefix: str) -> None:

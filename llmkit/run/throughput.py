@@ -122,6 +122,25 @@ class Throughput(Callback):
     excluded.
     """
 
+    def __init__(self) -> None:
+        self._before: int | None = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of tokens that the weights were trained on."""
+        return {"tokens": self.tokens()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue the count of the run that is resumed, if it has one; an older llmkit did not count."""
+        if trainer.state.fn == "fit":
+            self._before = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("tokens")
+
+    def tokens(self) -> int | None:
+        """Return the tokens of all processes, padding included, over resumes; None: those before were not counted."""
+        own = self.meter.totals().tokens * self._processes if hasattr(self, "meter") else 0
+        return None if self._before is None else int(self._before + own)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the device and start the clock."""
         assert isinstance(pl_module, LanguageModel)

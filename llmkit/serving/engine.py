@@ -237,7 +237,7 @@ class _Text:
         self.stream = Stream(tokenizer, job.prompt, self.stops)
         self.ends = Ends(tokenizer, [job.prompt], self.stops) if self.stops else None
         self.sent: int | None = None  # characters of the text that the client has
-        self.last: list[int] = []  # the id that ended it, which is no text but has a probability
+        self.last: list[int] = []  # the id that ended it, which is not text but has a probability
 
     @property
     def new(self) -> list[int]:

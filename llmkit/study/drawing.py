@@ -81,9 +81,9 @@ def svg(figure: Any, name: str, description: str) -> str:
 
 
 def canvas(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
+    from llmkit.run.picture import Picture
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Picture(figsize=(width, height), layout="constrained")
 
 
 def panel_grid(count: int, height: float, columns: int, **options: Any) -> tuple[Any, list[Any]]:

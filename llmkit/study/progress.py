@@ -6,6 +6,8 @@ import sys
 import time
 from datetime import timedelta
 
+from llmkit.data.progress import in_notebook
+
 
 class Progress:
     """A line with the number of cells ended, running and failed, and the time left."""
@@ -13,7 +15,7 @@ class Progress:
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
         self._first, self._start, self._shown = done, time.monotonic(), ""
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr.isatty() or in_notebook()
 
     def show(self, running: int, failed: int) -> None:
         """Show the line if it has changed; in a log file, whenever a cell has ended."""

@@ -279,7 +279,9 @@ def files_of(output: Path) -> Iterator[tuple[str, Any]]:
         for key in ("config", "model"):  # a resumed run may spell out what was a default
             content.get("llmkit", {}).pop(key, None)
         yield f"{name}.ckpt", content
-    yield "results.json", json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    results.pop("provenance")  # a commit may be made in the meantime
+    yield "results.json", results
 
 
 def differ(one: Any, two: Any, name: str, differences: list[str]) -> int:

@@ -13,9 +13,12 @@ from llmkit.commands.config.tree import Tree, flat, inline, shortened
 from llmkit.config.files import read_yaml
 from llmkit.config.plan import plan
 from llmkit.errors import UserError
+from llmkit.run import record
 
 OUTPUT_ONLY = ("ckpt_path", "weights_only", "config")
 """Keys that say how a run was started, not what it is."""
+MADE = ("versions", "provenance")
+"""Keys that say what made a run, and nothing about how to make one."""
 ABSENT = "(none)"
 
 
@@ -36,7 +39,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def load(path: Path) -> Tree:
-    """Return the config of a run folder, of a checkpoint (with the versions that wrote it), or of a config file.
+    """Return the config of a run folder or a checkpoint, each with what made it, or of a config file.
 
     Raises UserError when it is none of them or cannot be read.
     """
@@ -46,24 +49,26 @@ def load(path: Path) -> Tree:
         part = read(path)["llmkit"]
         # A model trained from Python has no config, but every checkpoint describes its model and tokenizer.
         tree = part["config"] or {"model": part["model"], "data": {"tokenizer": part["tokenizer"]}}
-        return {**tree, "versions": part.get("versions", {})}
+        return {**tree, "versions": part.get("versions", {}), "provenance": {"sources": part.get("sources", {})}}
     if not path.is_dir():
         return plan("fit", [f"--config={path}"], "config diff").config.tree
     saved = path / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{path} is not a run folder: it has no config.yaml. Run folders are OUTPUT/NAME/version_N.")
     written: Tree = settled(read_yaml(saved).tree)
-    return written
+    made = record.read(path / record.PROVENANCE)
+    return {**written, "provenance": {key: value for key, value in made.items() if key not in record.OF_THE_TRY}}
 
 
 def differences(a: Tree, b: Tree) -> dict[str, dict[str, Any]]:
     """Return the keys that differ, in the order of a config, each with its values in ``a`` and in ``b``.
 
-    A key that one of them lacks is as good as null.
+    A key that one of them lacks is as good as null; of what made them, versions and provenance, it is left out.
     """
-    if "versions" not in a or "versions" not in b:
-        a, b = ({key: value for key, value in tree.items() if key != "versions"} for tree in (a, b))
     old, new = (flat(shortened(tree)) for tree in (a, b))
+    for one, other in ((old, new), (new, old)):
+        for key in [key for key in one if key.partition(".")[0] in MADE and key not in other]:
+            del one[key]
     both = dict.fromkeys([*old, *new])
     parts = [key.split(".")[:2] for key in both]  # arguments of one plugin stay together
     keys = sorted(both, key=lambda key: parts.index(key.split(".")[:2]))

@@ -63,7 +63,7 @@ def run(command: str, argv: list[str]) -> int:
         if not facts["has_validation"]:
             raise UserError("scale needs validation data: see data.validation and data.validation_share")
         if better_side(study.metric, facts["sides"]) != "min":
-            raise UserError(Problem("metric", f"{study.metric} is no loss: a surface is fitted to one"))
+            raise UserError(Problem("metric", f"{study.metric} is not a loss: a surface is fitted to one"))
         points = grid.points(study, sizes)
         held = grid.held_out(study, sizes)
         for name in study.variants:  # before anything is spent

@@ -150,7 +150,7 @@ def _number(cell: str) -> float:
 
 
 def _rows(path: Path, asked: Mapping[str, str], by_name: bool, conditions: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Yield the values of each row by their keys. Raises UserError at the first that is no number above 0."""
+    """Yield the values of each row by their keys. Raises UserError at the first that is not a number above 0."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
             table = csv.DictReader(handle)

@@ -114,7 +114,7 @@ class InContextRecall(Task):
         self.keys, self.values, self.noise = keys, values, noise
 
     def row(self, draw: Draw, length: int) -> tuple[list[str], list[str]]:
-        """Return a row; its first pair is no noise, and its last one asks."""
+        """Return a row; its first pair is not noise, and its last one asks."""
         count = length // 2
         noisy = draw.random(count) < self.noise
         noisy[[0, -1]] = False

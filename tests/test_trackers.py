@@ -1,0 +1,168 @@
+"""Loggers by name, with the real packages and without a network: what a run and its resumption leave in each."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from command import TINY, Result, done, llmkit
+
+from llmkit.run import trackers
+from llmkit.run.named import spelled_out
+
+LAST = ("--ckpt_path", "last", "--trainer.max_steps", "4")
+TAGS = {"head": "Generation", "attention": "MultiHead"}
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Train where no connection can be made to another machine."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true"}.items():
+        monkeypatch.setenv(name, value)
+    connect = socket.socket.connect
+
+    def local(self: socket.socket, address: Any) -> None:
+        assert not isinstance(address, tuple) or address[0] in ("127.0.0.1", "localhost", "::1"), address
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
+    Path("text.txt").write_text("".join(f"word {i} of line {i * 7 % 13}\n" for i in range(60)))
+    words = ("fit", "--data.train", "text.txt", *TINY, "--name", "exp", "--trainer.log_every_n_steps", "1")
+    return lambda *more: done(*words, *more)
+
+
+def logged(folder: Path) -> dict[int, float]:
+    """The training loss of each step in ``metrics.csv``."""
+    from llmkit.run.figures import read_metrics
+
+    return dict(read_metrics(folder / "metrics.csv")["train_loss"])
+
+
+def known_as(folder: Path) -> Any:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["RunFolder"].get("trackers")
+
+
+def test_tensorboard(fit: Callable[..., Result]) -> None:
+    """Events lie in the run folder; a resumed run shows the whole curve, as its ``metrics.csv`` does."""
+    pytest.importorskip("tensorboard")
+    reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    words = ("--trainer.logger", "[csv, tensorboard]", "--trainer.logger+={name: csv, save_dir: more}")
+    first = fit(*words).folder
+    assert list(Path("more").rglob("metrics.csv")) and not (first / "lightning_logs").exists()
+    second = fit(*words, *LAST).folder
+    for folder in (first, second):
+        events = reader.EventAccumulator(str(folder)).Reload()
+        curve = {event.step: event.value for event in events.Scalars("train_loss")}
+        assert curve == pytest.approx(logged(folder)) and len(curve) == (2 if folder == first else 4)
+        assert "loss_curve" in events.Tags()["images"] and "sample/text_summary" in events.Tags()["tensors"]
+        assert "dim: 16" in (folder / "hparams.yaml").read_text()
+        assert "TensorBoardLogger" in (folder / "config.yaml").read_text()
+    assert "version_" not in (first / "config.yaml").read_text()  # so that the file can be used again
+
+
+def test_wandb(fit: Callable[..., Result]) -> None:
+    wandb = pytest.importorskip("wandb")
+    words = ("--trainer.logger", "wandb", "--trainer.logger.project", "p", "--trainer.logger.log_model", "false")
+    first = fit(*words).folder
+    run = wandb.run
+    assert (run.project, run.group, run.name) == ("p", "exp", "exp/version_0")
+    assert list(run.tags) == list(TAGS.values()) and run.config["model.dim"] == 16
+    assert run.summary["train_loss"] == pytest.approx(logged(first)[1])
+    assert known_as(first) == {"WandbLogger": run.id}
+    wandb.finish()
+    media = {path.parent.name for path in first.glob("wandb/*/files/media/*/*")}
+    assert media == {"images", "table"}
+    fit(*words, *LAST)
+    assert wandb.run.id == run.id
+    wandb.finish()
+
+
+def test_mlflow(fit: Callable[..., Result]) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    first = fit("--trainer.logger", "mlflow").folder
+    second = fit("--trainer.logger", "mlflow", *LAST).folder
+    client = mlflow.tracking.MlflowClient(f"sqlite:///{Path('runs').absolute()}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
+    assert known_as(first) == known_as(second) == {"MLFlowLogger": run.info.run_id}
+    assert run.info.run_name == "exp/version_0" and run.data.params["model.dim"] == "16"
+    assert {**run.data.tags, **TAGS} == run.data.tags
+    curve = {item.step: item.value for item in client.get_metric_history(run.info.run_id, "train_loss")}
+    assert curve == pytest.approx(logged(second)) and len(curve) == 4
+    assert {"loss.png", "sample.txt"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_aim(fit: Callable[..., Result]) -> None:
+    aim = pytest.importorskip("aim")
+    first = fit("--trainer.logger", "aim").folder
+    second = fit("--trainer.logger", "aim", *LAST).folder
+    (known,) = aim.Repo("runs").list_all_runs()
+    assert known_as(first) == known_as(second) == {"AimLogger": known}
+    run = aim.Run(known, repo="runs", force_resume=True)  # read only, it shows nothing until aim has an index
+    assert (run.experiment, run.name, run["hparams"]["model.dim"]) == ("exp", "exp/version_0", 16)
+    context = importlib.import_module("aim.storage.context").Context
+    curve = run.get_metric("loss", context({"subset": "train"})).dataframe()
+    assert dict(zip(curve["step"], curve["value"], strict=True)) == pytest.approx(logged(second)) and len(curve) == 4
+    nothing = context({})
+    assert run.get_image_sequence("loss_curve", nothing) and run.get_text_sequence("sample", nothing)
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("tensorbord", "unknown logger 'tensorbord'. Did you mean 'tensorboard'?"),
+        ("{name: csv, save_dir: x, prefix: [x]}", "expected text, got '[\"x\"]'"),
+        ("[csv, {class_path: wandbb}]", "unknown logger 'wandbb'. Did you mean 'wandb'?"),
+        ("comet", "CometLogger needs a package that is not installed: pip install comet_ml"),
+    ],
+)
+def test_a_wrong_logger_is_one_line(fit: Callable[..., Result], value: str, message: str) -> None:
+    if value == "comet" and importlib.util.find_spec("comet_ml"):
+        pytest.skip("it is installed")
+    failed = llmkit("fit", "--data.train", "text.txt", "--trainer.logger", value)
+    assert failed.err.count("llmkit: error") == 1, failed.err
+    line = failed.err
+    assert failed.code == 2 and "command line: trainer.logger" in line and message in line
+
+
+def test_a_tracker_that_fails_is_one_line(fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    class Offline(MLFlowLogger):
+        def __init__(self) -> None:
+            pl.loggers.Logger.__init__(self)
+
+        @property
+        def experiment(self) -> Any:
+            raise RuntimeError("api_key not configured\n  (no-tty)")
+
+    monkeypatch.setattr(trackers, "build", lambda *given: [Offline()])
+    spec = json.dumps({"name": "csv", "save_dir": "more"})
+    failed = llmkit("fit", "--data.train", "text.txt", *TINY, "--trainer.logger", spec)
+    text = "trainer.logger: Offline cannot begin: RuntimeError: api_key not configured (no-tty)"
+    assert failed.code == 2 and text in failed.err and not Path("runs").exists()
+
+
+def test_names() -> None:
+    home = "lightning.pytorch.loggers"
+    board = {"class_path": f"{home}.CSVLogger", "init_args": {"save_dir": "x"}}
+    for name in ("csv", "CSV", "csv_logger", "CSVLogger", f"{home}.CSVLogger"):
+        for key in ("name", "class_path"):
+            assert spelled_out({"logger": {key: name, "save_dir": "x"}}) == ({"logger": board}, [])
+    assert spelled_out({"logger": ["csv", {"name": "csv", "save_dir": "x"}]}) == ({"logger": [board]}, [])
+    for plain in (None, True, False):
+        assert spelled_out({"logger": plain}) == ({"logger": plain}, [])
+    assert spelled_out({"logger": "csv"}) == ({"logger": None}, [])
+    given = {"strategy": "ddp", "accelerator": "cpu", "max_steps": 1}
+    assert spelled_out(given) == (given, [])
+    ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"static_graph": True}}
+    assert spelled_out({"strategy": {"name": "ddp", "static_graph": True}}) == ({"strategy": ddp}, [])
