@@ -203,6 +203,12 @@ def test_objects_have_their_settings_already(text: str, tmp_path: Path) -> None:
         fitted(model=model)
 
 
+def test_a_notebook_trains_in_one_process(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.api.run.in_notebook", lambda: True)
+    with pytest.raises(kit.UserError, match=r"overrides: trainer\.devices: a notebook trains in one process, not in 2"):
+        fitted(tree, {"trainer.devices": 2})
+
+
 def test_ctrl_c_is_a_keyboard_interrupt(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the run has saved, or at once for the second one; another signal reaches whoever handled it before."""
     before = state()
