@@ -17,6 +17,7 @@ import yaml
 from command import Result, cheap, done
 from faults import Sender
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import CSVLogger
 from test_process import state
 
 import llmkit as kit
@@ -63,9 +64,9 @@ def rows(run: Result | kit.Run) -> list[dict[str, str]]:
 
 
 def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, without what may be written in two ways, and the name, which is that of the file."""
+    """A config, without what may be written in two ways, callbacks, and the name, which is that of the file."""
     model = {name: value for name, value in config["model"].items() if name != "cross_attention"}
-    return {**config, "model": model, "name": ""}
+    return {**config, "model": model, "name": "", "trainer": {**config["trainer"], "callbacks": None}}
 
 
 def same(run: kit.Run, other: Result) -> None:
@@ -113,10 +114,15 @@ def test_fit_is_the_command(tree: dict[str, Any], text: str, tmp_path: Path) -> 
     steps: list[int] = []
     callback = LambdaCallback(on_train_batch_end=lambda trainer, *rest: steps.append(trainer.global_step))
     rest = {key: tree[key] for key in ("output", "seed_everything")}
+    logger = CSVLogger(tree["output"], "another")
+    objects = {"callbacks": [callback, "ModelSummary"], "logger": logger}
     with cheap() as (_, err):
-        run = kit.fit(model=model, data=data, trainer={**tree["trainer"], "callbacks": [callback]}, **rest)
+        run = kit.fit(model=model, data=data, trainer={**tree["trainer"], **objects}, **rest)
     assert steps == [*range(1, 9)]
-    assert "trainer.callbacks: config.yaml does not have LambdaCallback" in err.getvalue()
+    assert "trainer.callbacks: config.yaml does not have LambdaCallback, which was given" in err.getvalue()
+    assert (Path(logger.log_dir) / "metrics.csv").is_file() and run.provenance["seed"] == 3
+    named = run.config["trainer"]["callbacks"]
+    assert [one["class_path"].rpartition(".")[2] for one in named] == ["ModelSummary"]
     same(run, command)
     best = torch.load(run.best or "", weights_only=True)["state_dict"]
     assert rows(run)[-1]["val_loss"] != str(run.metrics["val_loss"])  # the last step is not the best one
@@ -137,6 +143,9 @@ def test_a_run_is_read_from_its_folder(tree: dict[str, Any], tmp_path: Path) -> 
     assert run.plot()._repr_png_().startswith(b"\x89PNG")
     (answer,) = run.model.predict(["word"])
     assert run.model.spec["dim"] == 16 and answer["prompt"] == "word"
+    greedy = kit.DecodingOptions(temperature=0)  # which leaves the length to the checkpoint, and to the head there
+    assert len(run.model.predict(["word"], greedy)[0]["text"]) == 4
+    assert kit.LanguageModel(decoding=greedy).head.decoding.max_new_tokens == 200
     with pytest.raises(kit.UserError, match="is not the folder of a run"):
         kit.Run(tmp_path / "nothing")
 
@@ -192,6 +201,12 @@ def test_objects_have_their_settings_already(text: str, tmp_path: Path) -> None:
         read(None, {"model": model, "data.train": text})
     with pytest.raises(kit.UserError, match="a config is needed: a file, a mapping"):
         fitted(model=model)
+
+
+def test_a_notebook_trains_in_one_process(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.api.run.in_notebook", lambda: True)
+    with pytest.raises(kit.UserError, match=r"overrides: trainer\.devices: a notebook trains in one process, not in 2"):
+        fitted(tree, {"trainer.devices": 2})
 
 
 def test_ctrl_c_is_a_keyboard_interrupt(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

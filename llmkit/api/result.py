@@ -14,7 +14,7 @@ from llmkit.check import settled
 from llmkit.config.files import read_yaml
 from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
-from llmkit.run import figures
+from llmkit.run import figures, record
 
 if TYPE_CHECKING:
     from llmkit.run.picture import Picture
@@ -38,8 +38,12 @@ class Run:
     @property
     def results(self) -> dict[str, Any]:
         """All of ``results.json``; empty where the run has none."""
-        found: dict[str, Any] = json.loads(self._text("results.json") or "{}")
-        return found
+        return record.read(self.folder / record.RESULTS)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What made the run, ``provenance.json``: code, packages, machine, seed, duration."""
+        return record.read(self.folder / record.PROVENANCE)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -120,7 +124,8 @@ class Run:
             f'<td style="text-align:left">{html.escape(value)}</td></tr>'
             for name, value in rows
         )
-        return f"<table><caption>{html.escape(str(self.folder))}</caption>{cells}</table>"
+        caption = f'<caption style="text-align:left">{html.escape(str(self.folder))}</caption>'
+        return f"<table>{caption}{cells}</table>"
 
 
 def _shown(value: float) -> str:

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from llmkit.api.result import Run
 from llmkit.api.settings import Config, Given, read
 from llmkit.commands.fit import finished, start
 from llmkit.config.plan import plan
-from llmkit.errors import Stopped, note
+from llmkit.data.progress import in_notebook
+from llmkit.errors import Problem, Stopped, UserError, note
 from llmkit.lightning import was_interrupted
 from llmkit.run.cli import CLI
 from llmkit.run.folder import run_folder
@@ -84,8 +86,15 @@ def _with_objects(given: Given) -> type[CLI]:
                 names = ", ".join(type(item).__name__ for item in objects)
                 note(f"trainer.{name}: config.yaml does not have {names}, which was given as an object")
                 listed = trainer[name] if isinstance(trainer[name], list) else []
-                trainer[name] = [*listed, *objects] if name in ("callbacks", "logger", "plugins") else objects[-1]
-            return super().instantiate_trainer(**kwargs)
+                trainer[name] = [*listed, *objects] if name in ("callbacks", "plugins") else objects[-1]
+            built = super().instantiate_trainer(**kwargs)
+            if in_notebook() and built.world_size > 1:
+                text = f"a notebook trains in one process, not in {built.world_size}: use 1, or the command"
+                raise UserError(Problem("trainer.devices", text))
+            return built
+
+        def loggers(self) -> list[Logger]:
+            return [*super().loggers(), *given.trainer.get("logger", ())]
 
     return Handed
 

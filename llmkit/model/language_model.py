@@ -36,6 +36,7 @@ from llmkit.model.resume import apply_changes, stored_settings
 from llmkit.model.sharding import shard
 from llmkit.model.step import OptimizerStep
 from llmkit.model.teacher import Teacher
+from llmkit.model.use import with_length
 from llmkit.model.vectors import begin_with_vectors
 from llmkit.ops.distillation import Distillation
 from llmkit.ops.lora import LoRA
@@ -140,7 +141,8 @@ class LanguageModel(Averaged, Loadable):
         self.head: Head = self.parts.build("head")
         if decoding is not None:
             # A checkpoint has plain data.
-            self.head.decoding = DecodingOptions(**decoding) if isinstance(decoding, Mapping) else decoding
+            given = DecodingOptions(**decoding) if isinstance(decoding, Mapping) else decoding
+            self.head.decoding = with_length(given, self.head.decoding)
         self.uses_muon = registry.target_of(self.parts.factories["optimizer"]) is Muon
         self.spec: dict[str, Any] = {**self.parts.spec, "decoding": dataclasses.asdict(self.head.decoding)}
         self.net: Backbone | None = None

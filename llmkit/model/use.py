@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -67,6 +68,13 @@ def columns_of(rows: Rows, fields: Sequence[str]) -> dict[str, list[Any]]:
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"predict: row {number} has no {' and no '.join(missing)}; it needs {', '.join(fields)}")
     return {name: [row[name] for row in given] for name in fields} if given else {}
+
+
+def with_length(options: DecodingOptions, default: DecodingOptions) -> DecodingOptions:
+    """Return options with the default's ``max_new_tokens`` where they leave it open."""
+    if options.max_new_tokens is not None:
+        return options
+    return dataclasses.replace(options, max_new_tokens=default.max_new_tokens)
 
 
 class Answers(pl.LightningModule):
@@ -145,7 +153,7 @@ class Answers(pl.LightningModule):
 
         Args:
             rows: texts, or rows with the head's input fields.
-            options: how text is generated; None: as the checkpoint says.
+            options: how text is generated; None, or no length in it: as the checkpoint says.
             first: the number of the first row; what is sampled for a row depends on its number.
             extra: further arguments of the head's ``predict`` (``on_text`` of the generation head).
 
@@ -156,7 +164,9 @@ class Answers(pl.LightningModule):
             return []
         batch = self._batch(rows, head.inputs, first)
         with evaluating(self):
-            return head.predict(network, batch, self._trained_tokenizer, options or head.decoding, **extra)
+            return head.predict(
+                network, batch, self._trained_tokenizer, with_length(options or head.decoding, head.decoding), **extra
+            )
 
     @torch.no_grad()
     def score(self, rows: Rows) -> list[dict[str, Any]]:
