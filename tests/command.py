@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from lightning.pytorch.trainer.connectors import callback_connector
+
 from llmkit import main
 from llmkit.run import figures, throughput
 from llmkit.run.cli import CLI
 
 _peak_flops = functools.cache(throughput.peak_flops)
+_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
 _parsers: dict[str, Any] = {}
 _build_parser = CLI.setup_parser
 _curves = figures.comparison_curves
@@ -65,14 +68,15 @@ class Result(NamedTuple):
 def cheap() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """Catch what is printed to stdout and stderr in the block, and do some things once a process.
 
-    These are measuring the speed of the machine, building the parser of a command, and drawing loss curves that differ
-    in values only.
+    These are measuring the speed of the machine, building the parser of a command, looking for packages that bring
+    callbacks, and drawing loss curves that differ in values only.
     """
     out, err = io.StringIO(), io.StringIO()
     once = mock.patch.object(throughput, "peak_flops", _peak_flops)
+    callbacks = mock.patch.object(callback_connector, "_load_external_callbacks", _external_callbacks)
     picture = mock.patch.object(figures, "comparison_curves", _draw_once)
     parser = mock.patch.object(CLI, "setup_parser", parser_once)
-    with once, picture, parser, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with once, callbacks, picture, parser, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield out, err
 
 

@@ -34,6 +34,7 @@ from llmkit_plugins.compression.gptq import output_error, round_columns
 from llmkit_plugins.compression.int4 import Int4Matrix, packed, unpacked
 from llmkit_plugins.compression.int8 import Int8Matrix
 
+OLD = Path(__file__).parent / "old_checkpoints" / "translation.ckpt"
 FEW = DecodingOptions(max_new_tokens=2)
 TEXTS = ["a text to learn", "another one is"]
 
@@ -268,20 +269,22 @@ def written(run: Path) -> tuple[Path, str]:
     """A folder that the command has written, and what it printed."""
     folder = run.parent / "small"
     few = ("--rows", 6, "--rounds", 2, "--calibration", 4, "--no_memory")
-    return folder, done("compress", run, "--to", "int8, gptq:4,int4+bf16", "--output", folder, *few).out
+    more = ("--more", f"again={run}")
+    return folder, done("compress", run, "--to", "int8, gptq:4,int4+bf16", "--output", folder, *more, *few).out
 
 
 def test_the_command(written: tuple[Path, str], run: Path) -> None:
     folder, out = written
     names = {path.name for path in folder.iterdir()}
-    forms = {"original.ckpt", "int8.ckpt", "gptq-4.ckpt", "int4+bf16.ckpt"}
+    forms = {"original.ckpt", "int8.ckpt", "gptq-4.ckpt", "int4+bf16.ckpt", "again.ckpt"}
     assert names == forms | {"frontier.json", "frontier.csv", "frontier.png", "frontier.pdf", "report.html"}
     results = json.loads((folder / "frontier.json").read_text())
     assert results["stage"] == "validation" and results["unit"] == "token"
-    original, int8, *_ = results["settings"]
+    original, int8, *_, again = results["settings"]
+    assert again["loss"] == original["loss"] and again["difference"] == 0 < original["bytes"] == again["bytes"]
     assert int8["bytes"] == (folder / "int8.ckpt").stat().st_size < original["bytes"]
     table = csv.DictReader((folder / "frontier.csv").open())
-    assert [row["name"] for row in table] == ["original", "int8", "gptq-4", "int4+bf16"]
+    assert [row["name"] for row in table] == ["original", "int8", "gptq-4", "int4+bf16", "again"]
     assert all(name in out for name in ("gptq-4", "of that of plain rounding", "report.html"))
 
 
@@ -361,6 +364,9 @@ def safetensors_of(folder: Path) -> dict[str, Tensor]:
         (("--to", "int4x"), "compression 'int4x': int4 takes the size of its groups, as in int4:64, and got 'x'"),
         (("--to", "int8:4"), "compression 'int8:4': int8 takes nothing after its name"),
         (("--to", ","), "compress: --to names no method"),
+        (("--to", "int8", "--more", "x"), "compress: --more takes NAME=CHECKPOINT, with a name of its own, got 'x='"),
+        (("--to", "int8", "--more", "int8=x"), "compress: --more takes NAME=CHECKPOINT, with a name of its own, got"),
+        (("--to", "int8", "--more", f"x={OLD}"), "compress: --more x: its tokenizer is not that of the checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], says: str, run: Path, tmp_path: Path) -> None:

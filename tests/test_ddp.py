@@ -99,7 +99,7 @@ def runs(data: Path) -> dict[str, Run]:
     labels += ["--model.head=classification", "--model.head.dropout=0"]
     return {
         "blocks sharded, compiled": Run(text, (4, 1), (2, 1), FSDP2, ("--model.compile", "true")),
-        "classification accumulated": Run(labels, (23, 1), (5, 3)),
+        "classification accumulated": Run([*labels, "--model.ema=0.5"], (23, 1), (5, 3)),
         "classification sharded": Run(labels, (23, 1), (5, 3), FSDP2),
         "translation sharded": Run([*pairs, "--model.head=translation"], (7, 1), (2, 2), FSDP2),
     }
@@ -180,8 +180,10 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-    return {key: value.double() for key, value in found.items()}
+    """The weights of a checkpoint, and those that were trained where they are an average."""
+    content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    trained = {f"trained {key}": value for key, value in content.get("ema", {}).get("trained", {}).items()}
+    return {key: value.double() for key, value in {**content["state_dict"], **trained}.items()}
 
 
 def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

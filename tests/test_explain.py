@@ -380,6 +380,8 @@ def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
     """Without an error, without markup of users that runs, and with what the shown token rests on."""
     model = model_of("generation", Char())
     rows = explain(model, [ATTACK, "我爱学习 " * 60], write=False)
+    values = {"embedding": [0.5, -1.0]}
+    rows[0].contributions.append({"method": "occlusion", "explained": "x", "tokens": ["<", "<b>"], "values": values})
     path = tmp_path / "explain.html"
     path.write_text(page.page_of(rows, "a.ckpt"), encoding="utf-8")
     words = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
@@ -388,4 +390,5 @@ def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
     assert "CONSOLE" not in answer.stderr
     assert "<title>What the answers of a.ckpt rest on</title>" in answer.stdout
     assert answer.stdout.count("<button") == 8  # two layers of four heads
-    assert "rests on:" in answer.stdout
+    assert "rests on:" in answer.stdout and "occlusion of: x." in answer.stdout
+    assert re.search(r'<span class="ask" style="background: rgba[^"]*">&lt;b&gt;</span>', answer.stdout)

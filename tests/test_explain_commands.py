@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from command import done, llmkit
+from matplotlib.figure import Figure
 from test_explain_measures import tiny
 
 from llmkit import load
+from llmkit.analysis.explain import picture
 from llmkit.commands import VERBS
 from llmkit.run.saving import save_model
 
@@ -42,6 +44,25 @@ def test_attributions(tmp_path: Path) -> None:
     assert found["explained"] == " " or found["explained"] == "c", found["explained"]
     values = found["values"]["map"]
     assert sum(values) == pytest.approx(1, abs=1e-5) and values[4:] == [0.0] * 3  # position 3 sees no later one
+
+
+@pytest.mark.parametrize("checkpoint", [GENERATION, TRANSLATION], ids=["generation", "translation"])
+def test_attributions_on_the_page(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of ``attribute``: of the first written token, and of the whole translation."""
+    pytest.importorskip("captum")
+    monkeypatch.setattr(picture, "_figure", lambda *args: Figure((1, 1)))
+    done("explain", checkpoint, "the cat", "--contributions", "--greedy", "--output", tmp_path)
+    (row,) = json.loads((tmp_path / "explain.json").read_text())["rows"]
+    page = (tmp_path / "explain.html").read_text().split('<script type="application/json" id="data">')[1]
+    (shown,) = json.loads(page.split("</script>")[0])["rows"]
+    assert [one["name"] for one in shown["contributions"]] == ["integrated gradients", "occlusion"]
+    given = "the cat" if checkpoint == GENERATION else json.dumps(row["row"])
+    for one, stored in zip(shown["contributions"], row["contributions"], strict=True):
+        words = ("explain", "attribute", checkpoint, given, "--json", "--method", one["name"].replace(" ", "_"))
+        (facts,) = json.loads(done(*words).out)
+        assert stored == facts and one["tokens"] == facts["tokens"]
+        (values,) = facts["values"].values()
+        assert one["values"] == pytest.approx(values, rel=6e-3) and facts["explained"] in one["says"]
 
 
 def test_heads(tmp_path: Path) -> None:
@@ -117,7 +138,11 @@ def test_faithfulness(tmp_path: Path) -> None:
 def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    for words in (("explain", "attribute", GENERATION, "a cat"), ("explain", GENERATION, "a cat", "--faithfulness")):
+    options = ("--faithfulness", "--contributions")
+    for words in (
+        ("explain", "attribute", GENERATION, "a cat"),
+        *(("explain", GENERATION, "a", one) for one in options),
+    ):
         result = llmkit(*words)
         assert (result.code, result.err) == (
             2,

@@ -67,7 +67,7 @@ def test_the_framework_knows_no_plugin(path: Path) -> None:
 
 
 ROOMS = (
-    *("errors", "registry", "imports", "check"),
+    *("errors", "lazy", "registry", "imports", "check"),
     *("sequence", "contracts", "compression", "ops", "lightning", "data", "checkpoint", "hf", "model", "interop"),
     "serving",
     *("run", "config", "testing", "study", "analysis", "commands", "api", "main", "__main__"),

@@ -29,6 +29,8 @@ def run(command: str, argv: list[str]) -> int:
     add("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, or a run folder: its best one")
     text = "methods with commas between them, or chains: int8,int4,svd50+int8; see 'llmkit plugins compression'"
     add("--to", metavar="METHODS", required=True, help=text)
+    text = "other checkpoints of the same tokenizer and head to measure in the same table, say a distilled student"
+    add("--more", metavar="NAME=CHECKPOINT,...", default="", help=text)
     add("--output", metavar="FOLDER", required=True, help="the folder to write, which must not exist or be empty")
     add("--rows", type=at_least(2), default=256, metavar="N", help="rows that losses are compared on; default: 256")
     text = "training rows for methods that calibrate; default: 256"
@@ -60,11 +62,15 @@ def _compress(cli: CLI, path: Path, folder: Path, options: Namespace) -> None:
     from llmkit.analysis.compress.chain import parse
     from llmkit.model.language_model import LanguageModel
 
-    names = [name.strip() for name in options.to.split(",") if name.strip()]
+    names, others = _parts(options.to), dict(one.partition("=")[::2] for one in _parts(options.more))
     if not names:
         raise UserError("compress: --to names no method")
     chains = {_file_name(name): parse(name) for name in dict.fromkeys(names)}
+    for name, file in others.items():
+        if not file or "/" in name or name in ("original", *chains):
+            raise UserError(f"compress: --more takes NAME=CHECKPOINT, with a name of its own, got '{name}={file}'")
     model, data = LanguageModel.load(path), cli.datamodule
+    more = {name: LanguageModel.load(file) for name, file in others.items()}
     data.bind(model.head, model.context, model.tokenizer, True)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -76,6 +82,7 @@ def _compress(cli: CLI, path: Path, folder: Path, options: Namespace) -> None:
     results = frontier.frontier(
         model,
         chains,
+        more,
         data,
         folder,
         rows=options.rows,
@@ -88,6 +95,10 @@ def _compress(cli: CLI, path: Path, folder: Path, options: Namespace) -> None:
     results = {"checkpoint": str(path), "threads": torch.get_num_threads(), **results}
     report.write(results, folder)
     print("\n".join(columns(report.rows(results))), "", report.verdict(results), f"{folder}/report.html", sep="\n")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _file_name(name: str) -> str:

@@ -206,6 +206,9 @@ def file_of(name: str) -> Path | None:
     if name in sys.modules:
         file = getattr(sys.modules[name], "__file__", None)
         return _resolved(file) if file else None
+    above = sys.modules.get(name.rpartition(".")[0])
+    if above is not None and "__path__" not in vars(above):
+        return None  # something that a module defines: only packages have modules in them
     top, *rest = name.split(".")
     try:
         spec, path = importlib.util.find_spec(top), top

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, OnExceptionCheckpoint, ProgressBar
@@ -31,6 +32,7 @@ from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
+from llmkit.run.named import listed
 from llmkit.run.progress import Progress
 from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
@@ -63,13 +65,26 @@ TOP: dict[str, tuple[Any, Any, str]] = {
 }
 """The other keys of a config: type, default and description."""
 
+OF_THE_CHECKPOINT = ("ckpt_path", "weights_only")
+"""Those that say where a run starts, which the checkpoints that it writes do not carry."""
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a tree that is checked already: to check it once more would take as long as two training steps."""
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Do nothing."""
+
 
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
-        text = self.parser.dump(self.config, "yaml", False, skip_validation=True)  # False: nulls are written too
+        assert isinstance(pl_module, LanguageModel)
+        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT}}
+        header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
+        text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
@@ -101,6 +116,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},  # SavedConfig does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False, "prog": f"llmkit {command}", "description": purpose},
             args=args,
             run=False,  # the one command needs no parser below another, which would take twice as long
@@ -155,9 +171,8 @@ class CLI(LightningCLI):
             note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
         self.config.trainer.logger = self.logger
-        drop = ("config", "ckpt_path", "weights_only")
-        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))
-        self.model.config = {key: value for key, value in content.items() if key not in drop}
+        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
+        self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with llmkit's logger, callbacks and precision where the config left them open."""
@@ -166,7 +181,7 @@ class CLI(LightningCLI):
         kwargs |= filled_in(given)
         output = self.config_init["output"]
         kwargs["logger"] = self.loggers()
-        callbacks = trackers.listed(given.get("callbacks"))
+        callbacks = listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [Validations(), throughput, ReturnMemory()]
         if self.command == "predict":
@@ -198,7 +213,7 @@ class CLI(LightningCLI):
         """Return the logger of the run folder, and those of the config, which are given what identifies the run."""
         name = self.config_init["name"]
         own = RunLogger(self.config_init["output"], name, self.logger is not False)
-        specs = trackers.listed(self.logger)
+        specs = listed(self.logger)
         if not specs or self.command == "predict" or self.config_init["trainer"].get("fast_dev_run"):
             return [own]
         tags = {key: self.model.spec[key]["class_path"].rpartition(".")[2] for key in ("head", "attention")}
@@ -218,6 +233,7 @@ class CLI(LightningCLI):
             trackers.begin(item for item in self.trainer.loggers if not isinstance(item, RunLogger))
             given = {key: self.config_init[key] for key in self.command_keys}
             getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
+            trackers.end(self.trainer.loggers)
         except UserError:
             self.release_folder()
             raise

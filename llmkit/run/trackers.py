@@ -52,11 +52,6 @@ class Identity(NamedTuple):
     """The same for a logger that has no groups."""
 
 
-def listed(value: Any) -> list[Any]:
-    """Return the loggers or callbacks that a config names: none, one, or several."""
-    return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
-
-
 def filled(spec: Spec, run: Identity, more: Mapping[str, Any] | None = None) -> Spec:
     """Return the description of a logger with what identifies a run; what it sets itself stays.
 
@@ -103,10 +98,13 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
         "TensorBoardLogger": {"save_dir": str(output)},
         "WandbLogger": {"save_dir": str(folder), "project": os.environ.get("WANDB_PROJECT", "llmkit")},
         "MLFlowLogger": {
-            "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute()}/mlflow.db"
+            "tracking_uri": f"sqlite:///{output.absolute()}/mlflow.db",
+            "artifact_location": (output / "mlflow").absolute().as_uri(),
         },
         "AimLogger": {"repo": str(output)},
     }
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        defaults["MLFlowLogger"] = {"tracking_uri": os.environ["MLFLOW_TRACKING_URI"]}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--logger", type=Logger)
     logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # it warns of each run that is continued
@@ -116,7 +114,8 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
         with _reaching(cls):
             known = {**dict.fromkeys(IDS, ids[cls]), "name": None, "run_name": None} if cls in ids else {}
             given = {key: value for key, value in spec.get("init_args", {}).items() if (key, value) != ("save_dir", "")}
-            spec = filled({**spec, "init_args": given}, run, {**defaults.get(cls, {}), **known})
+            own = {} if "tracking_uri" in given else defaults.get(cls, {})
+            spec = filled({**spec, "init_args": given}, run, {**own, **known})
             loggers.append(parser.instantiate_classes(parser.parse_object({"logger": spec})).logger)
     return loggers
 
@@ -144,6 +143,12 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
             if _is(logger, "MLFlowLogger"):  # where they cannot be changed when a run is resumed
                 known = logger.experiment.get_run(logger.version).data.params  # type: ignore[attr-defined]
             logger.log_hyperparams({name: value for name, value in settings.items() if name not in known})
+
+
+def end(loggers: Iterable[Logger]) -> None:
+    """End the runs of trackers that would go on to the next run of this process."""
+    if any(_is(logger, "WandbLogger") for logger in loggers):
+        importlib.import_module("wandb").finish()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from llmkit.contracts import Batch, Stage
 from llmkit.data.examples import Examples
 from llmkit.data.module import DataModule
 from llmkit.data.tokens import Blocks
+from llmkit.errors import UserError
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.saving import save_model
 
@@ -34,6 +35,7 @@ COLUMNS = (
 def frontier(
     model: LanguageModel,
     chains: Mapping[str, Sequence[Link]],
+    more: Mapping[str, LanguageModel],
     data: DataModule,
     folder: Path,
     *,
@@ -49,6 +51,7 @@ def frontier(
     Args:
         model: the model, loaded.
         chains: the methods of each form by its name.
+        more: other models by name, which are measured on the same rows: a student, a form that was trained further.
         data: prepared for the model's head.
         folder: gets ``original.ckpt``, the model without its optimizer, and a checkpoint for each chain.
         rows: how many rows of the test data (without them, of validation) the losses are compared on.
@@ -58,8 +61,11 @@ def frontier(
         imports: plugin files that such a process needs.
         log: is given a line before each step.
 
-    Raises UserError when a method cannot be applied, or there are no rows to compare on.
+    Raises UserError when a method cannot be applied, another model reads or answers in other tokens or labels, or there
+    are no rows to compare on.
     """
+    for name, one in more.items():
+        _check_same(name, one, model)
     stage, split = _evaluated(data)
     picked = measure.chosen(split, rows)
     read = _calibration(data, calibration) if any(map(reads, chains.values())) else None
@@ -67,6 +73,7 @@ def frontier(
     for name, chain in chains.items():
         log(name)
         models[name] = apply(model, chain, read)
+    models |= more
     for name, one in models.items():
         save_model(one, folder / f"{name}.ckpt")
     log(f"losses of {len(picked)} {stage} rows")
@@ -105,6 +112,20 @@ def frontier(
         "calibration": 0 if read is None else calibration,
         "settings": settings,
     }
+
+
+def _check_same(name: str, one: LanguageModel, model: LanguageModel) -> None:
+    """Raise UserError unless a model takes the batches of another: by its tokenizer, head, labels and context."""
+    assert one.tokenizer is not None and model.tokenizer is not None
+    same = {
+        "tokenizer": one.tokenizer.to_state() == model.tokenizer.to_state(),
+        "head": type(one.head) is type(model.head) and one.head.info() == model.head.info(),
+        "context": one.context >= model.context,
+    }
+    for what, fits in same.items():
+        if not fits:
+            differs = "is shorter than" if what == "context" else "is not"
+            raise UserError(f"compress: --more {name}: its {what} {differs} that of the checkpoint")
 
 
 def _evaluated(data: DataModule) -> tuple[str, Blocks | Examples]:

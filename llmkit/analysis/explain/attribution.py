@@ -18,8 +18,8 @@ from llmkit.errors import UserError
 TOLERANCE = 0.01
 """Share of the difference by which the attributions may miss it."""
 STEPS, MOST_STEPS = 32, 256
-ROWS = 64
-"""Rows that pass the network at once."""
+AT_ONCE = 2**14
+"""Positions that pass the network at once, and as few as one row of a long text."""
 
 
 class Attribution(NamedTuple):
@@ -47,6 +47,10 @@ def captum() -> Any:
         raise UserError("attributions need the package captum: pip install 'llmkit[explain]'") from error
 
 
+def _at_once(row: ScoredRow) -> int:
+    return max(1, AT_ONCE // row.x_RTD[..., 0].numel())
+
+
 def integrated_gradients(row: ScoredRow, layer: nn.Module | None = None, steps: int = STEPS) -> Attribution:
     """Return the integrated gradients of the score from the baseline to the row.
 
@@ -69,7 +73,7 @@ def integrated_gradients(row: ScoredRow, layer: nn.Module | None = None, steps: 
     with torch.no_grad():
         high, low = row.score(torch.stack([end, start]), layer).tolist()
     while True:
-        found = method.attribute(end[None], start[None], n_steps=steps, internal_batch_size=ROWS)
+        found = method.attribute(end[None], start[None], n_steps=steps, internal_batch_size=_at_once(row))
         values_P = found[0].sum(-1).flatten().float()
         result = Attribution(values_P, high - low, abs(float(values_P.sum()) - (high - low)), steps)
         if result.complete or steps >= MOST_STEPS:
@@ -91,7 +95,7 @@ def occlusion(row: ScoredRow) -> Tensor:
             row.x_RTD[None],
             row.baseline_RTD[None],
             feature_mask=features_P.reshape(1, rows, length, 1).to(row.x_RTD.device),
-            perturbations_per_eval=ROWS,
+            perturbations_per_eval=_at_once(row),
         )
     values_P: Tensor = found[0, ..., 0].flatten().float()
     return values_P

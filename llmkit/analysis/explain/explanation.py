@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Explanation:
         shown: the answer as a person reads it.
         texts: the sequences that were read.
         maps: the maps, encoder first, layer by layer.
+        contributions: what each token contributes, by method; see ``contributions``.
     """
 
     row: Mapping[str, Any]
@@ -59,6 +60,7 @@ class Explanation:
     shown: str
     texts: list[Text]
     maps: list[Map]
+    contributions: list[dict[str, Any]] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """Return all of it as JSON-able data; weights have four digits, long texts the largest of each position."""
@@ -70,6 +72,7 @@ class Explanation:
                 {**{name: value for name, value in vars(one).items() if name != "weights_HTS"}, **_numbers(one)}
                 for one in self.maps
             ],
+            "contributions": self.contributions,
         }
 
 

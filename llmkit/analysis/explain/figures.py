@@ -118,7 +118,7 @@ def probes(found: Sequence[Probed], most: float, path: Path) -> None:
 
 
 def contributions(tokens: Sequence[str], rows: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the contributions of tokens, a line for each layer, blue for what speaks against the answer, red for it."""
+    """Draw the contributions of tokens, a line for each layer, blue for what speaks for the answer, red against it."""
     import matplotlib
 
     most = max(abs(value) for values in rows.values() for value in values) or 1.0
@@ -126,7 +126,7 @@ def contributions(tokens: Sequence[str], rows: Mapping[str, Sequence[float]], pa
         matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
         figure = canvas(max(3.5, 1.6 + 0.16 * min(len(tokens), 120)), 1.5 + 0.2 * len(rows))
         axis = figure.add_subplot()
-        image = axis.imshow(list(rows.values()), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        image = axis.imshow(list(rows.values()), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         axis.set_yticks(range(len(rows)), list(rows))
         if len(tokens) <= 120:
             axis.set_xticks(range(len(tokens)), [token.strip() or "\N{OPEN BOX}" for token in tokens], rotation=90)

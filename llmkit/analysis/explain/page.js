@@ -98,13 +98,13 @@
 
   function chooseRow(r) {
     Object.assign(state, { row: r, at: null, pinned: false });
-    const cross = row().maps.findIndex((one) => one.part === "cross");
-    const last = row().maps.length - 1;
-    state.map = cross >= 0 ? row().maps.findLastIndex((one) => one.part === "cross") : last;
+    const cross = row().maps.findLastIndex((one) => one.part === "cross");
+    state.map = cross >= 0 ? cross : row().maps.length - 1;
     get("shown").textContent = row().shown;
     get("shown").hidden = !row().shown;
     fill(get("map"), row().maps.map(mapName), state.map);
     chooseMap(state.map);
+    contributed(0);
     thumbnails();
   }
 
@@ -309,6 +309,24 @@
     get("tip").textContent = `${quoted(asked(t) ?? "")} (${t}) on ${quoted(row().texts[map().key].tokens[s])} (${s}): ${number(value)}`;
   }
 
+  // What each token contributes to the answer, for a method.
+  function contributed(chosen) {
+    const found = row().contributions;
+    get("contributions").hidden = !found.length;
+    if (!found.length) return;
+    fill(get("method"), found.map((one) => one.name), chosen);
+    const { says, tokens, values } = found[chosen], box = get("shares");
+    const largest = values.reduce((a, b) => Math.max(a, Math.abs(b)), 0) || 1;
+    get("of").textContent = `${says} Blue speaks for it, orange against it.`;
+    get("share").textContent = "Point at a token for its number.";
+    box.textContent = "";
+    tokens.forEach((token, i) => {
+      const span = make("span", box, token.trim() || /\n/.test(token) ? visible(token) : token, "ask");
+      if (values[i]) span.style.background = colour(0.8 * values[i] / largest);
+      span.addEventListener("mouseenter", () => { get("share").textContent = `${quoted(token)} (${i}): ${number(values[i])}`; });
+    });
+  }
+
   // All pictures small, where they are not too many numbers.
   async function thumbnails() {
     const box = get("all"), r = state.row;
@@ -348,13 +366,14 @@
     mark();
     if (state.at) show(state.at);
   });
+  get("method").addEventListener("change", (event) => contributed(Number(event.target.value)));
   get("own").addEventListener("change", draw);
   get("canvas").addEventListener("mousemove", point);
   get("canvas").addEventListener("click", (event) => {
     const at = drawn && place(event);
     if (at) { state.pinned = true; show({ t: at[0] }); point(event); }
   });
-  const redraw = () => { draw(); thumbnails(); if (state.at) show(state.at); };
+  const redraw = () => { draw(); contributed(Number(get("method").value)); thumbnails(); if (state.at) show(state.at); };
   let timer = 0;
   window.addEventListener("resize", () => { clearTimeout(timer); timer = setTimeout(draw, 150); });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

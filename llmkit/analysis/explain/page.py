@@ -27,6 +27,8 @@ LIMITS = (
     "to nothing to give (Kobayashi et al. 2020, arXiv:2004.10102).",
     "A map is of one layer. Its inputs are states in which earlier layers have mixed tokens already, and each layer "
     "adds to a stream that passes by its map.",
+    "A contribution is relative to a text of mask tokens, which most models never saw; of two words that say the same "
+    "occlusion counts neither.",
     "A Jacobian norm is how much an output would change with an input close to this text; it is not a share, and its "
     "sizes cannot be compared with weights.",
 )
@@ -70,6 +72,13 @@ BODY = """\
 <div id="box" class="picture"><canvas id="canvas" role="img"></canvas></div>
 <p id="tip" class="more"></p>
 <p id="legend" class="more"></p>
+<section id="contributions">
+<h2>What each token contributes</h2>
+<div class="controls"><label>Method <select id="method"></select></label></div>
+<p id="of" class="more"></p>
+<div id="shares" class="tokens"></div>
+<p id="share" class="more"></p>
+</section>
 <h2>All layers and heads</h2>
 <p id="many" class="more">Too many numbers to draw at once: choose a layer and a head above.</p>
 <div id="all"></div>
@@ -88,6 +97,23 @@ def _row(one: Explanation) -> dict[str, Any]:
         "shown": one.shown,
         "texts": [vars(text) for text in one.texts],
         "maps": [_map(found) for found in one.maps],
+        "contributions": [_contributed(found) for found in one.contributions],
+    }
+
+
+def _contributed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return contributions for the page: of the tokens as they are read, with three digits, and what they add up to."""
+    (values,) = facts["values"].values()
+    says = f"{facts['method']} of: {facts['explained']}"
+    if "difference" in facts:
+        says += (
+            f". They add up to {sum(values):+.4g}; the score is {facts['difference']:+.4g} above that of masks alone"
+        )
+    return {
+        "name": facts["method"],
+        "says": f"{says}.",
+        "tokens": facts["tokens"],
+        "values": [float(f"{value:.3g}") for value in values],
     }
 
 

@@ -16,7 +16,6 @@ DESCRIPTION = (
     "Attribute the answer to the tokens: the score of the class, or the log probability of the next token or of the "
     "row's targets. Integrated gradients add up to the difference from a text of mask tokens, which is checked."
 )
-GRADIENTS = "integrated gradients"
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -36,8 +35,8 @@ def run(command: str, argv: list[str]) -> int:
     if args.layers and args.method != methods[0]:
         raise UserError(f"{command}: --layers is for integrated_gradients, and --method is {args.method}")
     from llmkit.analysis.explain import figures
+    from llmkit.analysis.explain.contributions import contributions
     from llmkit.model.language_model import load
-    from llmkit.model.use import evaluating
 
     found = []
     with imported(args.imports):
@@ -45,9 +44,8 @@ def run(command: str, argv: list[str]) -> int:
         rows = [text_row(text, model.head) for text in args.texts] + file_rows(args.input, model.head)
         if not rows:
             raise UserError(f"{command}: no text given: add it to the command line, or use --input FILE")
-        with evaluating(model):
-            for row in rows[: args.limit]:
-                found.append(_attributed(model, row, args.method.replace("_", " "), args.layers, args.at))
+        for row in rows[: args.limit]:
+            found.append(contributions(model, row, args.method.replace("_", " "), args.layers, args.at))
     if missed := sum(not one.get("complete", True) for one in found):
         note(f"{command}: in {missed} of {len(found)} rows the contributions do not add up to 1 % of the difference")
     if args.output is not None:
@@ -58,31 +56,6 @@ def run(command: str, argv: list[str]) -> int:
         figures.contributions(found[0]["tokens"], found[0]["values"], folder / "attribute.png")
     print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else "\n\n".join(map(_text, found)))
     return 0
-
-
-def _attributed(
-    model: Any, given: str | Mapping[str, Any], method: str, layers: bool, at: int | None
-) -> dict[str, Any]:
-    """Return the contributions of one row as facts."""
-    from llmkit.analysis.explain.attribution import integrated_gradients
-    from llmkit.analysis.explain.faithfulness import METHODS
-    from llmkit.analysis.explain.scored import ScoredRow
-
-    row = ScoredRow(model, given, at)
-    facts: dict[str, Any] = {"explained": row.explained, "method": method, "tokens": row.tokens}
-    if method != GRADIENTS:
-        return {**facts, "values": {method: METHODS[method](row).tolist()}}
-    places = {"embedding": None} | ({f"layer {n}": layer for n, layer in enumerate(row.layers)} if layers else {})
-    all_found = {name: integrated_gradients(row, layer) for name, layer in places.items()}
-    values = {name: one.values_P.tolist() for name, one in all_found.items()}
-    return {
-        **facts,
-        "difference": all_found["embedding"].difference,
-        "missed": {name: one.missed for name, one in all_found.items()},
-        "steps": {name: one.steps for name, one in all_found.items()},
-        "complete": all(one.complete for one in all_found.values()),
-        "values": values,
-    }
 
 
 def _text(facts: Mapping[str, Any]) -> str:

@@ -37,6 +37,8 @@ def run(command: str, argv: list[str]) -> int:
     add("--seed", type=int, metavar="N", help="seed for sampling")
     add("--layer", type=at_least(0), metavar="N", help="the picture shows this layer alone, from 0")
     add("--head", type=at_least(0), metavar="N", help="the picture shows this head alone, from 0")
+    text = "what each token contributes on the page too, by integrated gradients and occlusion: takes captum, and time"
+    add("--contributions", action="store_true", help=text)
     text = "measure over all rows how far each method can be trusted: deletion, insertion, random weights"
     add("--faithfulness", action="store_true", help=text)
     add("--device", default="cpu", help="cpu, cuda, mps, ...; default: cpu")
@@ -59,8 +61,19 @@ def run(command: str, argv: list[str]) -> int:
             note(f"explain: the first {args.limit} of {len(rows):,} rows; --limit N explains more")
     if args.faithfulness:
         return faithfulness.report(model, rows[: args.limit], Path(args.output), args.seed or 0)
+    if args.contributions:
+        from llmkit.analysis.explain.attribution import captum
+        from llmkit.analysis.explain.contributions import ON_THE_PAGE, contributions
+
+        captum()  # refuses before anything is computed
     options = _options(args, model.head.decoding)
     found = explain(model, rows[: args.limit], options=options, write=args.max_new_tokens != 0)
+    if args.contributions:
+        model.requires_grad_(False)
+        for row, one in zip(rows, found, strict=False):
+            # Of a text that is continued the first token that is written; of other heads the answer as it was given.
+            read = one.row if model.head.targets else row
+            one.contributions.extend(contributions(model, read, method) for method in ON_THE_PAGE)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     picture.draw(found[0], folder / "explain.png", args.layer, args.head)
