@@ -22,7 +22,7 @@ from llmkit.run import figures, throughput
 from llmkit.run.cli import CLI
 
 _peak_flops = functools.cache(throughput.peak_flops)
-_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
+_external_callbacks = functools.cache(callback_connector._load_external_callbacks)  # type: ignore[attr-defined]
 _parsers: dict[str, Any] = {}
 _build_parser = CLI.setup_parser
 _curves = figures.comparison_curves
