@@ -22,23 +22,24 @@ from llmkit.run import figures, throughput
 from llmkit.run.cli import CLI
 
 _peak_flops = functools.cache(throughput.peak_flops)
-_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
+_external_callbacks = functools.cache(callback_connector._load_external_callbacks)  # type: ignore[attr-defined]
 _parsers: dict[str, Any] = {}
 _build_parser = CLI.setup_parser
 _curves = figures.comparison_curves
-_drawn: dict[str, bytes] = {}
+_drawn: dict[str, list[bytes]] = {}
 _try_out = Parts.try_out
 _tried: set[Any] = set()
 
 
-def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str = "loss (nats)") -> None:
+def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str) -> None:
     """Draw curves, unless others of the same labels and steps (and as finite) were drawn: a fourth of a small fit."""
     shape = [(name, [(step, math.isfinite(value)) for step, value in points]) for name, points in curves.items()]
-    key = repr((shape, ylabel))
+    key, files = repr((shape, ylabel)), (png_file, png_file.with_suffix(".pdf"))
     if key not in _drawn:
         _curves(curves, png_file, ylabel)
-        _drawn[key] = png_file.read_bytes()
-    png_file.write_bytes(_drawn[key])
+        _drawn[key] = [file.read_bytes() for file in files]
+    for file, content in zip(files, _drawn[key], strict=True):
+        file.write_bytes(content)
 
 
 def _try_once(parts: Parts, topology: Topology) -> None:
