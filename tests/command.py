@@ -80,19 +80,30 @@ class Result(NamedTuple):
 
 
 @contextlib.contextmanager
-def cheap() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Catch what is printed to stdout and stderr in the block, and do some things once a process.
+def once() -> Iterator[None]:
+    """Do some things once a process.
 
     These are measuring the speed of the machine, building the parser of a command, looking for packages that bring
     callbacks, trying whether the parts of a model work together, and drawing loss curves that differ in values only.
     """
+    places: tuple[tuple[Any, str, Any], ...] = (
+        (throughput, "peak_flops", _peak_flops),
+        (callback_connector, "_load_external_callbacks", _external_callbacks),
+        (figures, "comparison_curves", _draw_once),
+        (CLI, "setup_parser", parser_once),
+        (Parts, "try_out", _try_once),
+    )
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch.object(*place))
+        yield
+
+
+@contextlib.contextmanager
+def cheap() -> Iterator[tuple[io.StringIO, io.StringIO]]:
+    """Catch what is printed to stdout and stderr in the block, and do what ``once`` does."""
     out, err = io.StringIO(), io.StringIO()
-    once = mock.patch.object(throughput, "peak_flops", _peak_flops)
-    callbacks = mock.patch.object(callback_connector, "_load_external_callbacks", _external_callbacks)
-    picture = mock.patch.object(figures, "comparison_curves", _draw_once)
-    parser = mock.patch.object(CLI, "setup_parser", parser_once)
-    trying = mock.patch.object(Parts, "try_out", _try_once)
-    with once, callbacks, picture, parser, trying, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with once(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield out, err
 
 

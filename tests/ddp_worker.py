@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from command import parser_once
+from command import once
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from llmkit import DataModule, LanguageModel, main, plugin
-from llmkit.run.cli import CLI
 from llmkit.testing.invariance import build
 
 
@@ -46,12 +45,12 @@ if __name__ == "__main__":
     # Lightning reads the rank when it is imported, which is before this is forked.
     rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]
     torch.compile = functools.partial(torch.compile, backend="eager")  # what is traced, without the wait for C++
-    CLI.setup_parser = parser_once  # type: ignore[method-assign, assignment]
     tasks = json.loads(Path(sys.argv[1]).read_text())
-    for words in tasks["commands"]:
-        code = main.main(words)
-        if code:
-            sys.exit(code)
+    with once():
+        for words in tasks["commands"]:
+            code = main.main(words)
+            if code:
+                sys.exit(code)
     sums = [epoch_sums(head, file, Path(tasks["cache"])) for head, file in tasks["sums"]]
     if distributed.get_rank() == 0:
         Path(tasks["answer"]).write_text(json.dumps(sums))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 import study_fakes
-from command import parser_once
+from command import once
 from study_fakes import STEPS, cells, count, descendants, everything
 from torch import nn
 
@@ -30,7 +31,6 @@ from llmkit.commands.fit import run_instead
 from llmkit.config.plan import plan
 from llmkit.errors import Stopped, UserError, each_note_once, note
 from llmkit.main import main
-from llmkit.run.cli import CLI
 from llmkit.study import calibrate, figures
 from llmkit.study.calibrate import Timing
 from llmkit.study.cells import StudyPlan
@@ -49,8 +49,9 @@ trainer: {max_steps: 4, val_check_interval: 2, accelerator: cpu, enable_progress
 
 
 @pytest.fixture(autouse=True)
-def _parser_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CLI, "setup_parser", parser_once)
+def _once() -> Iterator[None]:
+    with once():
+        yield
 
 
 @pytest.fixture
