@@ -37,6 +37,7 @@ class Look(pl.Callback):
         self.epochs: list[Tensor] = []
         self.steps: list[Tensor] = []
         self.losses: list[tuple[float, float]] = []
+        self.rows: list[int] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.epochs.append(pl_module.net.embedding.weight.detach().clone())
@@ -44,6 +45,7 @@ class Look(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(pl_module.net.embedding.weight.detach().clone())
         self.losses.append((float(outputs["loss"]), float(pl_module.last_loss)))
+        self.rows.append(len(next(iter(batch.values()))))
         if self.ask:
             pl_module.net.position.eval()  # a part that its user froze
             assert len(pl_module.predict(["a b", "b"])) == 2
@@ -117,6 +119,9 @@ def test_ema_is_the_average_that_is_validated_saved_and_resumed(tmp_path: Path) 
         one, other = read(whole, step), read(resumed, step)
         pairs = [(one["state_dict"], other["state_dict"]), (one["ema"]["trained"], other["ema"]["trained"])]
         assert all(torch.equal(value, b[name]) for a, b in pairs for name, value in a.items())
+    without = done(*again, whole / "step_2.ckpt", "--model.ema", "null").folder / "checkpoints"
+    ends = [read(folder, 4)["state_dict"] for folder in (plain, without)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     curves = [read_metrics(folder.parent / "metrics.csv")["val_loss"] for folder in (plain, whole, resumed)]
     assert curves[1] == curves[2] and curves[0] != curves[1]
     results = [json.loads((folder.parent / "results.json").read_text())["val_loss"] for folder in (whole, resumed)]
@@ -244,7 +249,8 @@ def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixtu
         "text,label,source,target\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,{'xy'[i % 2]},a b,b a\n" for i in range(40))
     )
     pl.seed_everything(0, verbose=False)
-    tokenizer, columns = llmkit.plugin("tokenizer", "char"), {"text": "text"} if head == "generation" else None
+    columns: Any = {"text": "text"} if head == "generation" else None
+    tokenizer = llmkit.plugin("tokenizer", "char")
     module = llmkit.DataModule(train=str(data), tokenizer=tokenizer, columns=columns, batch_size=2, validation_share=0)
     model = LanguageModel(head=llmkit.plugin("head", head), dim=8, num_layers=1, context=16)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -255,10 +261,9 @@ def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixtu
     before = model.network.embedding.weight.detach().clone()
     found: Any = tuner.lr_find(model, datamodule=module, num_training=8, update_attr=False)
     assert len(found.results["loss"]) == 8 and torch.equal(model.network.embedding.weight, before)
-    seen: list[int] = []
-    model.on_after_batch_transfer = lambda batch, index: seen.append(len(next(iter(batch.values())))) or batch  # type: ignore[func-returns-value, method-assign]
+    look.rows.clear()
     trainer.fit(model, module)
-    assert seen == [4]
+    assert look.rows == [4]
 
 
 def test_evaluating_ends_with_an_error_too() -> None:

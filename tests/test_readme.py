@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from command import Result, cheap, done, llmkit
 from test_structure import ROOMS
 
 from llmkit import imports, main, registry, testing
+from llmkit.analysis.compress import measure
 from llmkit.check import settled
 from llmkit.config.files import parse_yaml
 from llmkit.config.plan import TOP_KEYS
@@ -117,6 +119,7 @@ def plugin_snippet() -> str:
 
 def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "subprocess", forked)
+    monkeypatch.setattr(measure, "subprocess", types.SimpleNamespace(run=in_a_fork))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())  # it would wait for clients
     monkeypatch.setattr(sys, "stdin", io.StringIO("def main(\n"))
     # What `make quickstart` leaves behind comes first: the commands after it use its checkpoint.
@@ -132,12 +135,21 @@ def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.M
         fewer = ("--kills", "1") if words[:2] == ["verify", "resume"] else ()
         fewer = ("--draws", "20") if words[:2] == ["scale", "fit"] else fewer
         fewer = ("--port", "0") if words[0] == "serve" else fewer
+        # The snippet above is checked whole, and test_plugins_new checks all that `plugins new` writes.
+        fewer = ("--only", "builds") if words[-1] == "my_attention.py:MyAttention" else fewer
         result = done(*words, *tiny, *longer, *fewer)
         check(words, result)
         ran.append(words[0])
     assert set(ran) == set(main.COMMANDS) - {"validate", "cell"}
     rows = [json.loads(line) for line in next(workspace.glob("runs/*/*/predictions.jsonl")).read_text().splitlines()]
     assert [row["label"] in ("good", "bad") for row in rows] == [True] * 3
+
+
+def in_a_fork(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python -c CODE`` in a fork."""
+    python, _, code = command
+    Path("code.py").write_text(code)
+    return forked.run([python, "code.py"])
 
 
 def check(words: list[str], result: Result) -> None:

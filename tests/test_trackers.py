@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -139,22 +140,29 @@ def test_a_wrong_logger_is_one_line(fit: Callable[..., Result], value: str, mess
     assert failed.code == 2 and "command line: trainer.logger" in line and message in line
 
 
-def test_a_tracker_that_fails_is_one_line(fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.loggers import MLFlowLogger
+class Offline(pl.loggers.MLFlowLogger):
+    """A tracker that cannot be reached."""
 
-    class Offline(MLFlowLogger):
-        def __init__(self) -> None:
-            pl.loggers.Logger.__init__(self)
+    def __init__(self) -> None:
+        pl.loggers.Logger.__init__(self)
 
-        @property
-        def experiment(self) -> Any:
-            raise RuntimeError("api_key not configured\n  (no-tty)")
+    @property
+    def experiment(self) -> Any:
+        raise RuntimeError("api_key not configured\n  (no-tty)")
 
+
+def test_a_tracker_that_fails_is_one_line(
+    fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error before training, a note at its end."""
     monkeypatch.setattr(trackers, "build", lambda *given: [Offline()])
     spec = json.dumps({"name": "csv", "save_dir": "more"})
     failed = llmkit("fit", "--data.train", "text.txt", *TINY, "--trainer.logger", spec)
     text = "trainer.logger: Offline cannot begin: RuntimeError: api_key not configured (no-tty)"
     assert failed.code == 2 and text in failed.err and not Path("runs").exists()
+    trackers.send([Offline()], 1, {}, {"sample": "text"})
+    text = "Offline did not take sample: RuntimeError: api_key not configured (no-tty)"
+    assert capsys.readouterr().err == f"llmkit: note: {text}\n"
 
 
 def test_names() -> None:
@@ -253,6 +261,20 @@ def pictures(logger: str) -> set[str]:
         for path in Path("runs").rglob("events.*")
         for tag in reader.EventAccumulator(str(path)).Reload().Tags()["images"]
     }
+
+
+@pytest.mark.parametrize("heading", ["Loggers", "Callbacks and profilers", "The average of the weights"])
+def test_the_recipes_of_the_page_run(offline: None, heading: str) -> None:
+    """Or say which package to install."""
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text("utf-8")
+    recipe = text.partition(f"\n### {heading}\n")[2].partition("```yaml\n")[2].partition("```")[0]
+    Path("recipe.yaml").write_text(recipe)
+    Path("rows.txt").write_text(ROWS["generation"])
+    words = ("fit", "--config", "recipe.yaml", "--data.train", "rows.txt", *TINY)
+    result = llmkit(*words, "--trainer.enable_progress_bar", "true")
+    absent = [name for name in ("tensorboard", "wandb") if name in recipe and not importlib.util.find_spec(name)]
+    assert result.code == (2 if absent else 0), result
+    assert absent == re.findall(r"needs a package that is not installed: pip install (\w+)\n", result.err)
 
 
 @pytest.mark.parametrize("head", ROWS)
