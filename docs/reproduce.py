@@ -295,7 +295,7 @@ def render() -> None:
         if name.startswith("tinyshakespeare")
     }
     if curves:
-        figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats a character)")
+        figures.comparison_curves(curves, ROOT / "docs" / "curves.png", "validation loss (nats per character)")
         lines += ["![Validation loss of all variants on tinyshakespeare](curves.png)", ""]
     lines += trusted()
     (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")

@@ -7,17 +7,18 @@ import importlib
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
-from llmkit import __version__
+from llmkit import __version__, lazy
 from llmkit.errors import Stopped, UserError, unknown
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("llmkit.commands.fit:run", "train the model of a config"),
-    "validate": ("llmkit.commands.fit:run", "evaluate a checkpoint on the validation data"),
-    "test": ("llmkit.commands.fit:run", "evaluate a checkpoint on the test data"),
-    "predict": ("llmkit.commands.fit:run", "write a checkpoint's predictions for a data set"),
+    "fit": ("llmkit.commands.start:run", "train the model of a config"),
+    "validate": ("llmkit.commands.start:run", "evaluate a checkpoint on the validation data"),
+    "test": ("llmkit.commands.start:run", "evaluate a checkpoint on the test data"),
+    "predict": ("llmkit.commands.start:run", "write a checkpoint's predictions for a data set"),
     "infer": ("llmkit.commands.infer:run", "run a checkpoint on text: generate, classify, translate, ..."),
     "explain": ("llmkit.commands:run_verb", "show what each answer of a checkpoint rests on"),
     "eval": ("llmkit.commands.eval:run", "judge a language model by minimal pairs (BLiMP)"),
@@ -127,6 +128,31 @@ def _any_character() -> Iterator[None]:
         stream.reconfigure(errors=before)
 
 
+class _Loading:
+    """A context in which a terminal shows what is being loaded, once that has taken a second."""
+
+    def __init__(self, package: str) -> None:
+        self.text = f"llmkit: loading {package} ..."
+
+    def __enter__(self) -> None:
+        """Start the clock."""
+        self.timer = threading.Timer(1.0, self._show)
+        self.timer.daemon = True
+        self.shown = False
+        if sys.stderr.isatty():
+            self.timer.start()
+
+    def _show(self) -> None:
+        self.shown = True
+        print(self.text, end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the line."""
+        self.timer.cancel()
+        if self.shown:
+            print(f"\r{' ' * len(self.text)}\r", end="", file=sys.stderr, flush=True)
+
+
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
@@ -139,6 +165,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"the command comes first, before '{command}'. Allowed: {', '.join(COMMANDS)}.")
     if command not in COMMANDS:
         raise UserError(unknown("command", command, COMMANDS))
+    lazy.defer({name: _Loading(title) for name, title in (("torch", "PyTorch"), ("lightning", "Lightning"))})
     module, _, function = COMMANDS[command][0].partition(":")
     code: int = getattr(importlib.import_module(module), function)(command, rest)
     return code

@@ -280,7 +280,8 @@ def test_the_recipes_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for _, *words in commands:
         folder = words[words.index("--output") + 1] if "--output" in words else "explain"
         assert done(*words).out.endswith(f"{folder}/explain.html\n")
-        assert {path.name for path in Path(folder).iterdir()} == {f"explain.{kind}" for kind in ("html", "png", "json")}
+        kinds = ("html", "png", "pdf", "json")
+        assert {path.name for path in Path(folder).iterdir()} == {f"explain.{kind}" for kind in kinds}
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     monkeypatch.setattr(llmkit_package, "load", home.load)
     with contextlib.redirect_stdout(io.StringIO()) as printed:

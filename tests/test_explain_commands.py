@@ -168,6 +168,6 @@ def test_the_recipes_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ran == {*VERBS["explain"], "--faithfulness"}
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
-        *("attribute.json", "attribute.png", "faithfulness.json", "heads.json", "heads.csv", "heads.png"),
-        *("probe.json", "probe.png"),
+        *("attribute.json", "attribute.png", "attribute.pdf", "faithfulness.json", "heads.json", "heads.csv"),
+        *("heads.png", "heads.pdf", "probe.json", "probe.png", "probe.pdf"),
     }

@@ -15,7 +15,7 @@ import pytest
 from command import done, llmkit
 from test_study_report import Page
 
-from llmkit.study import drawing
+from llmkit.run import drawing
 from llmkit.study.scaling.analysis import analyse
 from llmkit.study.scaling.isoflop import bias, budgets, parabola, power_law
 from llmkit.study.scaling.runs import Runs, read

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from study_results import study
 
-from llmkit.study import drawing, figures, report, sentences, statistics, tables, verdicts
+from llmkit.run import drawing
+from llmkit.study import figures, report, sentences, statistics, tables, verdicts
 
 pytest.importorskip("scipy")
 ELEVEN = [
@@ -79,7 +80,7 @@ def test_the_report(tuned: dict[str, Any], tmp_path: Path) -> None:
     with drawing.style():  # the same results give the same bytes
         found = {setting: verdicts.of(tuned, setting) for setting in ("tuned", "base")}
         again = figures.draw(tuned, found)["costs"]
-        drawing.save(again, tmp_path / "again")
+        drawing.save(again, tmp_path / "again.png")
         assert drawing.svg(again, "costs", "Quality and cost") in text
     for kind in ("png", "pdf"):
         assert (tmp_path / f"again.{kind}").read_bytes() == (tmp_path / "figures" / f"costs.{kind}").read_bytes()

@@ -18,7 +18,8 @@ from command import done, llmkit
 from llmkit.commands import tune as command
 from llmkit.commands.cell import fit_cell
 from llmkit.errors import Stopped, UserError
-from llmkit.study import drawing, match
+from llmkit.run import drawing
+from llmkit.study import match
 from llmkit.study.outcomes import OUTCOME, Cell
 from llmkit.study.search import figures, trials
 from llmkit.study.search.spec import SAMPLERS, Choice, Range, read

@@ -97,10 +97,10 @@ class Run:
         Raises UserError when no loss was logged.
         """
         file = self.folder / "metrics.csv"
-        curves = figures.losses(file) if file.is_file() else {}
+        curves, unit = figures.losses(file) if file.is_file() else ({}, "")
         if not curves:
             raise UserError(f"{self.folder} has no losses to plot")
-        return figures.curves_figure(curves)
+        return figures.curves_figure(curves, unit)
 
     def _text(self, name: str) -> str:
         file = self.folder / name

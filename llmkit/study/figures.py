@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from llmkit.study import drawing, statistics, verdicts
+from llmkit.run import drawing
+from llmkit.study import looks, statistics, verdicts
 from llmkit.study.verdicts import Results, Verdict
 
 WORDS = {
@@ -23,20 +24,24 @@ TOGETHER = 6
 """More variants than this get a panel each."""
 
 
-def draw(results: Results, found: Mapping[str, list[Verdict]]) -> dict[str, Any]:
-    """Draw every figure for which there are results, by the name of its file. To be called inside ``style``."""
+def draw(results: Results, found: Mapping[str, list[Verdict]], only: Collection[str] = ()) -> dict[str, Any]:
+    """Draw every figure for which there are results, by the name of its file. To be called inside ``style``.
+
+    ``only``: the names of those that are drawn; none: all.
+    """
     setting = next(iter(found))
-    figures = {
-        "differences": _differences(results, found),
-        "curves": _curves(results, setting, "steps"),
-        "curves_flops": _curves(results, setting, "flops"),
-        "curves_seconds": _curves(results, setting, "seconds"),
-        "curves_difference": _curves(results, setting, "difference"),
-        "seeds": _seeds(results, setting),
-        "tuning": _tuning(results),
-        "costs": _costs(results, setting),
+    drawers: dict[str, Callable[[], Any]] = {
+        "differences": lambda: _differences(results, found),
+        "curves": lambda: _curves(results, setting, "steps"),
+        "curves_flops": lambda: _curves(results, setting, "flops"),
+        "curves_seconds": lambda: _curves(results, setting, "seconds"),
+        "curves_difference": lambda: _curves(results, setting, "difference"),
+        "seeds": lambda: _seeds(results, setting),
+        "tuning": lambda: _tuning(results),
+        "costs": lambda: _costs(results, setting),
     }
-    figures = {name: figure for name, figure in figures.items() if figure is not None}
+    drawn = {name: drawer() for name, drawer in drawers.items() if not only or name in only}
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
     for figure in figures.values():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, not for each format again
@@ -65,7 +70,7 @@ def _differences(results: Results, found: Mapping[str, list[Verdict]]) -> Any:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if len(shown) > 1:
-            axes.set_title(drawing.label(results, setting), loc="left")
+            axes.set_title(looks.label(results, setting), loc="left")
     side = "below" if results["better"] == "min" else "above"
     stack[-1].set_xlabel(f"difference to {results['baseline']} in {results['metric']} ({side} 0 is better)")
     return figure
@@ -134,8 +139,8 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
             curves[name] = found
     if not curves:
         return None
-    looks = drawing.looks_of(results)
-    names = [name for name in looks if name in curves]
+    styles = looks.looks_of(results)
+    names = [name for name in styles if name in curves]
     if len(curves) <= TOGETHER:
         figure = drawing.canvas(drawing.WIDTH, 2.6)
         panels = [(figure.subplots(), names)]
@@ -145,7 +150,7 @@ def _curves(results: Results, setting: str, kind: str) -> Any:
         panels = list(zip(all_axes, pairs, strict=True))
     for axes, shown in panels:
         for name in shown:
-            _band(axes, curves[name], looks[name], name)
+            _band(axes, curves[name], styles[name], name)
         axes.grid(axis="y")
         if kind == "difference":
             axes.axhline(0, color=drawing.BLACK, linewidth=0.8)
@@ -189,7 +194,7 @@ def _band(axes: Any, lines: list[dict[float, float]], look: tuple[str, str, Any]
 
 def _seeds(results: Results, setting: str) -> Any:
     """What each seed reached with each variant, a line for each seed."""
-    names = list(drawing.looks_of(results))
+    names = list(looks.looks_of(results))
     samples = [verdicts.sample(results, name, setting) for name in names]
     finished = {name: one.finished for name, one in zip(names, samples, strict=True) if one.finished}
     if not finished:
@@ -229,13 +234,13 @@ def _seeds(results: Results, setting: str) -> Any:
 
 def _tuning(results: Results) -> Any:
     """What each tuned value reached, a panel for each variant, with the usable window shaded."""
-    looks = drawing.looks_of(results)
-    names = [name for name in looks if any(mean is not None for _, mean in verdicts.tuning_means(results, name))]
+    styles = looks.looks_of(results)
+    names = [name for name in styles if any(mean is not None for _, mean in verdicts.tuning_means(results, name))]
     if not names:
         return None
     figure, panels = drawing.panel_grid(len(names), 1.55, 4, sharex=True, sharey=True)
     for axes, name in zip(panels, names, strict=True):
-        colour, marker, line = looks[name]
+        colour, marker, line = styles[name]
         means = verdicts.tuning_means(results, name)
         chosen, usable = results["variants"][name]["chosen"], verdicts.window(results, name)
         assert usable is not None
@@ -266,10 +271,10 @@ def _tuning(results: Results) -> Any:
 
 def _costs(results: Results, setting: str) -> Any:
     """The mean of the metric against each cost."""
-    looks = drawing.looks_of(results)
-    samples = {name: verdicts.sample(results, name, setting) for name in looks}
+    styles = looks.looks_of(results)
+    samples = {name: verdicts.sample(results, name, setting) for name in styles}
     keys = list(dict.fromkeys(key for variant in results["variants"].values() for key in variant["costs"]))
-    costs = {name: results["variants"][name]["costs"] for name in looks if samples[name].finished}
+    costs = {name: results["variants"][name]["costs"] for name in styles if samples[name].finished}
     points = {key: [(n, cost[key]) for n, cost in costs.items() if cost.get(key) is not None] for key in keys}
     points = {key: found for key, found in points.items() if found}
     if not points:
@@ -279,7 +284,7 @@ def _costs(results: Results, setting: str) -> Any:
     figure, panels = drawing.panel_grid(len(points), 2.2, 4, sharey=True)
     for axes, (key, found) in zip(panels, points.items(), strict=True):
         for name, x in found:
-            colour, marker, _ = looks[name]
+            colour, marker, _ = styles[name]
             one = samples[name]
             axes.errorbar(x, one.mean, one.sd or 0, fmt=marker, color=colour, elinewidth=0.8, label=name)
             if one.mean is not None and not limits[0] <= one.mean <= limits[1]:
@@ -288,7 +293,7 @@ def _costs(results: Results, setting: str) -> Any:
         if min(values) > 0:
             room = max(1.3, (4 * min(values) / max(values)) ** 0.5)  # a factor of at least 4, so that there are ticks
             drawing.log_axis(axes.xaxis, min(values) / room, max(values) * room)
-        axes.set_xlabel(drawing.COSTS.get(key, key).replace(" for ", "\nfor ").replace(" without ", "\nwithout "))
+        axes.set_xlabel(looks.COSTS.get(key, key).replace(" for ", "\nfor ").replace(" without ", "\nwithout "))
         axes.grid(axis="y")
     panels[0].set_ylim(limits)
     panels[0].set_ylabel(results["metric"])

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmkit.study import drawing, figures, page, sentences, tables, verdicts
-from llmkit.study.drawing import label, signed
+from llmkit.run import drawing
+from llmkit.run.drawing import signed
+from llmkit.study import figures, looks, page, sentences, tables, verdicts
+from llmkit.study.looks import label
 from llmkit.study.verdicts import Results, Verdict
 
 
@@ -25,7 +27,7 @@ def write(results: Results, folder: Path) -> None:
     pictures = {}
     with drawing.style():
         for name, figure in figures.draw(results, found).items():
-            drawing.save(figure, folder / "figures" / name)
+            drawing.save(figure, folder / "figures" / f"{name}.png")
             pictures[name] = drawing.svg(figure, name, html.escape(CAPTIONS[name][0]))
     for name in CAPTIONS.keys() - pictures.keys():  # of an earlier report
         for kind in ("png", "pdf"):
@@ -134,4 +136,4 @@ def _cost_table(results: Results) -> str:
         [html.escape(name), *(tables.size(variant["costs"].get(key)) for key in keys)]
         for name, variant in results["variants"].items()
     ]
-    return page.table(["variant", *(html.escape(drawing.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""
+    return page.table(["variant", *(html.escape(looks.COSTS.get(key, key)) for key in keys)], rows, 1) if keys else ""

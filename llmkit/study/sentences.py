@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmkit.run.drawing import signed
 from llmkit.study import statistics, tables, verdicts
-from llmkit.study.drawing import COSTS, EQUAL, label, signed
+from llmkit.study.looks import COSTS, EQUAL, label
 from llmkit.study.verdicts import Results, Verdict
 
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmkit.run.drawing import signed
 from llmkit.study import verdicts
-from llmkit.study.drawing import label, signed
+from llmkit.study.looks import label
 from llmkit.study.verdicts import Results, Verdict
 
 MINUS = "\N{MINUS SIGN}"

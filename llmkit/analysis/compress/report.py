@@ -10,8 +10,9 @@ from typing import Any
 
 from llmkit.analysis.compress.frontier import as_csv, best
 from llmkit.analysis.compress.measure import SIZES
-from llmkit.study import drawing, page
-from llmkit.study.drawing import signed
+from llmkit.run import drawing
+from llmkit.run.drawing import signed
+from llmkit.study import page
 
 READING = (
     "Quality is the mean loss of the same rows, row by row against the original: the difference has the 95 % t "
@@ -29,7 +30,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     (folder / "frontier.csv").write_text(as_csv(results), encoding="utf-8")
     with drawing.style():
         figure = draw(results)
-        drawing.save(figure, folder / "frontier")
+        drawing.save(figure, folder / "frontier.png")
         picture = drawing.svg(figure, "frontier", html.escape(caption(results)))
     (folder / "report.html").write_text(page.page(title(results), _body(results, picture)), encoding="utf-8")
 

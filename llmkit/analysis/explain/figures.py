@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmkit.analysis.explain.patterns import PATTERNS, HeadScores, Scored
-from llmkit.analysis.explain.picture import installed, save
 from llmkit.analysis.explain.probing import Probed
-from llmkit.study.drawing import BLACK, COLOURS, GREY, canvas, panel_grid, style
+from llmkit.run.drawing import BLACK, COLOURS, GREY, canvas, panel_grid, save, style
 
 TITLES = {
     "induction": "induction: what followed last time",
@@ -119,11 +118,8 @@ def probes(found: Sequence[Probed], most: float, path: Path) -> None:
 
 def contributions(tokens: Sequence[str], rows: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw the contributions of tokens, a line for each layer, blue for what speaks for the answer, red against it."""
-    import matplotlib
-
     most = max(abs(value) for values in rows.values() for value in values) or 1.0
     with style():
-        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
         figure = canvas(max(3.5, 1.6 + 0.16 * min(len(tokens), 120)), 1.5 + 0.2 * len(rows))
         axis = figure.add_subplot()
         image = axis.imshow(list(rows.values()), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")

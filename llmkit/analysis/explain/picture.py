@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,18 @@ from torch import Tensor
 
 from llmkit.analysis.explain.explanation import Explanation
 from llmkit.analysis.explain.maps import Map
-from llmkit.errors import UserError, note
-from llmkit.study import drawing
+from llmkit.errors import UserError
+from llmkit.run import drawing
 
 LABELS = 48
 """Longest text whose tokens stand at the axes."""
-FONTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK TC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
-    *("WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS"),
-)
-"""Fonts that have Chinese; the first that is installed is used."""
 PIXELS = 400
 MOST = 64
 """Most pictures of a figure."""
 
 
 def draw(one: Explanation, path: Path, layer: int | None = None, head: int | None = None) -> None:
-    """Write the maps of an explanation as one PNG: of cross-attention where there is some, else of all layers.
+    """Write the maps of an explanation as PNG and PDF: of cross-attention where there is some, else of all layers.
 
     Args:
         one: the explanation.
@@ -52,26 +46,7 @@ def draw(one: Explanation, path: Path, layer: int | None = None, head: int | Non
         (found, number) for found in chosen for number in range(len(found.heads)) if head is None or number == head
     ][:MOST]
     with drawing.style():
-        import matplotlib
-
-        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed()]
-        save(_figure(one, pictures), path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, with a note where characters are missing."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
-    if any("missing from font" in str(one.message) for one in caught):
-        note(f"{path.name} shows boxes for characters that no font of this machine has: install Noto Sans CJK, say")
-
-
-def installed() -> list[str]:
-    from matplotlib import font_manager
-
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    return [name for name in FONTS if name in known][:1]
+        drawing.save(_figure(one, pictures), path)
 
 
 def _figure(one: Explanation, pictures: list[tuple[Map, int]]) -> Any:

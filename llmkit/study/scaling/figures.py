@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.study import drawing
+from llmkit.run import drawing
 from llmkit.study.scaling.surface import Cost, Surface
 
 TITLES = {

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkit.study import drawing, page, tables
+from llmkit.run import drawing
+from llmkit.study import page, tables
 from llmkit.study.scaling import figures, sentences
 from llmkit.study.scaling.sentences import TITLES, interval, shown
 
@@ -26,7 +27,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     pictures = []
     with drawing.style():
         for name, (figure, title, caption) in figures.draw(results).items():
-            drawing.save(figure, folder / "figures" / name)
+            drawing.save(figure, folder / "figures" / f"{name}.png")
             pictures.append(page.figure(name, title, caption, drawing.svg(figure, name, html.escape(title))))
     for name, text in (("table.csv", _csv(results)), ("table.tex", _latex(results)), ("runs.csv", _runs(results))):
         (folder / name).write_text(text, encoding="utf-8")

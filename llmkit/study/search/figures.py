@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.study import drawing
+from llmkit.run import drawing
 
 Results = Mapping[str, Any]
 TITLES = {

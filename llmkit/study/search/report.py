@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmkit.study import drawing, page, tables
+from llmkit.run import drawing
+from llmkit.study import page, tables
 from llmkit.study.search import figures
 
 Results = Mapping[str, Any]
@@ -25,7 +26,7 @@ def write(results: Results, folder: Path) -> None:
     pictures = []
     with drawing.style():
         for name, (figure, title, caption) in figures.draw(results).items():
-            drawing.save(figure, folder / "figures" / name)
+            drawing.save(figure, folder / "figures" / f"{name}.png")
             pictures.append(page.figure(name, title, caption, drawing.svg(figure, name, html.escape(title))))
     (folder / "trials.csv").write_text(_csv(results), encoding="utf-8")
     if results["best"] is None:

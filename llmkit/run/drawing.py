@@ -1,10 +1,12 @@
-"""What the figures of a study share: colours, names, axes, and how they become files."""
+"""What all figures share: colours, fonts, axes, and how they become files."""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,42 +14,36 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.study.verdicts import Results
+from llmkit.errors import note
 
 BLACK, GREY, SHADE = "#000000", "#767676", "#E6E6E6"
 BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+"""Colours that colour-blind people can tell apart (Okabe and Ito 2008)."""
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "s^DvPX>"
 LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
-COSTS = {
-    "params": "parameters without embeddings",
-    "total_params": "parameters",
-    "flops": "FLOPs for a training token",
-    "cache": "bytes of cache for a sequence",
-    "time": "seconds for a training step",
-}
-EQUAL = {
-    "params": "at equal parameters",
-    "flops": "at equal FLOPs for a token",
-    "time": "at equal training time",
-    "none": "as large as they are",
-}
-"""What is made equal, in words."""
+FONTS = (
+    *("Noto Sans CJK", "Noto Sans SC", "Noto Sans JP", "Noto Sans TC", "Noto Sans KR", "Source Han Sans", "WenQuanYi"),
+    *(
+        "Microsoft YaHei",
+        "SimHei",
+        "PingFang",
+        "Hiragino Sans",
+        "Yu Gothic",
+        "Meiryo",
+        "Malgun Gothic",
+        "Arial Unicode MS",
+    ),
+)
+"""How the names of fonts with Chinese, Japanese and Korean begin; the first that is installed is used."""
 FAR = 5
 """Variants so many times farther off than the median one lie outside the axes, so that the others can be told apart."""
 WIDTH = 6.9
 
 
-def label(results: Results, setting: str) -> str:
-    """Return what a setting is called."""
-    if setting == "base" and results["tuned"] is None:
-        return EQUAL[results["match"]]
-    return {"tuned": "tuned", "base": "as in the base config", **EQUAL}[setting]
-
-
 @contextmanager
 def style() -> Iterator[None]:
-    """Fonts and lines of all figures; drawing and saving belong inside."""
+    """Fonts and lines of all figures; drawing and saving belong inside. A note says if a font lacks characters."""
     import matplotlib
 
     settings: Any = {
@@ -55,18 +51,43 @@ def style() -> Iterator[None]:
         **{"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.2},
         **{"axes.spines.top": False, "axes.spines.right": False, "grid.color": SHADE, "grid.linewidth": 0.6},
         **{"svg.hashsalt": "llmkit", "pdf.fonttype": 42, "lines.markersize": 4},
+        "font.family": ["DejaVu Sans", *cjk_font()],
         "text.parse_math": False,  # a name may hold dollar signs
     }
-    with matplotlib.rc_context():
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
+        warnings.simplefilter("always")
         matplotlib.rcdefaults()  # a user's own style changes nothing
         with matplotlib.rc_context(settings):
             yield
+    for one in caught:
+        if "missing from font" in str(one.message):
+            _note_missing()
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+@functools.cache
+def _note_missing() -> None:
+    note("figures show boxes for characters that no font of this machine has: install Noto Sans CJK, say")
+
+
+@functools.cache
+def cjk_font() -> list[str]:
+    """Return the name of an installed font with Chinese, Japanese and Korean; nothing if there is none."""
+    from matplotlib import font_manager
+
+    known = sorted({font.name for font in font_manager.fontManager.ttflist})
+    return [name for start in FONTS for name in known if name.startswith(start)][:1]
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write PNG and PDF; the same figure always gives the same bytes."""
-    figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    """Write a figure as PNG under this name, and as PDF next to it; the same figure always gives the same bytes."""
+    if figure.get_layout_engine() is not None:  # laid out once, not for each format again
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    empty = {"CreationDate": None, "Creator": None, "Producer": None}
+    figure.savefig(path.with_suffix(".pdf"), metadata=empty)
 
 
 def svg(figure: Any, name: str, description: str) -> str:
@@ -98,14 +119,10 @@ def panel_grid(count: int, height: float, columns: int, **options: Any) -> tuple
     return figure, axes[:count]
 
 
-def looks_of(results: Results) -> dict[str, tuple[str, str, Any]]:
-    """Colour, marker and line of each variant; the baseline is black."""
-    others = [name for name in results["variants"] if name != results["baseline"]]
-    looks: dict[str, tuple[str, str, Any]] = {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
-        for i, name in enumerate(others)
-    }
-    return {results["baseline"]: (BLACK, "o", "-"), **looks}
+def look(number: int) -> tuple[str, str, Any]:
+    """Return colour, marker and line of the curve with this number: 24 can be told apart, in grey too."""
+    lines, times = ("-", *LINES), number // len(COLOURS)  # each time around a colour has another line
+    return COLOURS[number % len(COLOURS)], f"o{MARKERS}"[number % 8], lines[(number + times + times // 2) % len(lines)]
 
 
 def signed(value: float, decimals: int) -> str:
@@ -144,3 +161,13 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5) or 1]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def plain_log(axis: Any, steps: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Make an axis logarithmic, with ticks at ``steps`` times a power of ten, written as 0.001."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
