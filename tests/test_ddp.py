@@ -169,6 +169,8 @@ def results(output: Path) -> dict[str, Any]:
     (path,) = output.rglob("results.json")
     assert [folder.name for folder in path.parent.parent.iterdir()] == ["version_0"]
     found: dict[str, Any] = json.loads(path.read_text())
+    for name in ("processes", "tokens"):  # two processes pad their rows in other batches
+        del found["provenance"][name]
     return found
 
 
