@@ -120,7 +120,7 @@ def is_plugin(class_path: str) -> bool:
 def refusal(class_path: str) -> str:
     """Return why a config may not name a class; an empty string if it may."""
     top = class_path.partition(".")[0]
-    if is_plugin(class_path) or (not _runs(class_path) and _is_installed(top)):
+    if is_plugin(class_path) or (not _runs(class_path) and (top == "lightning" or _is_installed(top))):
         return ""
     if _runs(class_path):
         return f"{class_path[:200]}: modules whose names begin with '__' cannot be named"

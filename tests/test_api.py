@@ -163,6 +163,12 @@ def test_a_run_is_read_from_its_folder(tree: dict[str, Any], tmp_path: Path) -> 
         tested.plot()
 
 
+def test_a_trial_leaves_nothing_behind(tree: dict[str, Any]) -> None:
+    run = fitted(tree, {"trainer.fast_dev_run": True, "trainer.val_check_interval": 1})
+    assert run.metrics == {} and run.best is None and run.history == [] and repr(run).startswith("Run('")
+    assert not Path(tree["output"]).exists()
+
+
 class Unnamed(RMSNorm):
     """A norm without a name."""
 

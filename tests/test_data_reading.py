@@ -160,6 +160,9 @@ def test_a_delimiter(tmp_path: Path) -> None:
     path.rename(tmp_path / "a.tsv")
     with pytest.raises(UserError, match=r"^data\.delimiter: is for files of format csv, and .*a\.tsv are read as tsv"):
         labelled(tmp_path, str(tmp_path / "a.tsv"), delimiter=";")
+    (tmp_path / "new.txt").write_text("a; b\n")  # the delimiter is that of the training data, and no cells are here
+    found = local("data.predict", str(tmp_path / "new.txt"), Options(delimiter=";"))
+    assert [row.data for row in found.read() if isinstance(row, Row)] == [{"text": "a; b"}]
 
 
 def test_the_suffix_decides_before_a_pattern_that_other_files_need(tmp_path: Path) -> None:

@@ -25,14 +25,15 @@ class Run:
 
     Args:
         folder: the folder of a run, ``runs/NAME/version_N``.
+        kept: whether it has to be there; a ``fast_dev_run`` leaves nothing behind.
 
     Raises:
         UserError: there is no such folder.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, kept: bool = True) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if kept and not self.folder.is_dir():
             raise UserError(f"{folder} is not the folder of a run")
 
     @property

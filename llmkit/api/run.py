@@ -17,7 +17,7 @@ from llmkit.commands.fit import finished, start
 from llmkit.config.plan import plan
 from llmkit.data.progress import in_notebook
 from llmkit.errors import Problem, Stopped, UserError, note
-from llmkit.lightning import was_interrupted
+from llmkit.lightning import is_debug_run, was_interrupted
 from llmkit.run.cli import CLI
 from llmkit.run.folder import run_folder
 
@@ -72,7 +72,7 @@ def _run(command: str, config: Config | None, overrides: Mapping[str, Any] | Non
         if command == "fit" and (folder := finished(planned)) is not None:
             return Run(folder)
         cli = start(planned, _with_objects(given), examines=command == "fit")
-    return Run(run_folder(cli.trainer))
+    return Run(run_folder(cli.trainer), kept=not is_debug_run(cli.trainer))
 
 
 def _with_objects(given: Given) -> type[CLI]:

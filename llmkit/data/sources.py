@@ -129,7 +129,8 @@ def local(key: str, value: str | list[str] | dict[str, Any], options: Options) -
         if "lines" in formats and options.pattern is None:
             text = "'lines' needs data.pattern, a regular expression with named groups"
             raise UserError(Problem("data.format", text))
-        if options.delimiter is not None and "csv" not in formats:
+        # Of other splits it is that of the training data: a CSV file may be followed by texts to predict.
+        if options.delimiter is not None and key == "data.train" and "csv" not in formats:
             text = f"is for files of format csv, and {shortened(files)} are read as {', '.join(sorted(set(formats)))}"
             raise UserError(Problem("data.delimiter", text))
         readers = {path: partial(READERS[fmt], path, options) for path, fmt in zip(files, formats, strict=True)}

@@ -82,7 +82,7 @@ class SavedConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it into the run's folder; called on the first process alone, where nothing may wait for the others."""
         assert isinstance(pl_module, LanguageModel)
-        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT}}
+        tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT if key in self.config}}
         header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
         text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")

@@ -139,7 +139,8 @@ def _path(key: str, name: str) -> str:
 def names(key: str) -> Mapping[str, str]:
     """Return the paths of the classes of a key by their names, and by their short names in lower case."""
     package, suffix = CLASSES[key]
-    public = [name for name in importlib.import_module(package).__all__ if name[0].isupper() and name not in BASES]
-    paths = {**{name: f"{package}.{name}" for name in public}, **ELSEWHERE.get(key, {})}
+    named = [name for name in importlib.import_module(package).__all__ if name[0].isupper()]
+    own = {name: f"{package}.{name}" for name in named if name not in (*BASES, suffix)}
+    paths = {**own, **ELSEWHERE.get(key, {})}
     short = {name.removesuffix(suffix).lower(): path for name, path in paths.items()}
     return {**short, **{name.lower(): path for name, path in paths.items()}, **paths}

@@ -137,7 +137,7 @@ class Throughput(Callback):
             self._before = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("tokens")
 
     def tokens(self) -> int | None:
-        """Return the tokens of all processes, padding included, over resumes; None: those before were not counted."""
+        """Return the tokens over resumes, padding included, of this process times their number; None: not counted."""
         own = self.meter.totals().tokens * self._processes if hasattr(self, "meter") else 0
         return None if self._before is None else int(self._before + own)
 

@@ -133,7 +133,7 @@ def items_of(
         batch_size: texts at once.
 
     Raises:
-        UserError: a row lacks a column, has no text there or not one label a word, or none has a word.
+        UserError: a row lacks a column, has no text or not as many words as labels, or there is nothing to probe.
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None
