@@ -30,8 +30,9 @@ compare: $(VENV)/.installed-study
 
 # One thread each: two processes that both take every core slow each other down.
 # By default tests are dealt out one by one, and what a file's tests share is built in both processes.
+# Compiled modules are kept whatever the environment says: some tests start interpreters, which import all of llmkit.
 test: $(VENV)/.installed-dev $(VENV)/oldest-lightning
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The variable leaves out an advertisement for another program.
 docs: $(VENV)/.installed-docs

@@ -77,3 +77,12 @@ def no_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
     # By this name ``torch.autograd`` has the function.
     module = sys.modules["torch.autograd.gradcheck"]
     monkeypatch.setattr(module, "_run_slow_mode_and_get_error", lambda *args, **more: "", raising=False)
+
+
+@pytest.fixture
+def no_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile make the graphs and nothing of C++; the README's check of a plugin makes that too."""
+    import torch
+
+    compile, eager = torch.compile, {"backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **{**options, **eager}))

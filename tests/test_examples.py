@@ -120,6 +120,7 @@ def test_local_plugin(tmp_path: Path, library: Path) -> None:
     assert str(EXAMPLES / "local_plugin" / "running_mean.py") in saved
 
 
+@pytest.mark.usefixtures("no_cpp")
 def test_package_plugin(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A build writes into the source folder, which may be read-only or shared.
     source, site = tmp_path / "source", tmp_path / "site"

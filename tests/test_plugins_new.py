@@ -61,13 +61,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
         return folder, {family: commands(done("plugins", "new", family, f"fresh_{family}").out) for family in FAMILIES}
 
 
-def without_waiting_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch.compile make the graphs and nothing of C++; the README's check of a plugin makes that too."""
-    compile = torch.compile
-    eager = {"backend": "aot_eager"}
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **{**options, **eager}))
-
-
 def commands(printed: str) -> list[str]:
     """Return the lines behind ``Next:``."""
     return [line.strip() for line in printed.partition("\nNext:\n")[2].splitlines()]
@@ -82,6 +75,7 @@ def python(*words: object, folder: Path, **environment: object) -> str:
     return answer.stdout
 
 
+@pytest.mark.usefixtures("no_cpp")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_printed_commands_work(
     family: str, written: tuple[Path, dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
@@ -97,7 +91,6 @@ def test_the_printed_commands_work(
     report = done(*shlex.split(check)[1:], "--only", properties(family)[0].name).out  # pytest runs all
     assert "1 passed, 0 failed" in report and f"{family}: {name}.{cls}()" in report
 
-    without_waiting_for_a_compiler(monkeypatch)
     with contextlib.redirect_stdout(io.StringIO()) as told:
         assert pytest.main([*shlex.split(test)[3:], "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
     assert f"{len(properties(family))} passed" in told.getvalue()
