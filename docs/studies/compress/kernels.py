@@ -6,6 +6,7 @@ OMP_NUM_THREADS=1 python docs/studies/compress/kernels.py 2048x512 2048x2048
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -31,12 +32,15 @@ def packed(form: Any, weight: Tensor) -> Run:
     return lambda x: form.linear(x.to(weight.dtype), None)
 
 
+def torchao() -> Any:
+    """Return torchao's methods."""
+    return importlib.import_module("torchao.quantization")
+
+
 def theirs(plain: nn.Linear, dtype: torch.dtype, config: Any) -> Run:
     """Return the map as torchao makes it."""
-    from torchao.quantization import quantize_
-
     model = nn.Sequential(copy.deepcopy(plain).to(dtype))
-    quantize_(model, config)
+    torchao().quantize_(model, config)
     return lambda x: model(x.to(dtype))
 
 
@@ -55,14 +59,11 @@ def runs(outputs: int, inputs: int) -> dict[str, Run]:
         "int4+bf16": packed(Int4Matrix(weight.to(HALF), 32), weight.to(HALF)),
     }
     if find_spec("torchao"):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-
         for dtype in (torch.float32, HALF):
             name = str(dtype).removeprefix("torch.")
-            found[f"torchao int8, {name}"] = theirs(plain, dtype, Int8WeightOnlyConfig(version=2))
-            found[f"torchao dynamic int8, {name}"] = theirs(
-                plain, dtype, Int8DynamicActivationInt8WeightConfig(version=2)
-            )
+            found[f"torchao int8, {name}"] = theirs(plain, dtype, torchao().Int8WeightOnlyConfig(version=2))
+            dynamic = torchao().Int8DynamicActivationInt8WeightConfig(version=2)
+            found[f"torchao dynamic int8, {name}"] = theirs(plain, dtype, dynamic)
     return found
 
 
