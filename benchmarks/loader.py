@@ -51,7 +51,7 @@ def llmkit(path: Path) -> Iterator[Any]:
     data = DataModule(str(path), batch_size=BATCH, validation_share=0, seed=0)
     data.bind(plugin("head", "generation")(), CONTEXT, Byte())
     size = path.stat().st_size // 2
-    data._splits["train"] = Blocks(Tokens(path, "uint16", size, 4.0 * size), CONTEXT, BATCH, 0)
+    data._splits["train", BATCH, None] = Blocks(Tokens(path, "uint16", size, 4.0 * size), CONTEXT, BATCH, 0)
     loader = data.train_dataloader()
     while True:
         yield from loader

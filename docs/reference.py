@@ -25,6 +25,7 @@ from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROLE = re.compile(r":\w+:`~?([^`]+)`")  # Lightning's docstrings are reStructuredText
 CONFIGURED = re.compile(rf"--(?:(?:{'|'.join(GROUPS)})[.+ \n]|(?:{'|'.join(TOP)})\b)")
@@ -38,8 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, path, content=write()))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Name what lies outside of the site, instead of linking it."""
+    if page.file.src_uri in PAGES:
+        return markdown
     return re.sub(r"\[([^]]*)\]\(\.\./([^)#]+)[^)]*\)", r"\1 (`\2`)", markdown)
 
 
@@ -136,7 +139,7 @@ def options(*words: str) -> str:
     out = io.StringIO()
     with environment(COLUMNS="100"), contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main.main([*words, "--help"])
-    text = out.getvalue()
+    text = "".join(sign for sign in out.getvalue() if sign == "\n" or sign.isprintable())
     if "--model.dim" not in text:
         return f"```text\n{text.strip()}\n```"
     kept = [
@@ -169,14 +172,32 @@ def python() -> str:
         "[how to write one](../plugins.md).",
         "## `llmkit`",
     ]
-    modules = ("contracts", "sequence", "compression", "registry", "testing")
     for name in llmkit.__all__:
         home = llmkit._HOMES.get(name, "")
-        if home and home.removeprefix("llmkit.") not in modules:
-            page.append(f"::: {home}.{name}")
-    for module in modules:
-        page += [f"## `llmkit.{module}`", f"::: llmkit.{module}\n    options:\n      show_root_heading: false"]
+        if home and home.removeprefix("llmkit.") not in MODULES:
+            page.append(shown(f"{home}.{name}", members=LIGHTNING.get(name), inherited_members=name in LIGHTNING))
+    for module, members in MODULES.items():
+        page += [f"## `llmkit.{module}`", shown(f"llmkit.{module}", **HIDDEN, members=members)]
     return "\n\n".join(page) + "\n"
+
+
+LIGHTNING = {"LanguageModel": ["load", "published", "predict"], "DataModule": [], "Checkpoints": []}
+"""Of classes of Lightning these members are for users; the others are called by the Trainer."""
+MODULES = {
+    "contracts": None,
+    "sequence": None,
+    "compression": None,
+    "registry": ["register", "plugin"],
+    "testing": None,
+}
+"""What plugins import; of the registry they need two names."""
+HIDDEN = {"show_root_heading": False, "show_root_toc_entry": False}  # the page's own heading is there
+
+
+def shown(path: str, **options: Any) -> str:
+    """Return what makes mkdocstrings show an object."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return "\n".join([f"::: {path}", "    options:", *(f"      {key}: {json.dumps(given[key])}" for key in given)])
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -87,12 +87,12 @@ def _parser(kind: Any) -> ArgumentParser | None:
 
 def fits(kind: Any, value: Any) -> bool:
     """Return whether a value is of a type, as jsonargparse sees it."""
-    if kind is Any or (kind in (bool, int, float, str) and type(value) is kind):
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if kind is Any or (type(value) in kinds and (type(value) is not str or kinds == (kind,))):
         return True  # jsonargparse takes a millisecond to say so
     if value is None:  # which jsonargparse takes for a value left out
         return type(None) in typing.get_args(kind)
-    parser = _parser(kind)
-    if parser is None:
+    if (parser := _parser(kind)) is None:
         return True
     try:
         found = parser.parse_object({"value": copy.deepcopy(value)})["value"]  # a copy, for it is changed

@@ -45,7 +45,7 @@ def epoch_sums(head: str, file: str, cache: Path) -> list[list[float]]:
 if __name__ == "__main__":
     # Lightning reads the rank when it is imported, which is before this is forked.
     rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs without the wait for C++
+    torch.compile = functools.partial(torch.compile, backend="eager")  # what is traced, without the wait for C++
     CLI.setup_parser = parser_once  # type: ignore[method-assign, assignment]
     tasks = json.loads(Path(sys.argv[1]).read_text())
     for words in tasks["commands"]:

@@ -22,6 +22,7 @@ from test_process import state
 
 import llmkit as kit
 from llmkit.api.settings import read
+from llmkit.checkpoint.content import check_classes
 from llmkit.model.optim import AdamW
 from llmkit.run.throughput import LOGGED as SPEED
 from llmkit.testing.resume import differ
@@ -85,25 +86,22 @@ def same(run: kit.Run, other: Result) -> None:
 
 
 def test_fit_is_the_command(tree: dict[str, Any], text: str, tmp_path: Path) -> None:
-    """From a file, from mappings and with objects that were built before the seed was set, in a running event loop."""
-    file = tmp_path / "experiment.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    command = done("fit", "--config", file)
-
-    async def cell() -> kit.Run:
-        return fitted(file)
-
-    before, drawn = state(), torch.get_rng_state()
-    random.seed(0)
-    run = asyncio.run(cell())
-    same(run, command)
-    assert state() == before and torch.equal(torch.get_rng_state(), drawn)
-    assert random.random() == random.Random(0).random()
+    """With mappings, in a running event loop, and with objects that were built before the seed was set."""
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    command = done("fit", "--config", tmp_path / "experiment.yaml")
 
     layered = {"model.attention": "lstm", "model.dim": 99, "trainer": {"max_steps": 1}}
     attention = functools.partial(kit.plugin("attention", "multi_head").func, num_heads=2)  # type: ignore[attr-defined]
     groups = {"model": {"attention": attention, "dim": 16}, "trainer": {"max_steps": 8}, "seed": 3}
-    same(fitted({**tree, "seed_everything": 0}, layered, **groups), command)
+
+    async def cell() -> kit.Run:
+        return fitted({**tree, "seed_everything": 0}, layered, **groups)
+
+    before, drawn = state(), torch.get_rng_state()
+    random.seed(0)
+    same(asyncio.run(cell()), command)
+    assert state() == before and torch.equal(torch.get_rng_state(), drawn)
+    assert random.random() == random.Random(0).random()
 
     model = kit.LanguageModel(
         **{**MODEL, "decoding": kit.DecodingOptions(max_new_tokens=4)},  # type: ignore[arg-type]
@@ -148,6 +146,10 @@ def test_a_run_is_read_from_its_folder(tree: dict[str, Any], tmp_path: Path) -> 
     assert kit.LanguageModel(decoding=greedy).head.decoding.max_new_tokens == 200
     with pytest.raises(kit.UserError, match="is not the folder of a run"):
         kit.Run(tmp_path / "nothing")
+    part = torch.load(run.best, weights_only=True)["llmkit"]
+    part["model"]["norm"] = {"class_path": "__main__.Mine", "init_args": {}}
+    with pytest.raises(kit.UserError, match=r"here needs norm __main__\.Mine, a class of the script or notebook that"):
+        check_classes(part, "here")
 
     (tmp_path / "new.txt").write_text("word\n\nline\n")
     with cheap():
@@ -201,6 +203,12 @@ def test_objects_have_their_settings_already(text: str, tmp_path: Path) -> None:
         read(None, {"model": model, "data.train": text})
     with pytest.raises(kit.UserError, match="a config is needed: a file, a mapping"):
         fitted(model=model)
+
+
+def test_a_notebook_trains_in_one_process(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.api.run.in_notebook", lambda: True)
+    with pytest.raises(kit.UserError, match=r"overrides: trainer\.devices: a notebook trains in one process, not in 2"):
+        fitted(tree, {"trainer.devices": 2})
 
 
 def test_ctrl_c_is_a_keyboard_interrupt(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,8 @@ import pytest
 import torch
 from command import TINY, done
 from lightning.pytorch import callbacks
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 
 import llmkit
@@ -34,6 +37,7 @@ class Look(pl.Callback):
         self.epochs: list[Tensor] = []
         self.steps: list[Tensor] = []
         self.losses: list[tuple[float, float]] = []
+        self.rows: list[int] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.epochs.append(pl_module.net.embedding.weight.detach().clone())
@@ -41,6 +45,7 @@ class Look(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(pl_module.net.embedding.weight.detach().clone())
         self.losses.append((float(outputs["loss"]), float(pl_module.last_loss)))
+        self.rows.append(len(next(iter(batch.values()))))
         if self.ask:
             pl_module.net.position.eval()  # a part that its user froze
             assert len(pl_module.predict(["a b", "b"])) == 2
@@ -114,6 +119,9 @@ def test_ema_is_the_average_that_is_validated_saved_and_resumed(tmp_path: Path) 
         one, other = read(whole, step), read(resumed, step)
         pairs = [(one["state_dict"], other["state_dict"]), (one["ema"]["trained"], other["ema"]["trained"])]
         assert all(torch.equal(value, b[name]) for a, b in pairs for name, value in a.items())
+    without = done(*again, whole / "step_2.ckpt", "--model.ema", "null").folder / "checkpoints"
+    ends = [read(folder, 4)["state_dict"] for folder in (plain, without)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     curves = [read_metrics(folder.parent / "metrics.csv")["val_loss"] for folder in (plain, whole, resumed)]
     assert curves[1] == curves[2] and curves[0] != curves[1]
     results = [json.loads((folder.parent / "results.json").read_text())["val_loss"] for folder in (whole, resumed)]
@@ -131,6 +139,20 @@ def test_ema_costs_one_operation_a_step_and_refuses_what_it_cannot_be() -> None:
     for value in (0.0, 1.0):
         with pytest.raises(UserError, match="model.ema: must be above 0 and below 1"):
             LanguageModel(ema=value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "callback", "message"),
+    [
+        (FSDPStrategy, None, "model.ema: averages whole weights: use DDP instead of a strategy that shards"),
+        (DDPStrategy, callbacks.StochasticWeightAveraging(0.1), "StochasticWeightAveraging averages the weights too"),
+    ],
+)
+def test_ema_refuses_what_it_does_not_work_with(strategy: type, callback: pl.Callback | None, message: str) -> None:
+    model = LanguageModel(ema=0.5)
+    model.trainer = SimpleNamespace(strategy=strategy(), callbacks=[callback])  # type: ignore[assignment]
+    with pytest.raises(UserError, match=message):
+        model.on_fit_start()
 
 
 def test_ema_of_half_precision_moves() -> None:
@@ -165,36 +187,6 @@ def test_a_run_keeps_the_average(tmp_path: Path) -> None:
     assert not torch.equal(*(file["state_dict"]["net.embedding.weight"] for file in files))
 
 
-EVERY = [
-    *("device_stats_monitor", "LearningRateMonitor", "model_summary", "rich_model_summary", "spike_detection"),
-    *("{name: early_stopping, monitor: val_loss}", "{name: timer, duration: '00:00:10:00'}"),
-    *("{name: gradient_accumulation_scheduler, scheduling: {1: 2}}", "{name: on_exception_checkpoint, dirpath: x}"),
-    *("{name: model_pruning, pruning_fn: l1_unstructured, amount: 0.1}", "RichProgressBar"),
-    *("{name: stochastic_weight_averaging, swa_lrs: 0.1, swa_epoch_start: 1}", "weight_averaging"),
-    *(["{name: ema_weight_averaging, decay: 0.5}"] if hasattr(callbacks, "EMAWeightAveraging") else []),
-]
-ROWS = {
-    "generation": "word a b\n" * 60,
-    "classification": "text,label\n" + "a b,x\nb c,y\n" * 12,
-    "translation": "source,target\n" + "a b,b a\n" * 24,
-}
-
-
-@pytest.mark.parametrize("head", ROWS)
-def test_callbacks_of_lightning_run_with_every_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    """By name, all in one run, with a profile in the run folder and llmkit's own checkpoints."""
-    monkeypatch.chdir(tmp_path)
-    data = Path("rows.txt" if head == "generation" else "rows.csv")
-    data.write_text(ROWS[head])
-    words = ["fit", "--data.train", data, "--model.head", head, *TINY, "--trainer.limit_train_batches", "2"]
-    words += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true"]
-    words += ["--trainer.log_every_n_steps", "1", "--trainer.profiler", "simple"]
-    folder = done(*words, "--trainer.callbacks", f"[{', '.join(EVERY)}]").folder
-    assert {path.stem for path in folder.glob("checkpoints/*")} == {"best", "last"}
-    assert "optimizer_step" in (folder / "fit-profile.txt").read_text()
-    assert "lr-AdamW" in (folder / "metrics.csv").read_text().replace("lr-AdamW/pg1", "lr-AdamW")
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -205,12 +197,15 @@ def test_callbacks_of_lightning_run_with_every_head(tmp_path: Path, monkeypatch:
         ("callbacks", "ThroughputMonitor", "metrics.csv has tokens_per_second, mfu and memory_gib already"),
         ("callbacks", "{name: model_checkpoint, monitr: x}", "ModelCheckpoint has no argument 'monitr'"),
         ("profiler", "simpel", "unknown profiler 'simpel'. Did you mean 'simple'?"),
+        ("profiler", "pytorch", "StochasticWeightAveraging copies the model, which has hooks of PyTorchProfiler"),
+        ("callbacks", "{monitor: val_loss}", "expected a name, or {name: ..., arguments}, got {'monitor': 'val_loss'}"),
         ("profiler", "xla", "XLAProfiler needs a package that is not installed: pip install torch_xla"),
     ],
 )
 def test_a_callback_that_does_not_fit_is_one_line(key: str, value: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        plan("fit", ["--data.train", "x.txt", f"--trainer.{key}", value])
+        average = ["--trainer.callbacks", "{name: stochastic_weight_averaging, swa_lrs: 0.1}"]
+        plan("fit", ["--data.train", "x.txt", *average, f"--trainer.{key}", value])
     (problem,) = refused.value.problems
     assert problem.text.startswith(f"command line: trainer.{key}: ")
 
@@ -244,6 +239,31 @@ def test_predict_says_what_it_takes(tmp_path: Path) -> None:
         LanguageModel().predict(["a"])
     with pytest.raises(TypeError, match="dropout"):
         LanguageModel.load_from_checkpoint("x.ckpt", dropout=0.9)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("head", ["generation", "classification", "translation"])
+def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It leaves the size of batches that it has found, and the weights as they were."""
+    data = tmp_path / "rows.csv"
+    data.write_text(
+        "text,label,source,target\n" + "".join(f"{'ab'[i % 2]} {i % 5} b,{'xy'[i % 2]},a b,b a\n" for i in range(40))
+    )
+    pl.seed_everything(0, verbose=False)
+    columns: Any = {"text": "text"} if head == "generation" else None
+    tokenizer = llmkit.plugin("tokenizer", "char")
+    module = llmkit.DataModule(train=str(data), tokenizer=tokenizer, columns=columns, batch_size=2, validation_share=0)
+    model = LanguageModel(head=llmkit.plugin("head", head), dim=8, num_layers=1, context=16)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    look = Look()
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, use_distributed_sampler=False, callbacks=[look], **off)  # type: ignore[arg-type]
+    tuner = Tuner(trainer)
+    assert tuner.scale_batch_size(model, datamodule=module, max_trials=2, steps_per_trial=1) == module.batch_size == 4
+    before = model.network.embedding.weight.detach().clone()
+    found: Any = tuner.lr_find(model, datamodule=module, num_training=8, update_attr=False)
+    assert len(found.results["loss"]) == 8 and torch.equal(model.network.embedding.weight, before)
+    look.rows.clear()
+    trainer.fit(model, module)
+    assert look.rows == [4]
 
 
 def test_evaluating_ends_with_an_error_too() -> None:

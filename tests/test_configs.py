@@ -25,7 +25,7 @@ CONFIGS = [name for name in CONFIGS if name not in ("compare.yaml", "tune.yaml")
 PROBES = [name for name in CONFIGS if name.startswith("probes/")]  # which test_probes trains
 CONFIGS = [name for name in CONFIGS if name not in PROBES]
 FIRST_OF_A_HEAD = {Path(name).parts[0]: name for name in reversed(CONFIGS)}.values()
-LINES = 400  # of each file; spread over the whole file, so that every label is among them
+LINES = 200  # of each file; spread over the whole file, so that every label is among them
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -56,6 +56,7 @@ def cut(source: Path, target: Path) -> None:
         target.write_text(json.dumps({"data": data}), encoding="utf-8")
         return
     most = 1000 if source.parent.name == "trec" else LINES  # it has fifty labels
+    content = content.replace(b"\n\t\n", b"\n\n")  # between sentences of WNUT
     sentences = content.split(b"\n\n")
     separator, parts = (b"\n\n", sentences) if len(sentences) > LINES / 2 else (b"\n", content.split(b"\n"))
     target.write_bytes(separator.join(parts[:: max(1, len(parts) // most)]))

@@ -68,7 +68,8 @@ def whole_run(
 ) -> tuple[str, dict[str, Any], int, list[Any]]:
     """A layout with its settings, the batches of an epoch, and what three epochs see that nothing stops."""
     folder, (layout, settings) = tmp_path_factory.mktemp("whole"), request.param
-    epoch = len(run(folder, layout, settings, max_epochs=1))
+    alone = {key: value for key, value in settings.items() if key != "num_workers"}
+    epoch = len(run(folder, layout, alone, max_epochs=1))
     return layout, settings, epoch, run(folder, layout, settings, max_steps=3 * epoch, **BY_STEPS)
 
 
@@ -101,7 +102,7 @@ def run_in_epochs(
     """A layout with its settings, options of a trainer, and what three epochs see that nothing stops."""
     layout, settings = request.param
     often = layout == "examples" and not settings.get("streaming")
-    options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 5 if often else 1.0}
+    options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 10 if often else 1.0}
     return layout, settings, options, run(tmp_path_factory.mktemp("epochs"), layout, settings, **options)
 
 

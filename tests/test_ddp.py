@@ -90,6 +90,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def copy_below(data: Path) -> str:
+    """The logger that writes a second ``metrics.csv``."""
+    return json.dumps({"name": "csv", "save_dir": str(data / "logs")})
+
+
 @pytest.fixture(scope="module")
 def runs(data: Path) -> dict[str, Run]:
     """The fits by name. An epoch of rows of unequal lengths is a step, so that each step sees the same rows."""
@@ -99,7 +104,9 @@ def runs(data: Path) -> dict[str, Run]:
     labels += ["--model.head=classification", "--model.head.dropout=0"]
     return {
         "blocks sharded, compiled": Run(text, (4, 1), (2, 1), FSDP2, ("--model.compile", "true")),
-        "classification accumulated": Run(labels, (23, 1), (5, 3)),
+        "classification accumulated": Run(
+            [*labels, "--model.ema=0.5"], (23, 1), (5, 3), only_two=("--trainer.logger", copy_below(data))
+        ),
         "classification sharded": Run(labels, (23, 1), (5, 3), FSDP2),
         "translation sharded": Run([*pairs, "--model.head=translation"], (7, 1), (2, 2), FSDP2),
     }
@@ -169,21 +176,23 @@ def results(output: Path) -> dict[str, Any]:
     (path,) = output.rglob("results.json")
     assert [folder.name for folder in path.parent.parent.iterdir()] == ["version_0"]
     found: dict[str, Any] = json.loads(path.read_text())
-    for name in ("processes", "tokens"):  # two processes pad their rows in other batches
-        del found["provenance"][name]
+    found.pop("provenance")  # which has the number of processes, and tokens with their padding
     return found
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """Assert that results are equal but for rounding."""
+    """Assert that results of one process and of two are equal but for rounding."""
+    assert [found.pop("provenance")["processes"] for found in (one, two)] == [1, 2]
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == (pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value), key
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-    return {key: value.double() for key, value in found.items()}
+    """The weights of a checkpoint, and those that were trained where they are an average."""
+    content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    trained = {f"trained {key}": value for key, value in content.get("ema", {}).get("trained", {}).items()}
+    return {key: value.double() for key, value in {**content["state_dict"], **trained}.items()}
 
 
 def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
@@ -212,8 +221,12 @@ def test_the_steps_change_the_weights(runs: dict[str, Run], alone: dict[str, Pat
     assert difference(weights(one_step), weights(alone[name])) > 1e-2
 
 
-def test_one_process_reports(runs: dict[str, Run], together: tuple[Path, str]) -> None:
+def test_one_process_reports(runs: dict[str, Run], together: tuple[Path, str], data: Path) -> None:
+    """And logs."""
     assert together[1].count("Run folder:") == len(runs)
+    (copy,) = (data / "logs").rglob("metrics.csv")
+    (run,) = (together[0] / "classification accumulated").rglob("metrics.csv")
+    assert copy.read_text() == run.read_text() and copy.parent.name == run.parent.name == "version_0"
 
 
 @pytest.mark.parametrize("name", ["classification accumulated test", "translation sharded test"])

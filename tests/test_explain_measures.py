@@ -258,6 +258,15 @@ def test_the_states_that_a_probe_reads() -> None:
         items_of(model, [{"w": "a", "t": "b"}], "w", "u")
     with pytest.raises(UserError, match="row 1: w and t should be a text and a label, or lists of equal length"):
         items_of(model, [{"w": ["a", "b"], "t": ["c"]}], "w", "t")
+    for wrong in (3, ["a", 3]):
+        with pytest.raises(UserError, match="row 1: w should be a text or a list of words, got "):
+            items_of(model, [{"w": wrong, "t": ["b", "c"] if isinstance(wrong, list) else "b"}], "w", "t")
+    empty: tuple[list[dict[str, list[str]]], ...] = ([], [{"w": [], "t": []}])
+    for none in empty:
+        with pytest.raises(UserError, match="there is no text or word to probe"):
+            items_of(model, none, "w", "t")
+    (label,) = items_of(model, [{"w": [], "t": []}, {"w": ["a"], "t": ["b"]}], "w", "t").labels
+    assert label == "b"
 
 
 def test_which_tokens_are_explained() -> None:

@@ -40,7 +40,7 @@ def test_a_loss_curve(tmp_path: Path) -> None:
     axes = figures.curves_figure(curves, unit).axes[0]
     raw, mean, validation = axes.lines
     assert [line.get_label() for line in (mean, validation)] == ["training, mean of 5 points", "validation"]
-    assert np.asarray(raw.get_ydata()).tolist() == [value for _, value in curves["training"]]
+    assert list(map(tuple, np.asarray(raw.get_xydata()))) == curves["training"]
     assert (raw.get_alpha(), raw.get_color()) == (0.3, mean.get_color())
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", unit)
     contents = []

@@ -13,6 +13,9 @@ from llmkit import LanguageModel, plugin
 from llmkit.model.groups import parameter_groups, parameter_kinds
 from llmkit.model.use import batch_of
 
+KEPT = ("trained", "average")
+"""What a checkpoint has of a moving average in half precision, next to its weights."""
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
@@ -41,12 +44,16 @@ def test_frozen_parts_stay_to_the_bit(words: list[object]) -> None:
 
 
 def test_a_run_with_both_is_resumed_exactly(words: list[object]) -> None:
-    words = [*words, "--model.scheduler.total_steps", 4]
+    """With a moving average in half precision, over steps of several batches."""
+    words = [*words, "--model.scheduler.total_steps", 4, "--model.ema", 0.5, "--trainer.precision", "bf16-true"]
+    words += ["--trainer.accumulate_grad_batches", 2]
     whole, half = done(*words, "--trainer.max_steps", 4), done(*words, "--trainer.max_steps", 2)
     rest = ("--ckpt_path", half.folder / "checkpoints" / "last.ckpt")
     resumed = done(*words, "--trainer.max_steps", 4, *rest)
-    ends = [weights(run.folder / "checkpoints" / "last.ckpt") for run in (whole, resumed)]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    ends = [torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)]
+    for one, other in [[end["state_dict"] for end in ends], *([end["ema"][key] for end in ends] for key in KEPT)]:
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    assert all(value.dtype == torch.float32 for value in ends[0]["ema"]["average"].values())
     for option, says in {
         ("--model.layer_decay", "0.6"): "model.layer_decay: is 0.6, but the checkpoint has 0.5: a resumed run keeps",
         ("--model.freeze", "null"): "model.freeze: is None, but the checkpoint has ['embedding'",

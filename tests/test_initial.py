@@ -102,10 +102,16 @@ def test_values_have_the_spread_that_gpt2_has() -> None:
     assert stds == pytest.approx([0.02 / math.sqrt(16)] * 8, rel=0.05)
 
 
-@pytest.mark.parametrize("topology", ["decoder", "encoder_decoder"])
-@pytest.mark.parametrize("position", ["none", "rotary", "learned", "sinusoidal", "alibi"])
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("tied", [True, False])
+POSITIONS = ["none", "rotary", "learned", "sinusoidal", "alibi"]
+EACH_PAIR = [
+    (("decoder", "encoder_decoder")[(number // 2 + tied) % 2], position, (number + tied) % 2 == 0, tied)
+    for number, position in enumerate(POSITIONS)
+    for tied in (True, False)
+]
+"""Topology, position, whether the norm comes first and embeddings are tied: any two values of two of them occur."""
+
+
+@pytest.mark.parametrize(("topology", "position", "norm_first", "tied"), EACH_PAIR)
 def test_a_new_network_scores_about_uniformly(
     topology: str, position: str, norm_first: bool, tied: bool, **scales: Any
 ) -> None:

@@ -24,6 +24,7 @@ from llmkit.run.compilation import Compilation
 from llmkit.run.folder import RunFolder, RunLogger
 from llmkit.run.memory import ReturnMemory
 from llmkit.run.progress import Progress
+from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions
 from llmkit.run.saving import Checkpoints, WholeFileIO
 from llmkit.run.shutdown import GracefulShutdown
@@ -74,7 +75,7 @@ def test_one_module_knows_the_private_corners() -> None:
 CLASSES = (
     *(CLI, SavedConfig, LanguageModel, DataModule, WholeFileIO),
     *(BuildFirst, Checkpoints, GracefulShutdown, Predictions, Progress, ReturnMemory, RunFolder, RunLogger, Throughput),
-    *(Trace, Validations, Compilation),
+    *(Trace, Validations, Compilation, Provenance),
 )
 
 

@@ -125,11 +125,14 @@ def test_all_else_stays_to_the_bit_but_the_head(words: list[object]) -> None:
 
 
 def test_a_run_is_resumed_exactly(words: list[object]) -> None:
+    """With a moving average, which is one of the trained weights alone."""
+    words = [*words, "--model.ema", "0.5"]
     whole, half = done(*words, "--trainer.max_steps", 4), done(*words, "--trainer.max_steps", 2)
     rest = ("--ckpt_path", last(half), "--trainer.max_steps", 4)
     resumed = done(*words, *rest)
     ends = [content(last(run)) for run in (whole, resumed)]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert len(torch.load(last(whole), weights_only=True)["ema"]["trained"]) == 12 < len(ends[0])
     refused = llmkit(*words, *rest, "--model.lora.rank", 4)
     assert refused.code == 2 and "model.lora: is {'rank': 4, " in refused.err and "do not fit" in refused.err
 

@@ -103,6 +103,7 @@ def test_the_printed_commands_work(
     assert f"{len(properties(family))} passed" in told.getvalue()
 
     less = ["--data.batch_size", "2", "--model.context", "32"]  # enough to learn
+    less += ["--trainer.max_steps", "40", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1"]
     run = done(*shlex.split(fit)[1:], *less)
     if family == "compression":
         (line,) = compress

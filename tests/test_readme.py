@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 import io
@@ -11,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +21,21 @@ import forked
 import hf_folder
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from bugs import BUGS
-from command import Result, done, llmkit
+from command import Result, cheap, done, llmkit
 from test_structure import ROOMS
 
 from llmkit import imports, main, registry, testing
+from llmkit.analysis.compress import measure
 from llmkit.check import settled
 from llmkit.config.files import parse_yaml
 from llmkit.config.plan import TOP_KEYS
 from llmkit.data import DataModule
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.cli import TRAINER_DEFAULTS
+from llmkit.run.process import as_found
 from llmkit.sequence import DecodingOptions
 from llmkit.testing import resume
 
@@ -43,6 +48,8 @@ TINY = (
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"),
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
 )
+
+PAIRS = list(zip(TINY[::2], TINY[1::2], strict=True))
 
 
 class Block(NamedTuple):
@@ -110,13 +117,9 @@ def plugin_snippet() -> str:
     return snippet
 
 
-def python_snippet() -> str:
-    (snippet,) = (block.text for block in blocks(README, "python") if "@register" not in block.text)
-    return snippet
-
-
 def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "subprocess", forked)
+    monkeypatch.setattr(measure, "subprocess", types.SimpleNamespace(run=in_a_fork))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())  # it would wait for clients
     monkeypatch.setattr(sys, "stdin", io.StringIO("def main(\n"))
     # What `make quickstart` leaves behind comes first: the commands after it use its checkpoint.
@@ -132,12 +135,21 @@ def test_every_command_of_the_readme_runs(workspace: Path, monkeypatch: pytest.M
         fewer = ("--kills", "1") if words[:2] == ["verify", "resume"] else ()
         fewer = ("--draws", "20") if words[:2] == ["scale", "fit"] else fewer
         fewer = ("--port", "0") if words[0] == "serve" else fewer
+        # The snippet above is checked whole, and test_plugins_new checks all that `plugins new` writes.
+        fewer = ("--only", "builds") if words[-1] == "my_attention.py:MyAttention" else fewer
         result = done(*words, *tiny, *longer, *fewer)
         check(words, result)
         ran.append(words[0])
     assert set(ran) == set(main.COMMANDS) - {"validate", "cell"}
     rows = [json.loads(line) for line in next(workspace.glob("runs/*/*/predictions.jsonl")).read_text().splitlines()]
     assert [row["label"] in ("good", "bad") for row in rows] == [True] * 3
+
+
+def in_a_fork(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python -c CODE`` in a fork."""
+    python, _, code = command
+    Path("code.py").write_text(code)
+    return forked.run([python, "code.py"])
 
 
 def check(words: list[str], result: Result) -> None:
@@ -195,13 +207,41 @@ def test_the_plugin_snippet_is_the_example_and_short() -> None:
     assert len(snippet.splitlines()) < 30
 
 
-def test_the_python_snippet_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = python_snippet()
-    assert "max_steps=200" in code
-    code = code.replace("max_steps=200", "max_steps=3, accelerator='cpu', logger=False, enable_progress_bar=False")
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out
-    assert (workspace / "notes.ckpt").is_file()
+SHORT = {
+    '"trainer.max_steps": 200': '"trainer.max_steps": 3, **TINY',
+    'trainer={"max_steps": 200': 'trainer={"max_steps": 3, "accelerator": "cpu", "precision": "32-true"',
+    "max_steps=200": "max_steps=3, accelerator='cpu', logger=False, enable_progress_bar=False",
+    "val_check_interval=200": "val_check_interval=3",
+    '"trainer.max_steps": 300': '"trainer.max_steps": 4',
+}
+"""What makes the snippets short."""
+
+
+def run_snippets(page: Path) -> dict[str, Any]:
+    """Run the Python of a page, without plugins, from top to bottom; returns its variables."""
+    names: dict[str, Any] = {"TINY": {word.removeprefix("--"): yaml.safe_load(value) for word, value in PAIRS}}
+    for block in blocks(page, "python"):
+        code = functools.reduce(lambda text, pair: text.replace(*pair), SHORT.items(), block.text)
+        if "@register" not in code:
+            with cheap(), as_found():
+                exec(compile(code, page.name, "exec"), names)
+    return names
+
+
+def test_the_python_snippets_run(workspace: Path) -> None:
+    names = run_snippets(README)
+    assert names["run"].best.is_file() and names["answer"]["text"]
+
+
+def test_the_python_page_runs(workspace: Path) -> None:
+    """A plain Trainer with the arguments that the page gives trains as ``llmkit.fit`` does."""
+    (workspace / "new_notes.txt").write_text("Once upon\nthere was\n")
+    names = run_snippets(ROOT / "docs" / "python.md")
+    assert (workspace / "loss.png").is_file() and (workspace / "notes.ckpt").is_file()
+    assert names["steps"] == [1, 2, 3] and [one["prompt"] for one in names["answers"]] == ["Once upon", "there was"]
+    assert names["longer"].history[-1]["step"] == 3 and "val_loss" in names["measured"].metrics
+    fitted = torch.load(names["run"].last, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, fitted[name]) for name, value in names["model"].state_dict().items())
 
 
 def test_the_entry_point_lines_are_what_llmkit_looks_for() -> None:

@@ -146,7 +146,7 @@ def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return built
 
     monkeypatch.setattr(command, "executor", Fake)
-    monkeypatch.setattr(command, "DRAWS", 30)
+    monkeypatch.setattr(command, "DRAWS", 10)
     monkeypatch.setattr(grid, "sizes", once)
     monkeypatch.setattr(figures, "draw", lambda results: {})
     monkeypatch.setattr(Fake, "asked", [])

@@ -49,6 +49,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def imported(path: Path, *, top_level: bool = False) -> set[str]:
     base = ROOT / "plugins" if path.is_relative_to(ROOT / "plugins") else ROOT
     package = list(path.parent.relative_to(base).parts)
@@ -59,11 +60,11 @@ def reaches(names: set[str], *packages: str) -> list[str]:
     return sorted(name for name in names if any(f"{name}.".startswith(f"{package}.") for package in packages))
 
 
-@pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_the_framework_knows_no_plugin(path: Path) -> None:
-    assert not reaches(imported(path), "llmkit_plugins")
-    texts = [node.value for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant)]
-    assert not [text for text in texts if isinstance(text, str) and text.startswith("llmkit_plugins")]
+def test_the_framework_knows_no_plugin() -> None:
+    for path in CORE:
+        assert not reaches(imported(path), "llmkit_plugins"), path
+        texts = [node.value for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant)]
+        assert not [text for text in texts if isinstance(text, str) and text.startswith("llmkit_plugins")], path
 
 
 ROOMS = (
@@ -88,24 +89,21 @@ def test_every_room_has_a_place() -> None:
     assert found == {*ROOMS, "__init__"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CORE if path.name != "__init__.py" or path.parent.name != "llmkit"], ids=module_name
-)
-def test_rooms_import_what_stands_before_them(path: Path) -> None:
+def test_rooms_import_what_stands_before_them() -> None:
     """Imports inside functions and for type checkers count too."""
-    if "templates" in path.parts:  # what users copy
-        assert rooms(imported(path)) <= {*FOR_PLUGINS}
-        return
-    own = path.relative_to(ROOT / "llmkit").parts[0].removesuffix(".py")
-    before = ROOMS[: ROOMS.index(own) + 1]
-    assert rooms(imported(path)) <= set(before), f"{own} may import {', '.join(before)}"
+    for path in CORE:
+        own = path.relative_to(ROOT / "llmkit").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        before = FOR_PLUGINS if "templates" in path.parts else ROOMS[: ROOMS.index(own) + 1]  # users copy templates
+        assert rooms(imported(path)) <= set(before), f"{path} may import {', '.join(before)}"
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: module_name(path, ROOT / "plugins"))
-def test_plugins_import_what_is_made_for_them(path: Path) -> None:
-    names = imported(path)
-    assert rooms(names) <= set(FOR_PLUGINS)
-    assert not reaches(names, "lightning", "pytorch_lightning", "jsonargparse")
+def test_plugins_import_what_is_made_for_them() -> None:
+    for path in PLUGINS:
+        names = imported(path)
+        assert rooms(names) <= set(FOR_PLUGINS), path
+        assert not reaches(names, "lightning", "pytorch_lightning", "jsonargparse"), path
 
 
 @pytest.mark.parametrize("name", FOR_PLUGINS)
@@ -159,14 +157,15 @@ PRINTING = ("errors", "main", "run.progress", "run.report", "run.shutdown", "stu
 """Notes, answers of commands, progress, reports and the notice of a shutdown: all that prints."""
 
 
-@pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_nothing_but_reports_prints(path: Path) -> None:
+def test_nothing_but_reports_prints() -> None:
     calls = [
-        f"line {node.lineno}"
+        f"{path}:{node.lineno}"
+        for path in CORE
+        if not reaches({module_name(path)}, *(f"llmkit.{name}" for name in PRINTING))
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     ]
-    assert not calls or reaches({module_name(path)}, *(f"llmkit.{name}" for name in PRINTING))
+    assert not calls
 
 
 def test_public_names() -> None:

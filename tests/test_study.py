@@ -476,6 +476,9 @@ def test_a_comparison(experiment: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_the_shipped_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        Path(f"m{number}.py").write_text("def main(self):\n    return [1, 2, 3]\n" * 30)
+    monkeypatch.setenv("STDLIB", str(tmp_path))
     assert main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--plan"]) == 0
     assert "18 final cells (0 done)" in capsys.readouterr().out
 

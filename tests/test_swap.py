@@ -105,6 +105,8 @@ def test_attention_and_head(attention: str, head: str, data: Path, tmp_path: Pat
     assert together == alone
     if attention == "multi_head":  # what --greedy stands for is the same with all
         assert answers(result, *PROMPTS, "--num_beams", "1", "--temperature", "0", "--max_new_tokens", "5") == alone
+    if attention not in ONE_OF_EACH_KIND:
+        return  # what beams need of each, rows of its state in another order, its checks hold: decoding_reorder
     beams = answers(result, *PROMPTS, "--num_beams", "3", "--max_new_tokens", "5")
     assert len(beams) == 2
     assert all(isinstance(answer["text"], str) for answer in beams)

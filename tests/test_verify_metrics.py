@@ -95,7 +95,7 @@ def failed(found: Mapping[str, Finding]) -> set[str]:
 
 @pytest.mark.parametrize("head", registry.entries("head"))
 def test_shipped_heads_pass(head: str, folder: Path) -> None:
-    found = findings(plugin("head", head), folder)
+    found = findings(plugin("head", head), folder, 5)
     assert not failed(found), table(list(found.values()))
     model = plugin("head", head)()
     names = {"loss", "count of the loss", "answers", "gradient"}
@@ -262,7 +262,7 @@ def test_a_mean_of_means(folder: Path) -> None:
 
 @pytest.mark.parametrize("head", [AnswersInOrder, DrawsByPlace, DrawsByPlaceWhenAsked])
 def test_answers_that_depend_on_the_place(head: type[Head], folder: Path) -> None:
-    found = findings(head, folder)
+    found = findings(head, folder, 5)
     assert failed(found) == {"answers"}
     assert "another answer to" in found["answers"].first
 

@@ -15,7 +15,8 @@ from llmkit.api.result import Run
 from llmkit.api.settings import Config, Given, read
 from llmkit.commands.fit import finished, start
 from llmkit.config.plan import plan
-from llmkit.errors import Stopped, note
+from llmkit.data.progress import in_notebook
+from llmkit.errors import Problem, Stopped, UserError, note
 from llmkit.lightning import was_interrupted
 from llmkit.run.cli import CLI
 from llmkit.run.folder import run_folder
@@ -86,7 +87,11 @@ def _with_objects(given: Given) -> type[CLI]:
                 note(f"trainer.{name}: config.yaml does not have {names}, which was given as an object")
                 listed = trainer[name] if isinstance(trainer[name], list) else []
                 trainer[name] = [*listed, *objects] if name in ("callbacks", "plugins") else objects[-1]
-            return super().instantiate_trainer(**kwargs)
+            built = super().instantiate_trainer(**kwargs)
+            if in_notebook() and built.world_size > 1:
+                text = f"a notebook trains in one process, not in {built.world_size}: use 1, or the command"
+                raise UserError(Problem("trainer.devices", text))
+            return built
 
         def loggers(self) -> list[Logger]:
             return [*super().loggers(), *given.trainer.get("logger", ())]

@@ -205,6 +205,11 @@ def check_classes(part: Mapping[str, Any], where: str) -> None:
         if imports.is_plugin(spec["class_path"]):
             continue
         module = spec["class_path"].rpartition(".")[0]
+        if module == "__main__":
+            raise UserError(
+                f"{where} needs {key} {spec['class_path'][:200]}, a class of the script or notebook that trained it: "
+                "it can be loaded there alone, once the code that registers the class has run"
+            )
         listed = part["config"].get("imports") or []
         names = [name for name in (listed if isinstance(listed, list) else [listed]) if isinstance(name, str)]
         source = next((name for name in names if Path(name).stem == module), module)

@@ -24,7 +24,7 @@ from llmkit.testing import first_use
 
 HUSHED = (
     ".*does not have many workers.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ".*sync_dist=True.. when logging on epoch level.*",  # the metrics are summed over processes already

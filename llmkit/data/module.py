@@ -156,10 +156,9 @@ class DataModule(pl.LightningDataModule):
         self.pack, self.streaming, self.shuffle_buffer = pack, streaming, shuffle_buffer
         self.batch_size, self.batch_tokens, self.num_workers = batch_size, batch_tokens, num_workers
         self._head: Head | None = None
-        self._context = 0
         self._tokenizer: Tokenizer | None = None
-        self._head_ready = self._learned = False
-        self._splits: dict[Stage, Blocks | Examples] = {}
+        self._context, self._head_ready, self._learned = 0, False, False
+        self._splits: dict[tuple[Stage, int, int | None], Blocks | Examples] = {}
         self._position: Position | None = None
         self.blank_rows: list[int] = []
         """The numbers of the rows to predict that have no text: they get no answer, and keep their place."""
@@ -270,10 +269,11 @@ class DataModule(pl.LightningDataModule):
 
     def split(self, stage: Stage) -> Blocks | Examples:
         """Return the prepared rows of a stage."""
-        if stage not in self._splits:
+        key = (stage, self.batch_size, self.batch_tokens)  # sizes that Lightning's Tuner may change
+        if key not in self._splits:
             self._learn()
-            self._splits[stage] = self._prepare(stage)
-        return self._splits[stage]
+            self._splits[key] = self._prepare(stage)
+        return self._splits[key]
 
     def _prepare(self, stage: Stage) -> Blocks | Examples:
         head, tokenizer = self.head, self.tokenizer

@@ -67,6 +67,8 @@ def draw_weights(net: nn.Module, residual_parts: int, draws: Draws) -> None:
 
     Weights of other modules keep what their constructors drew.
     """
+    if draws.device.type == "meta":
+        return
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = isinstance(module, nn.Linear) and name.rpartition(".")[2] == "out"

@@ -32,6 +32,7 @@ from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
+from llmkit.run.named import listed
 from llmkit.run.progress import Progress
 from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
@@ -180,7 +181,7 @@ class CLI(LightningCLI):
         kwargs |= filled_in(given)
         output = self.config_init["output"]
         kwargs["logger"] = self.loggers()
-        callbacks = trackers.listed(given.get("callbacks"))
+        callbacks = listed(given.get("callbacks"))
         throughput = Throughput()
         own: list[pl.Callback] = [Validations(), throughput, ReturnMemory()]
         if self.command == "predict":
@@ -212,7 +213,7 @@ class CLI(LightningCLI):
         """Return the logger of the run folder, and those of the config, which are given what identifies the run."""
         name = self.config_init["name"]
         own = RunLogger(self.config_init["output"], name, self.logger is not False)
-        specs = trackers.listed(self.logger)
+        specs = listed(self.logger)
         if not specs or self.command == "predict" or self.config_init["trainer"].get("fast_dev_run"):
             return [own]
         tags = {key: self.model.spec[key]["class_path"].rpartition(".")[2] for key in ("head", "attention")}
@@ -232,6 +233,7 @@ class CLI(LightningCLI):
             trackers.begin(item for item in self.trainer.loggers if not isinstance(item, RunLogger))
             given = {key: self.config_init[key] for key in self.command_keys}
             getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
+            trackers.end(self.trainer.loggers)
         except UserError:
             self.release_folder()
             raise

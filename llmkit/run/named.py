@@ -54,6 +54,8 @@ REFUSED = {
     "ThroughputMonitor": "metrics.csv has tokens_per_second, mfu and memory_gib already",
 }
 """Lightning's callbacks that do not fit llmkit, and why."""
+COPYING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
+"""Callbacks that copy the model, which a profiler with hooks in its modules prevents."""
 
 
 def spelled_out(trainer: Mapping[str, Any]) -> tuple[Tree, list[Problem]]:
@@ -73,11 +75,25 @@ def spelled_out(trainer: Mapping[str, Any]) -> tuple[Tree, list[Problem]]:
                 problems.append(Problem(f"trainer.{key}", str(error)))
         kept = [item for item in found if item is not IN_ANY_CASE]
         tree[key] = kept if isinstance(value, list) else next(iter(kept), None)
+    copies = [name for name in map(_class_name, listed(tree.get("callbacks"))) if name in COPYING]
+    hooks = _class_name(tree.get("profiler")) == "PyTorchProfiler" and tree["profiler"].get("init_args", {})
+    if copies and hooks is not False and settled(hooks.get("record_module_names", True)):
+        text = f"{copies[0]} copies the model, which has hooks of PyTorchProfiler: set record_module_names: false"
+        problems.append(Problem("trainer.profiler", text))
     return tree, problems
 
 
 IN_ANY_CASE = object()
 """The logger ``csv`` without arguments: ``metrics.csv`` of the run folder."""
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the loggers or callbacks that a config names: none, one, or several."""
+    return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
+
+
+def _class_name(spec: Any) -> str:
+    return str(spec["class_path"]).rpartition(".")[2] if isinstance(spec, dict) and "class_path" in spec else ""
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from llmkit.lightning import SEED_VARIABLES
 
-VARIABLES = (*SEED_VARIABLES, "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = (*SEED_VARIABLES, "CUBLAS_WORKSPACE_CONFIG", "MLFLOW_TRACKING_URI")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 LOGGERS = ("lightning.pytorch", "lightning.fabric")
@@ -22,7 +22,7 @@ LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """Put back at the end of the block what a run changes in a process and Lightning's trainer leaves so.
+    """Put back at the end of the block what a run changes in a process, and Lightning and its loggers leave so.
 
     These are handlers of signals, which would hold on to every trainer, environment variables, the switches for
     deterministic kernels, filters of warnings, and how much Lightning logs.

@@ -35,8 +35,6 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     metrics, curve = folder / "metrics.csv", folder / "loss.png"
     if metrics.exists():
         figures.loss_curve(metrics, curve)
-    pictures = {"loss_curve": curve} if curve.exists() else {}
-    trackers.send(trainer.loggers, trainer.global_step, pictures, {"sample": sample} if sample else {})
     print("\nValidation:" if model.results else "\nNo validation data, so no metrics.")
     _report_metrics(trainer, model, "val")
     if not all(parameter.requires_grad for parameter in model.parameters()):
@@ -46,6 +44,8 @@ def report_fit(trainer: pl.Trainer, model: LanguageModel) -> None:
     others = [saver for saver in trainer.checkpoint_callbacks if not isinstance(saver, Checkpoints)]
     saved = [getattr(saver, name, "") for saver in others for name in ("best_model_path", "last_model_path")]
     _report_paths(folder, model.head.inputs, [Path(path) for path in saved if path])
+    pictures = {"loss_curve": curve} if curve.exists() else {}
+    trackers.send(trainer.loggers, trainer.global_step, pictures, {"sample": sample} if sample else {})
 
 
 def report_finished(stored: Stored) -> None:

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
-from llmkit.errors import Problem, UserError
+from llmkit.errors import Problem, UserError, note
 
 Spec = dict[str, Any]
 
@@ -52,11 +52,6 @@ class Identity(NamedTuple):
     """The same for a logger that has no groups."""
 
 
-def listed(value: Any) -> list[Any]:
-    """Return the loggers or callbacks that a config names: none, one, or several."""
-    return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
-
-
 def filled(spec: Spec, run: Identity, more: Mapping[str, Any] | None = None) -> Spec:
     """Return the description of a logger with what identifies a run; what it sets itself stays.
 
@@ -84,7 +79,9 @@ def filled(spec: Spec, run: Identity, more: Mapping[str, Any] | None = None) -> 
     return {**spec, "init_args": init, **({"dict_kwargs": rest} if rest else {})}
 
 
-def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any], ids: Mapping[str, str]) -> list[Any]:
+def build(
+    specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any], known: Mapping[str, str]
+) -> list[Any]:
     """Return the loggers of a config for the run in a folder.
 
     Args:
@@ -92,7 +89,7 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
         folder: of the run, OUTPUT/NAME/version_N.
         name: NAME.
         tags: what else identifies the run.
-        ids: what trackers know the run by that this one resumes, by class.
+        known: what trackers know the run by that this one resumes, by class.
 
     Raises UserError, under ``trainer.logger``, for what a constructor refuses.
     """
@@ -103,10 +100,13 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
         "TensorBoardLogger": {"save_dir": str(output)},
         "WandbLogger": {"save_dir": str(folder), "project": os.environ.get("WANDB_PROJECT", "llmkit")},
         "MLFlowLogger": {
-            "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute()}/mlflow.db"
+            "tracking_uri": f"sqlite:///{output.absolute()}/mlflow.db",
+            "artifact_location": (output / "mlflow").absolute().as_uri(),
         },
         "AimLogger": {"repo": str(output)},
     }
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        defaults["MLFlowLogger"] = {"tracking_uri": os.environ["MLFLOW_TRACKING_URI"]}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--logger", type=Logger)
     logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # it warns of each run that is continued
@@ -114,9 +114,10 @@ def build(specs: Iterable[Spec], folder: Path, name: str, tags: Mapping[str, Any
     for spec in specs:
         cls = spec["class_path"].rpartition(".")[2]
         with _reaching(cls):
-            known = {**dict.fromkeys(IDS, ids[cls]), "name": None, "run_name": None} if cls in ids else {}
+            same = {**dict.fromkeys(IDS, known[cls]), "name": None, "run_name": None} if cls in known else {}
             given = {key: value for key, value in spec.get("init_args", {}).items() if (key, value) != ("save_dir", "")}
-            spec = filled({**spec, "init_args": given}, run, {**defaults.get(cls, {}), **known})
+            own = {} if "tracking_uri" in given else defaults.get(cls, {})
+            spec = filled({**spec, "init_args": given}, run, {**own, **same})
             loggers.append(parser.instantiate_classes(parser.parse_object({"logger": spec})).logger)
     return loggers
 
@@ -146,6 +147,12 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
             logger.log_hyperparams({name: value for name, value in settings.items() if name not in known})
 
 
+def end(loggers: Iterable[Logger]) -> None:
+    """End the runs of trackers that would go on to the next run of this process."""
+    if any(_is(logger, "WandbLogger") for logger in loggers):
+        importlib.import_module("wandb").finish()
+
+
 @contextmanager
 def _reaching(name: str) -> Iterator[None]:
     try:
@@ -160,31 +167,38 @@ def _is(logger: Logger, *names: str) -> bool:
 
 
 def send(loggers: Iterable[Logger], step: int, pictures: Mapping[str, Path], texts: Mapping[str, str]) -> None:
-    """Send PNG files and texts to the trackers that show them, after the last metrics of a run."""
-    for logger in loggers:
-        if not _is(logger, *SENT):
-            continue
-        experiment: Any = logger.experiment  # type: ignore[attr-defined]
-        for name, file in pictures.items():
-            if _is(logger, "TensorBoardLogger"):
-                from matplotlib.image import imread
+    """Send PNG files and texts to the trackers that show them, after the last metrics of a run.
 
-                experiment.add_image(name, imread(file)[..., :3], step, dataformats="HWC")
-            elif _is(logger, "WandbLogger"):
-                logger.log_image(name, [str(file)], step)  # type: ignore[attr-defined]
-            elif _is(logger, "MLFlowLogger"):
-                experiment.log_artifact(logger.version, str(file))
-            else:
-                aim: Any = importlib.import_module("aim")
-                experiment.track(aim.Image(str(file)), name=name, step=step)
-        for name, text in texts.items():
-            if _is(logger, "TensorBoardLogger"):
-                experiment.add_text(name, f"```\n{text}\n```", step)
-            elif _is(logger, "WandbLogger"):
-                logger.log_text(name, ["text"], [[text]], step=step)  # type: ignore[attr-defined]
-            elif _is(logger, "MLFlowLogger"):
-                experiment.log_text(logger.version, text, f"{name}.txt")
-            else:
-                aim = importlib.import_module("aim")
-                experiment.track(aim.Text(text), name=name, step=step)
-        logger.finalize("success")
+    A tracker that fails now has all else: there is a note.
+    """
+    for logger in loggers:
+        if _is(logger, *SENT):
+            try:
+                _send(logger, step, pictures, texts)
+            except Exception as error:
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                note(f"{type(logger).__name__} did not take {', '.join([*pictures, *texts])}: {what}")
+
+
+def _send(logger: Any, step: int, pictures: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    for name, file in pictures.items():
+        if _is(logger, "TensorBoardLogger"):
+            from matplotlib.image import imread
+
+            logger.experiment.add_image(name, imread(file)[..., :3], step, dataformats="HWC")
+        elif _is(logger, "WandbLogger"):
+            logger.log_image(name, [str(file)], step)
+        elif _is(logger, "MLFlowLogger"):
+            logger.experiment.log_artifact(logger.version, str(file))
+        else:
+            logger.experiment.track(importlib.import_module("aim").Image(str(file)), name=name, step=step)
+    for name, text in texts.items():
+        if _is(logger, "TensorBoardLogger"):
+            logger.experiment.add_text(name, f"```\n{text}\n```", step)
+        elif _is(logger, "WandbLogger"):
+            logger.log_text(name, ["text"], [[text]], step=step)
+        elif _is(logger, "MLFlowLogger"):
+            logger.experiment.log_text(logger.version, text, f"{name}.txt")
+        else:
+            logger.experiment.track(importlib.import_module("aim").Text(text), name=name, step=step)
+    logger.finalize("success")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,24 @@ TOGETHER = 6
 """More variants than this get a panel each."""
 
 
-def draw(results: Results, found: Mapping[str, list[Verdict]]) -> dict[str, Any]:
-    """Draw every figure for which there are results, by the name of its file. To be called inside ``style``."""
+def draw(results: Results, found: Mapping[str, list[Verdict]], only: Collection[str] = ()) -> dict[str, Any]:
+    """Draw every figure for which there are results, by the name of its file. To be called inside ``style``.
+
+    ``only``: the names of those that are drawn; none: all.
+    """
     setting = next(iter(found))
-    figures = {
-        "differences": _differences(results, found),
-        "curves": _curves(results, setting, "steps"),
-        "curves_flops": _curves(results, setting, "flops"),
-        "curves_seconds": _curves(results, setting, "seconds"),
-        "curves_difference": _curves(results, setting, "difference"),
-        "seeds": _seeds(results, setting),
-        "tuning": _tuning(results),
-        "costs": _costs(results, setting),
+    drawers: dict[str, Callable[[], Any]] = {
+        "differences": lambda: _differences(results, found),
+        "curves": lambda: _curves(results, setting, "steps"),
+        "curves_flops": lambda: _curves(results, setting, "flops"),
+        "curves_seconds": lambda: _curves(results, setting, "seconds"),
+        "curves_difference": lambda: _curves(results, setting, "difference"),
+        "seeds": lambda: _seeds(results, setting),
+        "tuning": lambda: _tuning(results),
+        "costs": lambda: _costs(results, setting),
     }
-    figures = {name: figure for name, figure in figures.items() if figure is not None}
+    drawn = {name: drawer() for name, drawer in drawers.items() if not only or name in only}
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
     for figure in figures.values():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, not for each format again

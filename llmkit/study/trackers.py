@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmkit.run.trackers import Identity, filled, listed
+from llmkit.run.named import listed
+from llmkit.run.trackers import Identity, filled
 
 
 def logger_words(tree: Mapping[str, Any], study: str, name: str, tags: Mapping[str, Any]) -> list[str]:

@@ -225,17 +225,18 @@ class Process:
         Returns:
             How many batches it had trained on, or None if it ended first.
         """
-        seen = 0
+        seen, size, lines = 0, 0, list[dict[str, Any]]()
         while self.process.poll() is None:
             if not self.trace.exists():  # it is still importing torch
                 time.sleep(0.05)
                 continue
-            lines = self.lines()
-            seen = max((line["at"] for line in lines if line["event"] == "batch"), default=0)
+            if size != (size := self.trace.stat().st_size):
+                lines = self.lines()
+                seen = max((line["at"] for line in lines if line["event"] == "batch"), default=0)
             now = {
                 "step": True,
                 "validation": bool(lines) and lines[-1]["event"] == "validation begins",
-                "writing": any(self.output.glob(f"run/version_*/checkpoints/*{PART}")),
+                "writing": moment == "writing" and any(self.output.glob(f"run/version_*/checkpoints/*{PART}")),
             }
             if seen >= batch and now[moment]:
                 if moment != "writing":

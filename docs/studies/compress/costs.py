@@ -17,7 +17,7 @@ from llmkit.analysis.compress import measure
 from llmkit.run.saving import save_model
 from llmkit.sequence import DecodingOptions
 
-METHODS = ("int8", "int4", "bf16", "dynamic_int8")
+METHODS = ("int8", "int4", "bf16", "int8+bf16", "int4+bf16", "dynamic_int8")
 TOKENS, ROUNDS = 16, 4
 
 

@@ -98,9 +98,8 @@
 
   function chooseRow(r) {
     Object.assign(state, { row: r, at: null, pinned: false });
-    const cross = row().maps.findIndex((one) => one.part === "cross");
-    const last = row().maps.length - 1;
-    state.map = cross >= 0 ? row().maps.findLastIndex((one) => one.part === "cross") : last;
+    const cross = row().maps.findLastIndex((one) => one.part === "cross");
+    state.map = cross >= 0 ? cross : row().maps.length - 1;
     get("shown").textContent = row().shown;
     get("shown").hidden = !row().shown;
     fill(get("map"), row().maps.map(mapName), state.map);

@@ -133,7 +133,7 @@ def items_of(
         batch_size: texts at once.
 
     Raises:
-        UserError: a row lacks a column, or has another number of words than of labels.
+        UserError: a row lacks a column, has no text there or not one label a word, or none has a word.
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -146,6 +146,10 @@ def items_of(
             raise UserError(
                 f"row {index + 1}: {text} and {label} should be a text and a label, or lists of equal length"
             )
+        if not all(isinstance(word, str) for word in (words if isinstance(words, list) else [words])):
+            raise UserError(f"row {index + 1}: {text} should be a text or a list of words, got {words!r:.60}")
+        if words == []:
+            continue
         pieces.append(_pieces(tokenizer, words if isinstance(words, list) else [words], model.context))
         if isinstance(words, list):
             fits = len(pieces[-1][1])
@@ -158,11 +162,13 @@ def items_of(
         texts += [index] * fits
     found = []
     with evaluating(model):
-        for first in range(0, len(rows), batch_size):
+        for first in range(0, len(pieces), batch_size):
             group = pieces[first : first + batch_size]
             states_LBTD = _states(model, [ids for ids, _ in group])
             for number, (_, spans) in enumerate(group):
                 found += [states_LBTD[:, number, begin:end].mean(1) for begin, end in spans]
+    if not found:
+        raise UserError("there is no text or word to probe")
     return Items(torch.stack(found, 1), labels, types, texts)
 
 

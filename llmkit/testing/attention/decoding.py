@@ -94,10 +94,10 @@ def decoding_documents(subject: Subject) -> None:
 @torch.no_grad()
 def decoding_ragged(subject: Subject) -> None:
     need(subject, "causal")
-    for prompts in ([[1, 1], [1, 0]], [[1, 1], [0, 1]], [[1, 1, 1, 1], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]]):
-        for position in POSITIONS:
-            for new in (3, LONG // 2):
-                _ragged(subject, prompts, position, new)
+    all_prompts = ([[1, 1], [1, 0]], [[1, 1], [0, 1]], [[1, 1, 1, 1], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]])
+    for first, prompts in enumerate(all_prompts):
+        for number, position in enumerate(POSITIONS):
+            _ragged(subject, prompts, position, (3, LONG // 2)[(first + number) % 2])  # each pair of values occurs
 
 
 def _ragged(subject: Subject, prompts: Segments, position: str, new: int) -> None:
