@@ -6,6 +6,8 @@ import datetime
 import hashlib
 import json
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -190,8 +192,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made |= {"head": "generation", "tokens": 64, "git": {"commit": "0123456789abcdef", "dirty": bool(number)}}
         results = {"val_loss": loss, "val_perplexity": 9.0 + number}
         path = add(f"b/version_{number}", provenance=made, results=results)
+        rate = {"class_path": "llmkit.model.optim.AdamW", "init_args": {"lr": 0.003}}
         attention = {"class_path": "llmkit_plugins.attention.softmax.MultiHead", "init_args": {"num_heads": number}}
-        (path / "config.yaml").write_text(json.dumps({"model": {"dim": 16 * (number + 1), "attention": attention}}))
+        (path / "config.yaml").write_text(
+            json.dumps({"model": {"dim": 16 * (number + 1), "attention": attention, "optimizer": rate}})
+        )
     (path := add("a/older/version_3", results={"val_accuracy": 0.5})).joinpath("config.yaml").write_text(
         "model: {attention: {class_path: llmkit_plugins.attention.softmax.MultiHead}}\n"
     )
@@ -249,6 +254,21 @@ def test_a_run_is_opened(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert done("runs", tmp_path).out == f"no runs in {tmp_path}\n"
     assert done("runs", tmp_path, "--json").out == "[]\n"
     assert "none of the 4 runs" in done("runs", folder, "--where", "step>99").out
+
+
+def test_the_recipes_of_the_guide(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    Path("runs").symlink_to(folder)
+    guide = (Path(__file__).parent.parent / "docs" / "runs.md").read_text("utf-8")
+    shown = [
+        done(*shlex.split(line)[1:]).out for line in re.findall(r"^llmkit .*", guide.partition("```sh")[2], re.M)[:5]
+    ]
+    assert shown[0].splitlines()[0].split() == [*runs.COLUMNS]
+    assert [line.split()[1] for line in shown[1].splitlines()[1:]] == ["b/version_1", "b/version_0"]
+    assert shown[2].splitlines()[-1].split()[2:] == ["multi_head", "0.003", "10", "012345678+"]
+    assert len(json.loads(shown[3])) == 4
+    assert Path(shown[4].strip()).is_dir()
 
 
 @pytest.mark.parametrize(
