@@ -87,6 +87,8 @@ class Stack:
             written = plain(inner)
             if not isinstance(value, dict) or not value:
                 self._places[written] = layer.at(written)
+                if isinstance(value, Raw) and isinstance(value.value, dict):  # a mapping, unless the key takes text
+                    self._places |= {plain(f"{inner}.{name}"): layer.at(written) for name in value.value}
             elif written in layer.places and not family and name != "init_args":  # arguments do not choose a plugin
                 self._places[written] = layer.places[written]
             merged[name] = self._merge(old if adds else {}, value, inner, layer) if isinstance(value, dict) else value
