@@ -67,6 +67,11 @@ def located(place: str) -> Iterator[None]:
 _noted: set[str] | None = None
 
 
+def in_notebook() -> bool:
+    """Return whether what is printed goes to a notebook, which rewrites lines in place as a terminal does."""
+    return type(sys.stderr).__module__.startswith("ipykernel.")
+
+
 def note(message: str) -> None:
     """Print something worth knowing that is not an error."""
     if _noted is not None:

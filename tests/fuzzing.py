@@ -93,6 +93,8 @@ class Watch:
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.on:
             return
+        if event == "subprocess.Popen" and [*args[1]][:2] == ["git", "status"]:  # what a run records of itself
+            return
         bad = event.startswith((*self.SPAWNS, *self.OTHERS))
         if event == "open" and isinstance(args[2], int):
             bad = bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) and self._outside(args[0])

@@ -145,6 +145,7 @@ def test_light_modules_import_nothing_heavy_at_the_top(path: Path) -> None:
         ("import llmkit.main; assert llmkit.main.main(['--help']) == 0", [*HEAVY, "importlib.metadata"]),
         ("import llmkit.contracts", [name for name in HEAVY if name not in ("torch", "numpy")]),
         ("import llmkit_plugins", HEAVY),
+        ("import llmkit.study.execute", HEAVY),  # what a lost cell of a study begins with
     ],
 )
 def test_loaded_modules(code: str, absent: list[str]) -> None:

@@ -15,8 +15,7 @@ from llmkit.api.result import Run
 from llmkit.api.settings import Config, Given, read
 from llmkit.commands.fit import finished, start
 from llmkit.config.plan import plan
-from llmkit.data.progress import in_notebook
-from llmkit.errors import Problem, Stopped, UserError, note
+from llmkit.errors import Problem, Stopped, UserError, in_notebook, note
 from llmkit.lightning import is_debug_run, was_interrupted
 from llmkit.run.cli import CLI
 from llmkit.run.folder import run_folder

@@ -11,17 +11,12 @@ from typing import TypeVar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llmkit.data.batches import world
-from llmkit.errors import note
+from llmkit.errors import in_notebook, note
 
 FIRST, NEXT = 2.0, 0.5  # seconds until a bar appears on a terminal, and between its changes
 LOGGED = 10.0  # seconds until the first line elsewhere (a log file); the time between two lines doubles with each
 
 Thing = TypeVar("Thing")
-
-
-def in_notebook() -> bool:
-    """Return whether what is printed goes to a notebook, which rewrites lines in place as a terminal does."""
-    return type(sys.stderr).__module__.startswith("ipykernel.")
 
 
 class Step:

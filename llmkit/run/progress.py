@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
-from llmkit.data.progress import in_notebook
+from llmkit.errors import in_notebook
 from llmkit.model.language_model import LanguageModel
 from llmkit.run.throughput import Throughput, Totals, memory
 

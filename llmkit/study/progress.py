@@ -6,7 +6,7 @@ import sys
 import time
 from datetime import timedelta
 
-from llmkit.data.progress import in_notebook
+from llmkit.errors import in_notebook
 
 
 class Progress:
