@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from test_readme import README, ROOT, TINY, blocks, forget, lines, workspace
 from llmkit import __version__, main
 from llmkit.commands import VERBS
 from llmkit.run.cli import CLI
+from llmkit.study.scaling.spec import read as read_sizes
 
 __all__ = ["workspace"]
 DOCS = ROOT / "docs"
@@ -89,6 +91,54 @@ def test_questions_and_concepts(workspace: Path) -> None:
     before = (*lines(DOCS / "recipes.md"), *readme)
     found = walk(DOCS / "faq.md", before) | walk(DOCS / "concepts.md")
     assert any("3 passed, 0 failed" in result.out for result in found.values())
+
+
+GUIDES = (
+    "comparing",
+    "tuning",
+    "scaling",
+    "scaling-out",
+    "reliability",
+    "configuration",
+    "performance",
+    "serving",
+)
+ELSEWHERE = ("verify", "infer", "scale", "serve", "chat", "export", "test")
+"""Commands that the README's test and their own run; the guides repeat them with the checkpoint of the page."""
+
+
+def checked(words: list[str]) -> list[str]:
+    """A command that would train, as one that finds every mistake in it without training."""
+    if words[0] == "fit":
+        return ["config", "show", *(word for word in words[1:] if word != "--find_lr")]
+    return [*words, "--plan"] if words[0] in ("compare", "tune") and "--plan" not in words else words
+
+
+def test_the_commands_of_the_guides_are_right(workspace: Path) -> None:
+    """Those of the studies in ablations.md are planned by test_study, those of other pages run in their own tests."""
+    for name in ("x.yaml", "mr.yaml"):
+        Path(name).write_text("data: {train: library/*.py}\n")
+    for name in ("train.txt", "val.txt"):
+        shutil.copy("notes.txt", name)
+    ran = []
+    for page in GUIDES:
+        for block in blocks(DOCS / f"{page}.md", "yaml"):
+            if file := re.match(r"# (\w+\.yaml)\n", block.text):
+                Path(file[1]).write_text(block.text)
+        for line in lines(DOCS / f"{page}.md"):
+            line = line.replace("$config", "configs/probes/mqar.yaml").replace("$fold", "3")
+            line = line.replace("$(basename configs/probes/mqar.yaml .yaml)", "mqar").replace("runs/search/best", "x")
+            words = shlex.split(line.partition("llmkit ")[2], comments=True)
+            if not line.startswith(("llmkit ", "torchrun", "srun")) or words[0] in ELSEWHERE:
+                continue
+            if any(word.startswith("runs/") for word in words):  # of a run that the page has trained
+                assert words[0] in ("fit", "config"), line
+                words = [word for word in words if not word.startswith("runs/") and word != "--ckpt_path"]
+            if words[:2] != ["config", "diff"]:
+                done(*checked(words))
+                ran.append(words[0])
+    assert {"compare", "tune", "fit", "config"} <= set(ran)
+    assert read_sizes("sizes.yaml", {}, []).widths == (64, 96, 128, 192, 256)
 
 
 def test_the_citation_is_of_this_version() -> None:
