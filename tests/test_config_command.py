@@ -90,8 +90,9 @@ def test_every_value_has_its_origin(folder: Path) -> None:
     assert trainer["trainer.gradient_clip_val"] == (1.0, "default of llmkit")
     assert shown("--config", "small.yaml", "--seed", "3")["seed_everything"] == (3, "command line")
     assert shown("--config", "small.yaml", "--all")["trainer.devices"] == ("auto", "default")
-    nested = shown("--config", "small.yaml", "--model.lora", "{rank: 4}")
+    nested = shown("--config", "small.yaml", "--model.lora", "{rank: 4}", "--model.lora.alpha", "2")
     assert (nested["model.lora.rank"], nested["model.lora.targets"][1]) == ((4, "command line"), "default")
+    assert nested["model.lora.alpha"] == (2, "command line")
     assert shown("--config", "small.yaml", "--trainer.num_nodes", "1")["trainer.num_nodes"] == (1, "command line")
 
 

@@ -226,7 +226,8 @@ def test_loggers_callbacks_and_heads(offline: None, head: str, number: int) -> N
     words += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true"]
     words += ["--trainer.log_every_n_steps", "1", "--trainer.logger", logger, *mode]
     words += [] if group else ["--model.ema", "0.5"]
-    ran = done(*words, "--trainer.callbacks", f"[{', '.join(CALLBACKS[group])}]")
+    schedules = () if "accumulate" in mode[0] else ("{name: gradient_accumulation_scheduler, scheduling: {1: 2}}",)
+    ran = done(*words, "--trainer.callbacks", f"[{', '.join((*CALLBACKS[group], *schedules))}]")
     (folder,) = (path.parent for path in Path("runs").rglob("config.yaml"))
     saved = {path.stem for path in folder.rglob("*.ckpt")}
     assert saved == {"best", "last"} if group != 1 else "last" in saved and len(saved) == 2

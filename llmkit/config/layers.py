@@ -72,6 +72,8 @@ class Stack:
             name, appends = name.removesuffix("+"), name.endswith("+")  # --trainer.callbacks+=NAME
             inner = f"{key}.{name}" if key else name
             old: Any = below.get(name)
+            if isinstance(old, Raw) and isinstance(value, dict):  # --model.decoding '{...}', then .num_beams
+                old = old.value
             if appends:
                 value = [*_items(old), *_items(value)]
             family = registry.family_at(inner, value) or (isinstance(value, dict) and registry.family_at(inner, old))
