@@ -16,8 +16,10 @@ import pytest
 import torch
 from command import TINY, Result, done, llmkit
 
+from llmkit.errors import UserError
 from llmkit.run import trackers
-from llmkit.run.named import spelled_out
+from llmkit.run.class_names import spelled_out
+from llmkit.run.cli import CLI
 
 LAST = ("--ckpt_path", "last", "--trainer.max_steps", "4")
 TAGS = {"head": "Generation", "attention": "MultiHead"}
@@ -76,7 +78,8 @@ def test_tensorboard(fit: Callable[..., Result]) -> None:
 
 def test_wandb(fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setattr(trackers, "end", lambda loggers: None)
+    ends, ended = trackers.end, []
+    monkeypatch.setattr(trackers, "end", lambda loggers, failed: ended.append(failed))
     words = ("--trainer.logger", "wandb", "--trainer.logger.project", "p", "--trainer.logger.log_model", "false")
     first = fit(*words).folder
     run = wandb.run
@@ -88,8 +91,16 @@ def test_wandb(fit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> N
     media = {path.parent.name for path in first.glob("wandb/*/files/media/*/*")}
     assert media == {"images", "table"}
     fit(*words, *LAST)
-    assert wandb.run.id == run.id
+    assert wandb.run.id == run.id and ended == [False, False]
     wandb.finish()
+    monkeypatch.setattr(trackers, "end", ends)
+
+    def fails(*given: Any, **more: Any) -> None:
+        raise UserError("broken")
+
+    monkeypatch.setattr(CLI, "fit", fails)
+    result = llmkit("fit", "--data.train", "text.txt", *TINY, *words)
+    assert "error: broken" in result.err and wandb.run is None  # so that the next run of the process has one of its own
 
 
 def test_mlflow(fit: Callable[..., Result]) -> None:

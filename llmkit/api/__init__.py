@@ -1,1 +1,1 @@
-"""What a command does, as a function: a config and what it is overridden by in, the run folder out."""
+"""Commands as functions: settings in, the folder of the run out."""

@@ -24,8 +24,8 @@ from llmkit.config.stored import find, is_below, layer_of
 from llmkit.data.sources import with_arguments_of_train
 from llmkit.errors import Problem, UserError, located, note, unknown
 from llmkit.ops.sampling import unused
+from llmkit.run.class_names import spelled_out
 from llmkit.run.cli import GROUPS, TOP, TRAINER_DEFAULTS
-from llmkit.run.named import spelled_out
 from llmkit.sequence import DecodingOptions
 
 TOP_KEYS = (*TOP, *GROUPS)

@@ -28,11 +28,11 @@ from llmkit.model.compressed import check_trainable
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.optim import fast_bf16
 from llmkit.run import trackers
+from llmkit.run.class_names import listed
 from llmkit.run.compilation import Compilation
 from llmkit.run.failures import explain, is_out_of_memory, refusal
 from llmkit.run.folder import RunFolder, RunLogger, run_folder, unlogged
 from llmkit.run.memory import ReturnMemory, bound_kernels
-from llmkit.run.named import listed
 from llmkit.run.progress import Progress
 from llmkit.run.provenance import Provenance
 from llmkit.run.report import Predictions, report_evaluation, report_fit
@@ -230,10 +230,9 @@ class CLI(LightningCLI):
         try:
             if self.command == "fit":
                 self.before_fit()
-            trackers.begin(item for item in self.trainer.loggers if not isinstance(item, RunLogger))
             given = {key: self.config_init[key] for key in self.command_keys}
-            getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
-            trackers.end(self.trainer.loggers)
+            with trackers.running(item for item in self.trainer.loggers if not isinstance(item, RunLogger)):
+                getattr(self, self.command)(model=self.model, datamodule=self.datamodule, **given)
         except UserError:
             self.release_folder()
             raise

@@ -80,11 +80,18 @@ def cjk_font() -> list[str]:
     return [name for start in FONTS for name in known if name.startswith(start)][:1]
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG under this name, and as PDF next to it; the same figure always gives the same bytes."""
-    if figure.get_layout_engine() is not None:  # laid out once, not for each format again
+def lay_out(figure: Any) -> None:
+    """Fix where everything in a figure stands, once for all formats that it is written in."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG under this name, and as PDF next to it; the same figure always gives the same bytes."""
+    lay_out(figure)
     figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
     empty = {"CreationDate": None, "Creator": None, "Producer": None}
     figure.savefig(path.with_suffix(".pdf"), metadata=empty)
@@ -92,6 +99,7 @@ def save(figure: Any, path: Path) -> None:
 
 def svg(figure: Any, name: str, description: str) -> str:
     """Return the figure as an element of an HTML page; ``name`` keeps its ids apart from those of other figures."""
+    lay_out(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"^.*?<svg", "<svg", buffer.getvalue(), count=1, flags=re.DOTALL)

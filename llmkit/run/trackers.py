@@ -130,11 +130,18 @@ def ids(loggers: Iterable[Logger]) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value and name not in FOLDERS}
 
 
-def begin(loggers: Iterable[Logger]) -> None:
-    """Begin a run in each tracker. Raises UserError for one that cannot be reached."""
-    for logger in loggers:
-        with _reaching(type(logger).__name__):
-            getattr(logger, "experiment", None)
+@contextmanager
+def running(loggers: Iterable[Logger]) -> Iterator[None]:
+    """Begin a run in each tracker, and end it with the block. Raises UserError for one that cannot be reached."""
+    loggers, failed = list(loggers), True
+    try:
+        for logger in loggers:
+            with _reaching(type(logger).__name__):
+                getattr(logger, "experiment", None)
+        yield
+        failed = False
+    finally:
+        end(loggers, failed)
 
 
 def describe(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
@@ -147,10 +154,10 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
             logger.log_hyperparams({name: value for name, value in settings.items() if name not in known})
 
 
-def end(loggers: Iterable[Logger]) -> None:
-    """End the runs of trackers that would go on to the next run of this process."""
+def end(loggers: Iterable[Logger], failed: bool) -> None:
+    """End the runs of trackers that would continue in the next run of this process."""
     if any(_is(logger, "WandbLogger") for logger in loggers):
-        importlib.import_module("wandb").finish()
+        importlib.import_module("wandb").finish(exit_code=int(failed))
 
 
 @contextmanager

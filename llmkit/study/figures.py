@@ -41,11 +41,7 @@ def draw(results: Results, found: Mapping[str, list[Verdict]], only: Collection[
         "costs": lambda: _costs(results, setting),
     }
     drawn = {name: drawer() for name, drawer in drawers.items() if not only or name in only}
-    figures = {name: figure for name, figure in drawn.items() if figure is not None}
-    for figure in figures.values():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once, not for each format again
-    return figures
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def _differences(results: Results, found: Mapping[str, list[Verdict]]) -> Any:

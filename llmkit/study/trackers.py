@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmkit.run.named import listed
+from llmkit.run.class_names import listed
 from llmkit.run.trackers import Identity, filled
 
 

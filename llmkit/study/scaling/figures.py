@@ -65,9 +65,6 @@ def draw(results: Mapping[str, Any]) -> dict[str, tuple[Any, str, str]]:
                 figures[name] = figure, f"{label}: {title[0].lower()}{title[1:]}" if several else title, caption
     if any(row["value"] is not None for row in results["multipliers"]):
         figures["multipliers"] = _multipliers(results["multipliers"]), *TITLES["multipliers"]
-    for figure, _, _ in figures.values():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
     return figures
 
 

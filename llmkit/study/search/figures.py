@@ -34,11 +34,7 @@ def draw(results: Results) -> dict[str, tuple[Any, str, str]]:
     if results["best"] is None:
         return {}
     figures = {"progress": _progress(results), "slices": _slices(results), "importance": _importance(results)}
-    found = {name: (figure, *TITLES[name]) for name, figure in figures.items() if figure is not None}
-    for figure, _, _ in found.values():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once, not for each format again
-    return found
+    return {name: (figure, *TITLES[name]) for name, figure in figures.items() if figure is not None}
 
 
 def _limits(results: Results) -> tuple[float, float]:

@@ -57,6 +57,9 @@ REFUSED = {
 COPYING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 """Callbacks that copy the model, which a profiler with hooks in its modules prevents."""
 
+IN_ANY_CASE = object()
+"""The logger ``csv`` without arguments: ``metrics.csv`` of the run folder."""
+
 
 def spelled_out(trainer: Mapping[str, Any]) -> tuple[Tree, list[Problem]]:
     """Return the settings of a trainer with its classes as ``{class_path, init_args}``, and what is wrong with names.
@@ -81,10 +84,6 @@ def spelled_out(trainer: Mapping[str, Any]) -> tuple[Tree, list[Problem]]:
         text = f"{copies[0]} copies the model, which has hooks of PyTorchProfiler: set record_module_names: false"
         problems.append(Problem("trainer.profiler", text))
     return tree, problems
-
-
-IN_ANY_CASE = object()
-"""The logger ``csv`` without arguments: ``metrics.csv`` of the run folder."""
 
 
 def listed(value: Any) -> list[Any]:
