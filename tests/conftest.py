@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 # Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
@@ -27,7 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import what takes seconds, except where other processes run the tests, which wait for this one to start them."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
-    import forked
     import torch
 
     import llmkit.commands.fit
@@ -44,10 +44,17 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Let pytest's last collections, ten in a row, pass over everything: they take a second each."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        forked.serve_cells()  # which have this cache too
         yield
 
 
