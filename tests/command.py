@@ -15,9 +15,6 @@ from unittest import mock
 from lightning.pytorch.trainer.connectors import callback_connector
 
 from llmkit import main
-from llmkit.contracts import Topology
-from llmkit.model.parts import Parts
-from llmkit.registry import target_of
 from llmkit.run import figures, throughput
 from llmkit.run.cli import CLI
 
@@ -27,8 +24,6 @@ _parsers: dict[str, Any] = {}
 _build_parser = CLI.setup_parser
 _curves = figures.comparison_curves
 _drawn: dict[str, list[bytes]] = {}
-_try_out = Parts.try_out
-_tried: set[Any] = set()
 
 
 def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str) -> None:
@@ -40,15 +35,6 @@ def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str)
         _drawn[key] = [file.read_bytes() for file in files]
     for file, content in zip(files, _drawn[key], strict=True):
         file.write_bytes(content)
-
-
-def _try_once(parts: Parts, topology: Topology) -> None:
-    """Try parts together, unless the same ones were before: a third of what loading a checkpoint takes."""
-    classes = (target_of(factory) for factory in parts.factories.values())
-    key = (topology, repr(parts.spec), *classes)
-    if key not in _tried:
-        _try_out(parts, topology)
-        _tried.add(key)
 
 
 def parser_once(cli: CLI, *settings: Any) -> None:
@@ -84,14 +70,13 @@ def once() -> Iterator[None]:
     """Do some things once a process.
 
     These are measuring the speed of the machine, building the parser of a command, looking for packages that bring
-    callbacks, trying whether the parts of a model work together, and drawing loss curves that differ in values only.
+    callbacks, and drawing loss curves that differ in values only.
     """
     places: tuple[tuple[Any, str, Any], ...] = (
         (throughput, "peak_flops", _peak_flops),
         (callback_connector, "_load_external_callbacks", _external_callbacks),
         (figures, "comparison_curves", _draw_once),
         (CLI, "setup_parser", parser_once),
-        (Parts, "try_out", _try_once),
     )
     with contextlib.ExitStack() as stack:
         for place in places:
