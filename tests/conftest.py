@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,12 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import what takes seconds, except where other processes run the tests, which wait for this one to start them."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    import command
     import torch
 
     import llmkit.commands.fit
     import llmkit.testing.resume  # noqa: F401
 
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        command.draw_a_curve(Path(folder))
     forked.serve()  # before anything has run: only one thread exists
 
 

@@ -35,6 +35,7 @@ DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
 _MESSAGE = struct.Struct("!cq")
 _RUNNING = 1 << 32
 _server: socket.socket | None = None
+_for_good = contextlib.ExitStack()
 
 
 def serve() -> None:
@@ -49,6 +50,13 @@ def serve() -> None:
     theirs.close()
 
 
+def _do_once() -> None:
+    """Do in what is forked from here what commands in the tests' own process do: see ``command.once``."""
+    import command
+
+    _for_good.enter_context(command.once())
+
+
 def _serve(ours: socket.socket) -> None:
     os.setsid()
     faulthandler.disable()
@@ -59,6 +67,7 @@ def _serve(ours: socket.socket) -> None:
     os.closerange(ours.fileno() + 1, 4096)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()
+    _do_once()
     children: set[int] = set()
     while True:
         message, streams, _, _ = socket.recv_fds(ours, _MESSAGE.size, 4)
@@ -153,6 +162,7 @@ def serve_cells() -> None:
                         with contextlib.suppress(OSError):
                             os.close(number)
                 _open_streams()
+                _do_once()
                 exec(words[-1], {})
             finally:
                 os._exit(1)
