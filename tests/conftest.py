@@ -29,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import what takes seconds, except where other processes run the tests, which wait for this one to start them."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    from llmkit import lazy
+
+    lazy.defer({})  # as each command does: a third of the import
     import command
     import torch
 

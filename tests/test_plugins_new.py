@@ -26,6 +26,9 @@ from llmkit.testing import attention, properties
 from llmkit.testing.facts import differences
 
 FAMILIES = list(DEFAULTS)
+QUICK = ("-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
+"""Options of pytest within pytest; without the last one it would collect the garbage of this process five times."""
+SMALL = ("--data.batch_size", "4", "--model.context", "32", "--model.decoding.max_new_tokens", "8")
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +95,12 @@ def test_the_printed_commands_work(
     assert "1 passed, 0 failed" in report and f"{family}: {name}.{cls}()" in report
 
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        assert pytest.main([*shlex.split(test)[3:], "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
+        assert pytest.main([*shlex.split(test)[3:], *QUICK]) == 0, told.getvalue()
     assert f"{len(properties(family))} passed" in told.getvalue()
 
-    less = ["--data.batch_size", "2", "--model.context", "32"]  # enough to learn
-    less += ["--trainer.max_steps", "40", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1"]
-    run = done(*shlex.split(fit)[1:], *less)
+    few = ["--trainer.max_steps", "12", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1"]
+    fast = ["--model.optimizer.lr", "0.003", "--model.scheduler.warmup_steps", "1"]
+    run = done(*shlex.split(fit)[1:], *SMALL, *few, *fast)
     if family == "compression":
         (line,) = compress
         assert name in done(*shlex.split(line)[1:], "--rows", "4", "--rounds", "2", "--no_memory").out
@@ -162,10 +165,10 @@ def test_a_package_installs_and_works(tmp_path: Path, monkeypatch: pytest.Monkey
     registry._installed.cache_clear()
     assert registry.find("norm", "fresh_scale").distribution == "llmkit-fresh_scale"
     assert "1 passed, 0 failed" in done(*shlex.split(check)[1:], "--only", "builds").out
-    run = done(*shlex.split(fit)[1:], "--trainer.max_steps", "1")
+    run = done(*shlex.split(fit)[1:], *SMALL, "--trainer.max_steps", "1")
     assert "llmkit_fresh_scale.FreshScale" in (run.folder / "config.yaml").read_text()
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        assert pytest.main([*shlex.split(test)[3:], "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
+        assert pytest.main([*shlex.split(test)[3:], *QUICK]) == 0, told.getvalue()
     assert f"{len(properties('norm'))} passed" in told.getvalue()
 
 
@@ -176,7 +179,7 @@ def test_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         *("fresh_scale.py", "fresh_scale.yaml", "test_fresh_scale.py"),
     ]
     assert done(*shlex.split(check)[1:], "--only", "builds").code == 0
-    assert done(*shlex.split(fit)[1:], "--trainer.max_steps", "1").code == 0
+    assert done(*shlex.split(fit)[1:], *SMALL, "--trainer.max_steps", "1").code == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,7 +63,26 @@ def predictions(runs: Runs, held: Runs, draws: int) -> list[dict[str, Any]]:
     return _predictions(fit, bootstrap(runs.N, runs.D, runs.L, fit.surface, draws), held)
 
 
-def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any], Fit, list[Surface]]:
+class Identified(NamedTuple):
+    """A surface, and what the runs determine of it."""
+
+    fit: Fit
+    drawn: list[Surface]
+    """Of the bootstrap."""
+    cost: Cost
+    condition: Mapping[str, float]
+    parameters: dict[str, Any]
+    """Value, standard error and intervals of each."""
+    reasons: list[str]
+    """Why there is no exponent, a sentence each; none: there is one."""
+    groups: list[list[int]]
+    """The runs of each budget."""
+    parabolas: list[Parabola]
+    """The loss by size, one a budget."""
+
+
+def identify(runs: Runs, draws: int) -> Identified:
+    """Fit a surface and parabolas to the runs, and find out what they determine."""
     fit = project(runs.N, runs.D, runs.L)
     drawn = bootstrap(runs.N, runs.D, runs.L, fit.surface, draws)
     cost = Cost.counted(runs.N, runs.D, runs.C) if runs.counted else SIX
@@ -71,7 +90,12 @@ def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any],
     parameters = _parameters(runs, fit, drawn, cost)
     reasons = _reasons(runs, fit, drawn, parameters, conditioned)
     groups = isoflop.budgets(runs.C, runs.budget)
-    parabolas = {axis: _parabolas(runs, groups, getattr(runs, axis)) for axis in ("N", "D")}
+    return Identified(fit, drawn, cost, conditioned, parameters, reasons, groups, _parabolas(runs, groups, runs.N))
+
+
+def _variant(runs: Runs, held: Runs | None, draws: int) -> tuple[dict[str, Any], Fit, list[Surface]]:
+    fit, drawn, cost, conditioned, parameters, reasons, groups, by_size = identify(runs, draws)
+    parabolas = {"N": by_size, "D": _parabolas(runs, groups, runs.D)}
     laws = {axis: isoflop.power_law(found) for axis, found in parabolas.items()}
     biased = None if reasons else isoflop.bias(fit.surface, groups, runs.C, runs.N, cost)
     for name, one in parameters.items():  # what the runs do not determine is in no file

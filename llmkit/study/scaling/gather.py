@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from llmkit.study.cells import StudyPlan
 from llmkit.study.outcomes import outcome_of
-from llmkit.study.scaling.analysis import analyse
+from llmkit.study.scaling.analysis import identify
 from llmkit.study.scaling.grid import Point
 from llmkit.study.scaling.runs import Runs
 from llmkit.study.scaling.spec import ScaleStudy
-from llmkit.study.scaling.surface import Cost, Surface
+from llmkit.study.scaling.surface import Surface
 
 BITS = "val_bits_per_byte"
 ALPHA, BETA = 0.34, 0.28
@@ -68,13 +67,13 @@ def foreseen(study: ScaleStudy, grid: Sequence[Point]) -> list[str]:
     noise = 1 + study.noise * np.random.default_rng(0).standard_normal(len(points))
     runs.L = surface.loss(runs.N, runs.D) * noise
     assumed = f"if alpha is {ALPHA}, beta {BETA} and the noise of a run {100 * study.noise:.2g} % of its loss"
-    results: dict[str, Any] = analyse({"planned": runs}, "plan", draws=60)["variants"]["planned"]
-    one = results["parameters"]["exponent"]
-    used = [parabola for parabola in results["parabolas"]["N"] if not parabola["refused"]]
-    vertices = f"{len(used)} of {len(results['parabolas']['N'])} vertices of parabolas would be used"
-    if results["reasons"]:
-        return [f"no exponent, {assumed}; {vertices}", *(f"  - {reason}" for reason in results["reasons"])]
+    found = identify(runs, draws=60)
+    used = [parabola for parabola in found.parabolas if not parabola.refused]
+    vertices = f"{len(used)} of {len(found.parabolas)} vertices of parabolas would be used"
+    if found.reasons:
+        return [f"no exponent, {assumed}; {vertices}", *(f"  - {reason}" for reason in found.reasons)]
+    one = found.parameters["exponent"]
     low, high = one["bootstrap"]
-    truly = Cost(*results["cost"]).exponent(ALPHA, BETA)
-    found = f"exponent of N* {one['value']:.3f} (truly {truly:.3f}), 90 % interval {low:.3f} to {high:.3f}"
-    return [f"{found}, {assumed}; {vertices}"]
+    truly = found.cost.exponent(ALPHA, BETA)
+    line = f"exponent of N* {one['value']:.3f} (truly {truly:.3f}), 90 % interval {low:.3f} to {high:.3f}"
+    return [f"{line}, {assumed}; {vertices}"]
