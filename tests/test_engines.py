@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import slurm_cluster
-from study_fakes import begun, cells, count, everything
+from study_fakes import ALLOWED, begun, cells, count, everything
 
 from llmkit.commands.cell import fit_cell
 from llmkit.errors import Stopped, UserError
+from llmkit.study import slurm as slurm_module
 from llmkit.study.execute import Executor, Local
 from llmkit.study.outcomes import Cell
 from llmkit.study.ray import Ray
@@ -121,6 +122,7 @@ def slurm(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     pytest.importorskip("submitit", reason="needs submitit: pip install 'llmkit[slurm]'")
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
+    environment.setattr(slurm_module, "PAUSE", 0.5)
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
     with slurm_cluster.cluster(folder):
         yield folder
@@ -146,11 +148,14 @@ def test_slurm(slurm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         daemons = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in lost]
         kill(slurm_cluster.pid_of(slurm, "slurmd.n2"), *daemons, *lost)
         slurm_cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")  # without SlurmdTimeout
+        (root / ALLOWED).unlink()
 
+    root.mkdir(parents=True)
+    (root / ALLOWED).write_text("8")  # so that no cell ends before it is disturbed
     with Meanwhile(interrupt), pytest.raises(Stopped):
-        Slurm(root, None, 1, SLOW, {"setup": ["true"]})(CELLS, len(CELLS))
+        Slurm(root, None, 1, count, {"setup": ["true"]})(CELLS, len(CELLS))
     submitted = (root.parent / "slurm" / "jobs.json").read_text()
-    again = Slurm(root, None, 1, SLOW, {})
+    again = Slurm(root, None, 1, count, {})
     with Meanwhile(disturb):
         again([*CELLS, BROKEN], len(CELLS) + 1)
     said = capfd.readouterr().err
