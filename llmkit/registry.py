@@ -113,10 +113,7 @@ def _installed() -> dict[str, list[Entry]]:
     points = entry_points()
     name = functools.cache(lambda distribution: distribution.name if distribution else "?")
     return {
-        family: [
-            Entry(family, point.name, point.value, name(point.dist))
-            for point in points.select(group=f"llmkit.{family}")
-        ]
+        family: [Entry(family, one.name, one.value, name(one.dist)) for one in points.select(group=f"llmkit.{family}")]
         for family in DEFAULTS
     }
 
@@ -232,6 +229,7 @@ def check_contract(family: str, name: str, cls: Any) -> None:
         raise UserError(f"{family} '{name}': {cls.__name__} is abstract, it still has to define {missing}")
 
 
+@functools.cache
 def check_signatures(family: str, name: str, cls: type) -> None:
     """Raise UserError unless each method of a class takes what the contract calls it with."""
     for how in vars(contract(family)).values():

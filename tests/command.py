@@ -7,7 +7,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,9 +15,6 @@ from unittest import mock
 from lightning.pytorch.trainer.connectors import callback_connector
 
 from llmkit import main
-from llmkit.contracts import Topology
-from llmkit.model.parts import Parts
-from llmkit.registry import target_of
 from llmkit.run import figures, throughput
 from llmkit.run.cli import CLI
 
@@ -26,29 +23,29 @@ _external_callbacks = functools.cache(callback_connector._load_external_callback
 _parsers: dict[str, Any] = {}
 _build_parser = CLI.setup_parser
 _curves = figures.comparison_curves
-_drawn: dict[str, list[bytes]] = {}
-_try_out = Parts.try_out
-_tried: set[Any] = set()
+_matrix = figures.confusion_matrix
+_drawn: dict[tuple[object, ...], list[bytes]] = {}
 
 
 def _draw_once(curves: Mapping[str, figures.Curve], png_file: Path, ylabel: str) -> None:
-    """Draw curves, unless others of the same labels and steps (and as finite) were drawn: a fourth of a small fit."""
-    shape = [(name, [(step, math.isfinite(value)) for step, value in points]) for name, points in curves.items()]
-    key, files = repr((shape, ylabel)), (png_file, png_file.with_suffix(".pdf"))
+    """Draw curves, unless others of these labels (as finite, and as short) were drawn: a fourth of a small fit."""
+    few = [min(len(points), 2) + (len(points) >= figures.LONG) for points in curves.values()]
+    finite = [all(math.isfinite(value) for _, value in points) for points in curves.values()]
+    _once((*curves, ylabel, *few, *finite), png_file, lambda: _curves(curves, png_file, ylabel))
+
+
+def _matrix_once(counts: list[list[int]], labels: list[str], png_file: Path) -> None:
+    """Draw a confusion matrix, unless one of these labels was drawn."""
+    _once((*labels, len(counts)), png_file, lambda: _matrix(counts, labels, png_file))
+
+
+def _once(key: tuple[object, ...], png_file: Path, draw: Callable[[], None]) -> None:
+    files = (png_file, png_file.with_suffix(".pdf"))
     if key not in _drawn:
-        _curves(curves, png_file, ylabel)
+        draw()
         _drawn[key] = [file.read_bytes() for file in files]
     for file, content in zip(files, _drawn[key], strict=True):
         file.write_bytes(content)
-
-
-def _try_once(parts: Parts, topology: Topology) -> None:
-    """Try parts together, unless the same ones were before: a third of what loading a checkpoint takes."""
-    classes = (target_of(factory) for factory in parts.factories.values())
-    key = (topology, repr(parts.spec), *classes)
-    if key not in _tried:
-        _try_out(parts, topology)
-        _tried.add(key)
 
 
 def parser_once(cli: CLI, *settings: Any) -> None:
@@ -84,19 +81,26 @@ def once() -> Iterator[None]:
     """Do some things once a process.
 
     These are measuring the speed of the machine, building the parser of a command, looking for packages that bring
-    callbacks, trying whether the parts of a model work together, and drawing loss curves that differ in values only.
+    callbacks, and drawing loss curves and confusion matrices that differ in values only.
     """
     places: tuple[tuple[Any, str, Any], ...] = (
         (throughput, "peak_flops", _peak_flops),
         (callback_connector, "_load_external_callbacks", _external_callbacks),
         (figures, "comparison_curves", _draw_once),
+        (figures, "confusion_matrix", _matrix_once),
         (CLI, "setup_parser", parser_once),
-        (Parts, "try_out", _try_once),
     )
     with contextlib.ExitStack() as stack:
         for place in places:
             stack.enter_context(mock.patch.object(*place))
         yield
+
+
+def draw_a_curve(folder: Path) -> None:
+    """Draw the loss curve of a small fit, so that the copies of this process need not."""
+    curve = [(1, 1.0), (2, 1.0)]
+    for label in ("loss", "loss (nats per token)"):
+        _draw_once({"training": curve, "validation": curve}, folder / "loss.png", label)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 # Before anything imports the Hugging Face libraries: no test may need the network or wait for it.
@@ -30,13 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
     from llmkit import lazy
 
     lazy.defer({})  # as each command does: a third of the import
-    import forked
+    import command
     import torch
 
     import llmkit.commands.fit
     import llmkit.testing.resume  # noqa: F401
 
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        command.draw_a_curve(Path(folder))
     forked.serve()  # before anything has run: only one thread exists
 
 
@@ -47,10 +51,17 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Let pytest's last collections, ten in a row, pass over everything: they take a second each."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        forked.serve_cells()  # which have this cache too
         yield
 
 

@@ -8,6 +8,7 @@ wheel, the rank that Lightning reads from the environment when it is imported) i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import io
@@ -24,7 +25,9 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker, util
 from typing import IO, Any
+from unittest import mock
 
 PATIENCE = 1200.0
 """Seconds; a busy machine makes processes that take a few of them take minutes."""
@@ -32,6 +35,7 @@ DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
 _MESSAGE = struct.Struct("!cq")
 _RUNNING = 1 << 32
 _server: socket.socket | None = None
+_for_good = contextlib.ExitStack()
 
 
 def serve() -> None:
@@ -46,6 +50,13 @@ def serve() -> None:
     theirs.close()
 
 
+def _do_once() -> None:
+    """Do in what is forked from here what commands in the tests' own process do: see ``command.once``."""
+    import command
+
+    _for_good.enter_context(command.once())
+
+
 def _serve(ours: socket.socket) -> None:
     os.setsid()
     faulthandler.disable()
@@ -56,6 +67,7 @@ def _serve(ours: socket.socket) -> None:
     os.closerange(ours.fileno() + 1, 4096)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()
+    _do_once()
     children: set[int] = set()
     while True:
         message, streams, _, _ = socket.recv_fds(ours, _MESSAGE.size, 4)
@@ -79,6 +91,17 @@ def _serve(ours: socket.socket) -> None:
         ours.sendall(_MESSAGE.pack(kind, answer))
 
 
+def _open_streams() -> None:
+    """Let Python's streams be the first three files, as in a new interpreter."""
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.FileIO(0, "r", closefd=False), encoding="utf-8")  # type: ignore[misc]
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        raw = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
+        errors = "strict" if name == "stdout" else "backslashreplace"
+        text = io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)
+
+
 def _run(request: int, *streams: int) -> None:
     """Become the process that was asked for, as far as Python code sees."""
     code: Any = 1
@@ -87,13 +110,7 @@ def _run(request: int, *streams: int) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.FileIO(0, "r", closefd=False), encoding="utf-8")  # type: ignore[misc]
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            raw = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
-            errors = "strict" if name == "stdout" else "backslashreplace"
-            text = io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
-            setattr(sys, name, text)
-            setattr(sys, f"__{name}__", text)
+        _open_streams()
         with os.fdopen(request) as file:
             file.seek(0)
             task = json.load(file)
@@ -124,6 +141,36 @@ def _run(request: int, *streams: int) -> None:
             sys.stdout.flush()
         finally:
             os._exit(code if isinstance(code, int) else code is not None)
+
+
+def serve_cells() -> None:
+    """Make a copy of this process what ``multiprocessing`` forks from, the cells of a study for instance.
+
+    It starts an interpreter of its own otherwise, and whatever the first study did not import, each cell imports.
+    """
+
+    def fork(executable: object, words: Sequence[str], kept: Sequence[int]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                faulthandler.disable()
+                nothing = os.open(os.devnull, os.O_RDWR)
+                for stream in range(3):
+                    os.dup2(nothing, stream)
+                for number in range(3, 4096):
+                    if number not in kept:
+                        with contextlib.suppress(OSError):
+                            os.close(number)
+                _open_streams()
+                _do_once()
+                exec(words[-1], {})
+            finally:
+                os._exit(1)
+        return pid
+
+    resource_tracker.ensure_running()
+    with mock.patch.object(util, "spawnv_passfds", fork):
+        forkserver.ensure_running()
 
 
 class Popen:

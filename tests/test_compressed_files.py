@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -91,14 +90,11 @@ print(json.dumps({"found": found, "safe": safe}))
 """
 
 
-def test_a_fresh_process_answers_the_same(files: dict[str, Path]) -> None:
-    """One interpreter for all of them, for its start costs more than they do; each goes through the whole command."""
+def test_a_fresh_process_answers_the_same(files: dict[str, Path], tmp_path: Path) -> None:
+    """One process, in which nothing has run, for all of them; each goes through the whole command."""
+    (tmp_path / "fresh.py").write_text(FRESH)
     given = [json.dumps(WORDS), *(json.dumps(str(path)) for path in files.values())]
-    path = os.pathsep.join(sys.path)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    fresh = subprocess.run(
-        [sys.executable, "-c", FRESH, *given], env=environment, capture_output=True, text=True, check=False
-    )
+    fresh = forked.run([sys.executable, str(tmp_path / "fresh.py"), *given])
     assert fresh.returncode == 0, fresh.stderr
     answers = json.loads(fresh.stdout)
     assert answers["safe"] == [True] * len(files)

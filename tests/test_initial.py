@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -161,3 +161,23 @@ def test_a_model_draws_its_weights_from_the_seed_alone(head: str, quiet: bool) -
     assert {name for name in first if name.startswith("head.")} <= same
     side = "decoder" if head == "generation" else "encoder"
     assert (first[f"net.{side}.0.feedforward_norm.weight"] < 1).all() == quiet
+
+
+class Counted(Wasteful):
+    """Counts how often it is built, and draws numbers whatever the default device."""
+
+    built: ClassVar[list[int]] = []
+
+    def __init__(self, dim: int, role: Any) -> None:
+        super().__init__(dim, role)
+        self.built.append(dim)
+        torch.rand(5, device="cpu")
+
+
+def test_parts_are_tried_out_once_and_leave_the_random_stream() -> None:
+    """Otherwise the second model of a process would get other numbers than the first."""
+    for dim in (8, 8, 16):
+        torch.manual_seed(0)
+        llmkit.LanguageModel(attention=Counted, dim=dim)
+        assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(0))
+    assert Counted.built == [8, 16]

@@ -11,6 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmkit.errors import Problem, UserError, note
 
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
 MAPPED = ".bin"  # suffix of arrays that are mapped and may be large: only their size is checked
+QUICK = 2**26  # bytes; a smaller file is hashed in less time than a thread for its progress is worth
 DAY = 24 * 3600  # seconds
 _own: list[tempfile.TemporaryDirectory[str]] = []  # entries without a key
 
@@ -44,7 +46,8 @@ def file_digest(path: str | Path, folder: Path) -> str:
     try:
         return memo.read_text()
     except (OSError, ValueError):
-        with Step(f"hashing {path}"), open(path, "rb") as file:
+        step = Step(f"hashing {path}") if info.st_size > QUICK else nullcontext()
+        with step, open(path, "rb") as file:
             found = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     # A file changed a moment ago can change again within the resolution of its times.
     if time.time_ns() - changed > 2e9:

@@ -19,7 +19,8 @@ STD = 0.02
 def seed_device(seed: int, device: torch.device) -> None:
     """Seed the random numbers of a device and of the CPU.
 
-    ``torch.manual_seed`` seeds devices that do not exist too, which costs more than a small step.
+    ``torch.manual_seed`` seeds devices that do not exist too, and formats the stack for each, which costs more than a
+    small step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

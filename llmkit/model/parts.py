@@ -38,6 +38,9 @@ SIZES = (
 )
 """The plain arguments of a model that its checkpoints describe."""
 
+_agreed: set[Any] = set()
+"""Parts, by topology, settings and classes, that this process has tried out together with success."""
+
 
 class Parts:
     """A model's plugins as factories, and its sizes.
@@ -165,7 +168,18 @@ class Parts:
         return Metrics(make)
 
     def try_out(self, topology: Topology) -> None:
-        """Report parts that cannot work together before any data is prepared. Raises UserError."""
+        """Report parts that cannot work together before any data is prepared. Raises UserError.
+
+        Those that do are tried once a process. No random number is drawn, or the second model would get others.
+        """
+        classes = (registry.target_of(factory) for factory in self.factories.values())
+        choice = (topology, repr(self.spec), *classes)
+        if choice not in _agreed:
+            with torch.random.fork_rng(devices=[]):
+                self._try_out(topology)
+            _agreed.add(choice)
+
+    def _try_out(self, topology: Topology) -> None:
         with torch.device("meta"):
             net = self.backbone(topology, vocab_size=1, num_layers=1)
         weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]

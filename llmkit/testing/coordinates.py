@@ -140,7 +140,7 @@ def _at_width(model: LanguageModel, width: int, base: int | None, seed: int) -> 
         other = LanguageModel(**spec)
         other.tokenizer, other.head_ready = model.tokenizer, True
         other.head.set_info(model.head.info())
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         other.configure_model()
     except UserError as error:
         raise UserError(*(Problem("", f"width {width}: {problem}") for problem in error.problems)) from error

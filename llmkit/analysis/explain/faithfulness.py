@@ -171,7 +171,7 @@ def randomised(model: LanguageModel, seed: int = 0) -> LanguageModel:
     other = copy.deepcopy(model)
     assert other.tokenizer is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         vocab_size = other.parts.vocab_size(other.tokenizer)
         other.net = other.parts.backbone(other.head.topology, vocab_size).to(model.device).eval()
         other.head.build(other.spec["dim"], vocab_size)

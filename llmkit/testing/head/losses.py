@@ -196,7 +196,7 @@ def loss(subject: Subject) -> str:
         head = subject.head().train(training)
         net.train(training)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(subject.seed)
+            torch.default_generator.manual_seed(subject.seed)
             found = head.loss(ContractNetwork(net), subject.batch(subject.items, head=head))
         mode = "in training mode" if training else "in eval mode"
         if not isinstance(found, Loss):

@@ -185,6 +185,9 @@ class Recurrent(Attention):
         else:
             carried = [value[None].to(exact) for value in start]
         first = carried if len(carried) > 1 else carried[0]
+        if x.is_meta and not torch.is_grad_enabled():  # torch would step through the columns, in Python
+            outputs = x.new_empty(*x.shape[:-1], (1 + both) * self.rnn.hidden_size)
+            return outputs, [torch.empty_like(value[0]) for value in carried]
         settings = (True, 1, 0.0, self.training, both)  # biases, layers, dropout between layers
         quantized = getattr(self.rnn, "quantized", None)  # kernels that a compressed network brings; without gradients
         differentiated = torch.is_grad_enabled() and x.requires_grad
