@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from command import done
+from test_plugins_new import QUICK
 
 from llmkit import LanguageModel, plugin, registry
 from llmkit.sequence import Sequence, padded, segments_of
@@ -153,7 +154,7 @@ def test_package_plugin(tmp_path: Path, library: Path, monkeypatch: pytest.Monke
     text = done("infer", "hf:exported", "def main", "--greedy", "--max_new_tokens", 4).out
     assert tokenizer.decode(written[0], skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\n")
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        assert pytest.main([str(source / "tests"), "-q", "-p", "no:cacheprovider"]) == 0, told.getvalue()
+        assert pytest.main([str(source / "tests"), *QUICK]) == 0, told.getvalue()
     for name in [name for name in sys.modules if name.startswith("llmkit_aft")]:
         del sys.modules[name]
     registry._installed.cache_clear()

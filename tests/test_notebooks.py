@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from llmkit.run.throughput import LOGGED
@@ -26,11 +30,30 @@ def kinds(cell: Any) -> list[str]:
     return [kind for kind in found if kind != "stderr"]
 
 
+class Kernel(forked.Popen):
+    """A kernel in a fork: as much of ``subprocess.Popen`` as jupyter_client uses of it."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], env: dict[str, str], cwd: str, **more: object) -> None:
+        inline = "--matplotlib=inline"  # a variable of the environment says so to the import, which has been
+        super().__init__([*command, inline], stdout=forked.DEVNULL, stderr=forked.DEVNULL, env=env, cwd=cwd)
+        while os.getpgid(self.pid) != self.pid:  # it is about to lead a group of its own, to which signals go
+            time.sleep(0.01)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
 def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one kernel, one after the other; a cell that fails is an error."""
     pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     monkeypatch.setenv("LLMKIT_CACHE", "")  # which the script sets
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", Kernel)
     found = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))["executed"](tmp_path)
     for path, notebook in found.items():
         saved = json.loads(path.read_text("utf-8"))
