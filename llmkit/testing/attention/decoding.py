@@ -46,10 +46,11 @@ def compare(
         for size in cuts:
             end = start + size
             piece = run(module, x[:, start:end], part(seq, start, end), state=state)
-            where = f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1}"
-            same(
-                piece[real[:, start:end]], expected[:, start:end][real[:, start:end]], f"{where} differ by {{}}".format
+            actual, full = (y[real[:, start:end]] for y in (piece, expected[:, start:end]))
+            message = (
+                f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1} differ by {{}}"
             )
+            same(actual, full, message.format)
             if state.length != end:
                 raise Violation(f"after {end} columns state.length is {state.length}")
             start = end
