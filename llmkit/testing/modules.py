@@ -208,9 +208,10 @@ def bfloat16(subject: Subject) -> str:
     worst = 0.0
     for usage, kinds in (usage.low_precision() for usage in subject.usages):
         share, tolerance = usage.rounding
+        modules = {dtype: usage.build(dtype) for dtype in (torch.float64, torch.bfloat16, torch.float32)}
         for inputs in kinds:
             half = inputs.to(torch.bfloat16)
-            expected = usage.outputs(usage.build(), half.to(torch.float64))
+            expected = usage.outputs(modules[torch.float64], half.to(torch.float64))
             # Under autocast inputs are in either dtype: a linear map gives bfloat16, an embedding or a norm float32.
             for weights, dtype in (
                 (torch.bfloat16, torch.bfloat16),
@@ -219,7 +220,7 @@ def bfloat16(subject: Subject) -> str:
             ):
                 mixed = weights == torch.float32
                 with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                    actual = usage.outputs(usage.build(weights), half.to(dtype))
+                    actual = usage.outputs(modules[weights], half.to(dtype))
                 if not mixed:
                     _check_dtype(usage, actual, torch.bfloat16, WIDER)
                 how = f"under autocast, input in {dtype}" if mixed else "with bfloat16 weights"

@@ -16,6 +16,12 @@ PROPERTIES: Properties[Subject] = Properties()
 MEANING = "Generated text is not what the model would write: decoding and training compute different things."
 
 
+def causal(subject: Subject) -> Attention:
+    """Return the causal module, or raise NotApplicable if there is none."""
+    need(subject, "causal")
+    return subject.build("causal")
+
+
 def state_of(subject: Subject, module: Attention, batch: int, columns: int) -> State:
     """Return an empty decoding state, or raise NotApplicable if the variant keeps none."""
     state = module.init_state(batch, columns, subject.x(batch, 1))
@@ -25,66 +31,70 @@ def state_of(subject: Subject, module: Attention, batch: int, columns: int) -> S
 
 
 @torch.no_grad()
-def compare(subject: Subject, segments: Segments | None, position: str, length: int, cuts: list[int]) -> None:
+def compare(
+    subject: Subject, module: Attention, segments: Segments | None, position: str, *all_cuts: tuple[int, ...]
+) -> None:
     """Compare decoding in pieces of these sizes with one full pass; raise Violation where they differ."""
-    module, batch = subject.build("causal"), 1 if segments is None else len(segments)
+    batch, length = 1 if segments is None else len(segments), sum(all_cuts[0])
     x = subject.x(batch, length)
     expected = run(module, x, sequence(segments, position, length, subject.dim))
-    seq, state = sequence(segments, position, length, subject.dim), state_of(subject, module, batch, length)
     real = torch.ones(batch, length, dtype=torch.bool) if segments is None else torch.tensor(segments) > 0
-    start = 0
-    for size in cuts:
-        end = start + size
-        piece = run(module, x[:, start:end], part(seq, start, end), state=state)
-        shown = "no padding" if segments is None else f"segments {segments} (0 is padding)"
-        message = f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1} differ by {{}}"
-        same(piece[real[:, start:end]], expected[:, start:end][real[:, start:end]], message.format)
-        if state.length != end:
-            raise Violation(f"after {end} columns state.length is {state.length}")
-        start = end
+    shown = "no padding" if segments is None else f"segments {segments} (0 is padding)"
+    for cuts in dict.fromkeys(all_cuts):
+        seq, state = sequence(segments, position, length, subject.dim), state_of(subject, module, batch, length)
+        start = 0
+        for size in cuts:
+            end = start + size
+            piece = run(module, x[:, start:end], part(seq, start, end), state=state)
+            actual, full = (y[real[:, start:end]] for y in (piece, expected[:, start:end]))
+            message = (
+                f"{position}, {shown}, fed in pieces of {_short(cuts)}: columns {start} to {end - 1} differ by {{}}"
+            )
+            same(actual, full, message.format)
+            if state.length != end:
+                raise Violation(f"after {end} columns state.length is {state.length}")
+            start = end
 
 
 @PROPERTIES("decoding token by token equals the full pass", MEANING)
 def decoding_steps(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for position in POSITIONS:
         for length in (1, 2, 3, 7):
-            compare(subject, None, position, length, [1] * length)
+            compare(subject, module, None, position, (1,) * length)
 
 
 @PROPERTIES("decoding in pieces of several tokens equals the full pass", MEANING)
 def decoding_chunks(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for position in POSITIONS:
-        for cuts in ([2, 1], [1, 2], [3, 1, 2, 1], [2, 5], [7]):
-            compare(subject, None, position, sum(cuts), cuts)
+        for all_cuts in (((2, 1), (1, 2)), ((3, 1, 2, 1), (2, 5), (7,))):
+            compare(subject, module, None, position, *all_cuts)
 
 
 @PROPERTIES("decoding past any window or block equals the full pass", MEANING)
 def decoding_long(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for position in POSITIONS:
-        compare(subject, None, position, LONG, [LONG // 2 + 3, *[1] * 5, 40, *[1] * (LONG - LONG // 2 - 48)])
+        compare(subject, module, None, position, (LONG // 2 + 3, *[1] * 5, 40, *[1] * (LONG - LONG // 2 - 48)))
 
 
 @PROPERTIES("decoding with padding anywhere equals the full pass", f"{MEANING} Here for prompts of different lengths.")
 def decoding_padding(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for position in POSITIONS:
         for segments in PADDED:
             length = len(segments[0])
-            for cuts in ([1] * length, [length - 1, 1]):
-                compare(subject, segments, position, length, cuts)
+            compare(subject, module, segments, position, (1,) * length, (length - 1, 1))
 
 
 @PROPERTIES("decoding across the end of a document equals the full pass", f"{MEANING} The previous document leaks in.")
 def decoding_documents(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for position in POSITIONS:
         for segments in PACKED:
             length = len(segments[0])
-            for cuts in ([1] * length, [length - 1, 1], [1, length - 1]):
-                compare(subject, segments, position, length, cuts)
+            compare(subject, module, segments, position, (1,) * length, (length - 1, 1), (1, length - 1))
 
 
 @PROPERTIES(
@@ -93,17 +103,18 @@ def decoding_documents(subject: Subject) -> None:
 )
 @torch.no_grad()
 def decoding_ragged(subject: Subject) -> None:
-    need(subject, "causal")
-    all_prompts = ([[1, 1], [1, 0]], [[1, 1], [0, 1]], [[1, 1, 1, 1], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]])
+    module = causal(subject)
+    all_prompts = ([[1, 1], [1, 0], [0, 1]], [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
     for first, prompts in enumerate(all_prompts):
         for number, position in enumerate(POSITIONS):
-            _ragged(subject, prompts, position, (3, LONG // 2)[(first + number) % 2])  # each pair of values occurs
+            new = (3, LONG // 2)[(first + number) % 2]  # each pair of values occurs
+            _ragged(subject, module, prompts, position, new)
 
 
-def _ragged(subject: Subject, prompts: Segments, position: str, new: int) -> None:
+def _ragged(subject: Subject, module: Attention, prompts: Segments, position: str, new: int) -> None:
     width = len(prompts[0])
     segments = [[*row, *[1] * new] for row in prompts]
-    module, x = subject.build("causal"), subject.x(len(prompts), width + new)
+    x = subject.x(len(prompts), width + new)
     expected = run(module, x, sequence(segments, position, dim=subject.dim))
     full = sequence(segments, position, dim=subject.dim)
     state = state_of(subject, module, len(prompts), width + new)
@@ -119,11 +130,11 @@ def _ragged(subject: Subject, prompts: Segments, position: str, new: int) -> Non
 @PROPERTIES("the rows of a state can be reordered", "Beam search continues one text with the state of another.")
 @torch.no_grad()
 def decoding_reorder(subject: Subject) -> None:
-    need(subject, "causal")
+    module = causal(subject)
     for segments in ([[1] * 5, [1] * 5], [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]):
         for position in POSITIONS:
             for order in ([1, 0], [0, 0], [1, 1, 0]):
-                module, x, rows = subject.build("causal"), subject.x(2, 5), torch.tensor(order)
+                x, rows = subject.x(2, 5), torch.tensor(order)
                 dense = not any(0 in row for row in segments)
                 seq = sequence(None if dense else segments, position, 5, subject.dim)
                 state = state_of(subject, module, 2, 5)
@@ -141,10 +152,11 @@ def decoding_reorder(subject: Subject) -> None:
 @torch.no_grad()
 def cross_decoding(subject: Subject) -> None:
     need(subject, "cross")
+    module, x = subject.build("cross"), subject.x(2, 4)
     for segments in (None, [[1, 1, 0], [0, 1, 1]]):
         for cuts in ([1, 1, 1, 1], [2, 2], [1, 3]):
-            module, x, memory = subject.build("cross"), subject.x(2, 4), memory_of(subject, segments, 2, 3)
-            expected, seq = run(module, x, Sequence.dense(4), memory), Sequence.dense(4)
+            memory, seq = memory_of(subject, segments, 2, 3), Sequence.dense(4)
+            expected = run(module, x, Sequence.dense(4), memory)
             state, start = state_of(subject, module, 2, 4), 0
             for size in cuts:
                 piece = part(seq, start, start + size)
@@ -169,8 +181,7 @@ def _reordered(subject: Subject) -> None:
 @PROPERTIES("a state holds as many columns as it was created for", "Generation stops before the end of the context.")
 @torch.no_grad()
 def state_size(subject: Subject) -> str:
-    need(subject, "causal")
-    module = subject.build("causal")
+    module = causal(subject)
     sizes = []
     for columns in (LONG, 2 * LONG):
         state = state_of(subject, module, 1, columns)
@@ -187,5 +198,5 @@ def state_size(subject: Subject) -> str:
     return f"grows: {(sizes[1] - sizes[0]) / LONG:.0f} numbers a row and column"
 
 
-def _short(cuts: list[int]) -> str:
-    return str(cuts) if len(cuts) < 9 else f"[{', '.join(map(str, cuts[:8]))}, ...]"
+def _short(cuts: tuple[int, ...]) -> str:
+    return str([*cuts]) if len(cuts) < 9 else f"[{', '.join(map(str, cuts[:8]))}, ...]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Role
+from llmkit.contracts import Attention, Role
 from llmkit.sequence import Memory, Sequence
 from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, documents, run, sequence
 from llmkit.testing.attention.subject import HEADS, Subject, dense_memory, memory_of, need, own
@@ -51,9 +51,10 @@ def _gradient(y: Tensor, x: Tensor) -> Tensor:
 )
 def causal_by_gradient(subject: Subject) -> None:
     need(subject, "causal")
+    module = subject.build("causal")
     for length in (2, 3, 7):
         for position in POSITIONS:
-            module, x = subject.build("causal"), subject.x(1, length).requires_grad_()
+            x = subject.x(1, length).requires_grad_()
             y = run(module, x, sequence(None, position, length, subject.dim)) * subject.x(1, length, 3)
             for t in range(length):
                 size_S = _gradient(y[:, t], x)[0].abs().amax(-1)
@@ -92,9 +93,10 @@ def causal_by_value(subject: Subject) -> None:
 )
 def padding(subject: Subject) -> None:
     for role in own(subject):
+        module = subject.build(role)
         for position in POSITIONS:
             for segments in PADDED:
-                _alone(subject, role, segments, position, "padding")
+                _alone(subject, module, segments, position, "padding")
     if not own(subject):
         raise NotApplicable("cross-attention only")
 
@@ -106,17 +108,18 @@ def padding(subject: Subject) -> None:
 def packed_documents(subject: Subject) -> None:
     longest = [[1] * (LONG // 2) + [2] * (LONG // 2 - 1) + [0]]
     for role in own(subject):
+        module = subject.build(role)
         for position in POSITIONS:
             for segments in [*PACKED, longest]:
-                _alone(subject, role, segments, position, "other documents")
+                _alone(subject, module, segments, position, "other documents")
     if not own(subject):
         raise NotApplicable("cross-attention only")
 
 
 @torch.no_grad()
-def _alone(subject: Subject, role: Role, segments: Segments, position: str, what: str) -> None:
+def _alone(subject: Subject, module: Attention, segments: Segments, position: str, what: str) -> None:
     """Compare each document of a batch with the same document alone."""
-    module, x = subject.build(role), subject.x(len(segments), len(segments[0]))
+    x = subject.x(len(segments), len(segments[0]))
     y = run(module, x, sequence(segments, position, dim=subject.dim))
     for row, columns in documents(segments):
         alone = run(module, x[row : row + 1, columns], sequence(None, position, len(columns), subject.dim))
@@ -129,7 +132,7 @@ def _alone(subject: Subject, role: Role, segments: Segments, position: str, what
             reads = float((moved - y)[row, columns].abs().amax()) > TOLERANCE
             shown = str(segments) if len(segments[0]) < LONG // 2 else f"two documents in {len(segments[0])} columns"
             return (
-                f"role {role}, {position}, segments {shown} (0 is padding): row {row}, columns "
+                f"role {module.role}, {position}, segments {shown} (0 is padding): row {row}, columns "
                 f"{columns if len(columns) < 9 else f'{columns[0]} to {columns[-1]}'} differ by {size} from the same "
                 f"text alone; they depend on the {'inputs' if reads else 'place'} of {what}"
             )
@@ -143,20 +146,21 @@ def _alone(subject: Subject, role: Role, segments: Segments, position: str, what
 )
 def batch_rows(subject: Subject) -> None:
     for role in subject.roles:
+        module = subject.build(role)
         for segments in (None, [[1, 1, 1], [1, 1, 0]]):
             for training in (False, True):
-                module, x = subject.build(role).train(training), subject.x(2, 3).requires_grad_()
+                x = subject.x(2, 3).requires_grad_()
                 memory = memory_of(subject, None, 2, 4) if role == "cross" else None
                 if memory is not None:
                     memory.x_BSD.requires_grad_()
-                y = run(module, x, sequence(segments, length=3), memory)
+                y = run(module.train(training), x, sequence(segments, length=3), memory)
                 inputs = [x] if memory is None else [x, memory.x_BSD]
                 grads = torch.autograd.grad((y * subject.x(2, 3, 3))[0].sum(), inputs, allow_unused=True)
                 for grad in grads:
                     if grad is not None and grad[1].abs().amax() > TOLERANCE * grad.abs().amax():
                         mode = "training" if training else "eval"
                         raise Violation(f"role {role}, batch of 2, {mode} mode: row 0 depends on the input of row 1")
-        module = subject.build(role)
+        module.eval()
         with torch.no_grad():
             x, memory = subject.x(3, 4), dense_memory(subject, role, 3, 4)
             whole = run(module, x, Sequence.dense(4), memory)

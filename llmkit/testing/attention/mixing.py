@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkit.contracts import Role
+from llmkit.contracts import Attention, Role
 from llmkit.sequence import Memory, Mixing, Sequence
 from llmkit.testing.attention.cases import LONG, PACKED, PADDED, POSITIONS, Segments, run, sequence
 from llmkit.testing.attention.subject import Subject, memory_of
@@ -25,10 +25,11 @@ MEMORIES: list[Segments | None] = [None, PADDED[3], PADDED[4]]
 def map_gives_output(subject: Subject) -> str:
     unit = ""
     for role in subject.roles:
+        module = subject.build(role)
         for segments, position, length in _cases(role):
             x, seq, memory = _inputs(subject, role, segments, position, length)
-            found = mapped(subject, role, x, seq, memory)
-            expected = run(subject.build(role), x, *_inputs(subject, role, segments, position, length)[1:])
+            found = mapped(module, x, seq, memory)
+            expected = run(module, x, *_inputs(subject, role, segments, position, length)[1:])
             y = found.output()
             if y.shape != expected.shape:
                 raise Violation(f"role {role}: mixing().output() is {tuple(y.shape)}, expected {tuple(expected.shape)}")
@@ -46,9 +47,10 @@ def map_gives_output(subject: Subject) -> str:
 @torch.no_grad()
 def map_is_masked(subject: Subject) -> None:
     for role in subject.roles:
+        module = subject.build(role)
         for segments, position, length in _cases(role):
             x, seq, memory = _inputs(subject, role, segments, position, length)
-            weights = mapped(subject, role, x, seq, memory).of(slice(None))
+            weights = mapped(module, x, seq, memory).of(slice(None))
             key = None if memory is None else memory.seq
             mask = seq.mask(key, causal=role == "causal")
             if mask is None:
@@ -60,9 +62,9 @@ def map_is_masked(subject: Subject) -> None:
                 raise Violation(f"{_where(role, segments, position, length)}: {where} of position {s}")
 
 
-def mapped(subject: Subject, role: Role, x: Tensor, seq: Sequence, memory: Memory | None) -> Mixing:
+def mapped(module: Attention, x: Tensor, seq: Sequence, memory: Memory | None) -> Mixing:
     """Return the map of a variant. Raises NotApplicable where it declares none, Violation for other shapes."""
-    found = subject.build(role).mixing(x, seq, memory=memory)
+    role, found = module.role, module.mixing(x, seq, memory=memory)
     if found is None:
         raise NotApplicable("it declares no map: llmkit explain shows the norm of its Jacobian")
     if not isinstance(found, Mixing):
