@@ -112,7 +112,7 @@ ANOTHER = """
 import runpy, sys, typing
 
 for name in [*sys.modules]:
-    if name.partition(".")[0] in ("lightning", "llmkit", "llmkit_plugins"):
+    if name.partition(".")[0] in ("lightning", "llmkit", "llmkit_plugins", "command"):
         del sys.modules[name]
 # Without its cache, in which an Optional[float | int] of Fabric's stands for the Trainer's Optional[int | float].
 typing._SpecialForm.__getitem__ = typing._SpecialForm.__getitem__.__wrapped__
