@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from command import TINY, done
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
@@ -264,6 +265,18 @@ def test_lightnings_tuner(tmp_path: Path, head: str, capsys: pytest.CaptureFixtu
     look.rows.clear()
     trainer.fit(model, module)
     assert look.rows == [4]
+
+
+def test_the_config_of_a_run_has_settings_that_are_not_plain_as_text(tmp_path: Path) -> None:
+    """An interval of time, which a callback takes, is neither a number nor text when it is parsed."""
+    (tmp_path / "text.txt").write_text("some words\n" * 40)
+    arguments = {"dirpath": str(tmp_path), "train_time_interval": "01:00:00"}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
+    words = ("--data.train", tmp_path / "text.txt", *TINY, "--trainer.callbacks", json.dumps([callback]))
+    done("fit", *words, "--output", tmp_path)
+    (config,) = tmp_path.rglob("config.yaml")
+    (written,) = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    assert written["init_args"]["train_time_interval"] == "1:00:00"
 
 
 def test_evaluating_ends_with_an_error_too() -> None:

@@ -76,6 +76,20 @@ class Parser(LightningArgumentParser):
         """Do nothing."""
 
 
+def plain(value: Any) -> Any:
+    """Return settings as JSON has them; the parser, which looks at each type for that, takes as long as for parsing.
+
+    Raises TypeError for what JSON has not, a path, say.
+    """
+    if type(value) is dict and all(type(name) is str for name in value):
+        return {name: plain(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return [plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(value)
+
+
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
@@ -171,7 +185,10 @@ class CLI(LightningCLI):
             note_changed(self.stored.part, f"checkpoint {self.stored.path}")
             self.model.restore(self.stored)
         self.config.trainer.logger = self.logger
-        content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
+        try:
+            content = plain(self.config.as_dict())
+        except TypeError:
+            content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
         self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -12,7 +12,7 @@ from llmkit.contracts import IGNORE, Batch
 from llmkit.data.examples import Examples
 from llmkit.data.tokens import Blocks, Index, split_batches
 
-SIZES = (1, 2, 3, 8, 64)
+SIZES = (2, 3, 8, 64)
 Batches = list[Index]
 Ways = dict[str, Batches]
 
@@ -33,7 +33,10 @@ def chosen(split: Blocks | Examples, count: int) -> Index:
 
 
 def arrangements(split: Blocks | Examples, rows: Index, batch_tokens: int) -> Ways:
-    """Return ways to batch the rows, by name; the last one has a row more than once."""
+    """Return ways to batch the rows that differ from each other, by name; the last one has a row more than once.
+
+    One row at a time is not among them: it is what they are compared with.
+    """
     ways = {f"batch size {size}": split_batches(rows, size) for size in SIZES}
     ways["batch size 8, backwards"] = split_batches(rows[::-1], 8)
     ways["batch size 5, shuffled"] = split_batches(np.random.default_rng(1).permutation(rows), 5)
@@ -42,7 +45,10 @@ def arrangements(split: Blocks | Examples, rows: Index, batch_tokens: int) -> Wa
         kept = [batch[np.isin(batch, rows)] for batch in by_tokens.evaluation_order()]
         ways[f"batch_tokens {batch_tokens}"] = [batch for batch in kept if len(batch)]
         ways["with the longest row"] = [np.array([row, rows[0]]) for row in rows]
-    return ways
+    first: dict[str, str] = {}
+    for name, batches in ways.items():
+        first.setdefault(str([batch.tolist() for batch in batches]), name)
+    return {name: ways[name] for name in first.values()}
 
 
 class Cut:
