@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command import TINY, done
-from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics.utilities import dim_zero_sum
 
 from llmkit import DecodingOptions, UserError, plugin
@@ -38,9 +37,16 @@ def english(seed: int) -> list[str]:
     ]
 
 
+def scorer_of(kind: str) -> Any:
+    """The scorer of rouge_score, whose import takes seconds: all of nltk and scipy.stats."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([f"rouge{kind}"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rouge_equals_rouge_score_on_english(kind: Literal["1", "2", "L"]) -> None:
-    scorer = RougeScorer([f"rouge{kind}"])
+    scorer = scorer_of(kind)
     predictions, references = english(1), english(2)
     scores = [
         scorer.score(reference, prediction)[f"rouge{kind}"].fmeasure
@@ -55,7 +61,7 @@ def test_rouge_equals_rouge_score_on_english(kind: Literal["1", "2", "L"]) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_rouge_takes_the_best_of_several_references(kind: Literal["1", "2", "L"]) -> None:
     predictions, first, second = english(1), english(2), english(5)
-    scorer = RougeScorer([f"rouge{kind}"])
+    scorer = scorer_of(kind)
     scores = [
         scorer.score_multi([*pair], prediction)[f"rouge{kind}"].fmeasure
         for prediction, *pair in zip(predictions, first, second, strict=True)
