@@ -225,7 +225,7 @@ class Popen:
             if time.monotonic() > until:
                 self.kill()
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            time.sleep(0.01)
+            time.sleep(0.05)
         assert self.returncode is not None
         return self.returncode
 

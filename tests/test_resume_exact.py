@@ -145,6 +145,7 @@ def test_killed_processes(
     config = copy.deepcopy(KILL.configs(folder)["classification"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", str(tmp_path / "config.yaml"), "--steps", "12", "--kills", "2"]
+    words += ["--model.dim=16", "--model.num_layers=1"]
     words.append("--trainer.val_check_interval=12")  # each validation starts two processes
     monkeypatch.setattr(resume, "subprocess", forked)
     assert command.run("verify resume", words) == 0
