@@ -103,6 +103,12 @@ def draw_a_curve(folder: Path) -> None:
         _draw_once({"training": curve, "validation": curve}, folder / "loss.png", label)
 
 
+def save_empty(figure: object, path: Path) -> None:
+    """Write empty files, in place of ``drawing.save`` where another test looks at the figures."""
+    for kind in (".png", ".pdf"):
+        path.with_suffix(kind).touch()
+
+
 @contextlib.contextmanager
 def cheap() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """Catch what is printed to stdout and stderr in the block, and do what ``once`` does."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import done, llmkit
+from command import done, llmkit, save_empty
 from test_study_report import Page
 
 from llmkit.run import drawing
@@ -281,12 +281,8 @@ def test_multipliers() -> None:
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of its own, and files of figures that are empty: test_study_report looks at real ones."""
 
-    def touch(figure: Any, path: Path) -> None:
-        for kind in ("png", "pdf"):
-            path.with_suffix(f".{kind}").touch()
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drawing, "save", touch)
+    monkeypatch.setattr(drawing, "save", save_empty)
 
 
 def table(path: Path, runs: dict[str, Runs], **columns: Any) -> Path:

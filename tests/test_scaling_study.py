@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from llmkit.commands.scale import study as command
 from llmkit.errors import Stopped, UserError
 from llmkit.study.outcomes import OUTCOME, Cell
 from llmkit.study.scaling import figures, grid
-from llmkit.study.scaling.spec import Power, read
+from llmkit.study.scaling.spec import Power, ScaleStudy, read
 from llmkit.study.scaling.surface import Surface
 from llmkit.study.spec import Tune
 
@@ -38,6 +39,7 @@ ratio: [0.01, 10000]
 repeat: true
 """
 SURFACE = Surface(1.2, 6.0, 40.0, 0.3, 0.35)
+BUILT: dict[str, list[grid.Size]] = {}
 
 
 @pytest.fixture
@@ -137,13 +139,15 @@ class Fake:
 
 @pytest.fixture
 def faked(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cell trains, nothing is drawn (test_scaling looks at figures), and sizes are built once."""
-    built: list[Any] = []
+    """No cell trains, nothing is drawn (test_scaling looks at figures), and the same sizes are built once."""
     build = grid.sizes
 
-    def once(*arguments: Any) -> Any:
-        built.extend([] if built else build(*arguments))
-        return built
+    def once(study: ScaleStudy, how: Any) -> list[grid.Size]:
+        layers = [study.layers(width) for width in study.widths]
+        key = repr((study.base, study.variants, study.widths, study.head_width, layers))
+        if key not in BUILT:
+            BUILT[key] = build(study, how)
+        return copy.deepcopy(BUILT[key])
 
     monkeypatch.setattr(command, "executor", Fake)
     monkeypatch.setattr(command, "DRAWS", 10)
