@@ -59,6 +59,9 @@ CONTRACTS: dict[str, str] = {
 }
 """The class that every plugin of a family, every optimizer and every scheduler derives from."""
 
+_signature = functools.cache(inspect.signature)
+"""What a class takes; to find out takes as long as to build a small layer."""
+
 T = TypeVar("T", bound=type)
 Spec = dict[str, Any]
 Factory = Callable[..., Any]
@@ -348,7 +351,7 @@ def class_of(class_path: str, family: str) -> type:
 
 def unknown_arguments(cls: type, given: Iterable[str]) -> dict[str, str]:
     """Return one sentence for each given argument that a class does not take."""
-    parameters = inspect.signature(cls).parameters
+    parameters = _signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return {}
     takes = ", ".join(name for name in parameters if name not in PASSED) or "(no arguments)"
@@ -365,7 +368,7 @@ PASSED = {"dim", "role", "max_length", "layer", "bias_heads", "params", "optimiz
 
 def missing_arguments(factory: functools.partial[Any]) -> list[str]:
     """Return the arguments that must be given and are not."""
-    parameters = inspect.signature(factory.func).parameters.values()
+    parameters = _signature(factory.func).parameters.values()
     needed = (p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
     return [name for name in needed if name not in PASSED and name not in factory.keywords]
 
@@ -393,6 +396,5 @@ def spec_of(factory: Factory) -> Spec:
 
 def spec_of_instance(instance: Any) -> Spec:
     """Return the plain spec that builds a like instance: its class and the attributes named as its arguments."""
-    cls = type(instance)
-    names = [name for name in inspect.signature(cls).parameters if hasattr(instance, name)]
-    return {**spec_of(cls), "init_args": {name: getattr(instance, name) for name in names}}
+    names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
+    return {**spec_of(type(instance)), "init_args": {name: getattr(instance, name) for name in names}}

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from llmkit import imports, registry
 from llmkit.checkpoint import archive
-from llmkit.checkpoint.sources import class_paths, sources
+from llmkit.checkpoint.sources import class_paths, sources, version
 from llmkit.contracts import Head, Tokenizer
 from llmkit.errors import UserError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from llmkit import registry
 from llmkit.data.identity import file_of, imports_of, is_library
 from llmkit.errors import note
+
+
+@functools.cache
+def version(name: str) -> str:
+    """Return the version of an installed distribution, which is read once: parsing it takes a millisecond."""
+    return importlib.metadata.version(name)
 
 
 def class_paths(tree: Any) -> Iterator[str]:
