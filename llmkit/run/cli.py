@@ -98,8 +98,7 @@ class SavedConfig(SaveConfigCallback):
         assert isinstance(pl_module, LanguageModel)
         tree = {**pl_module.config, **{key: self.config[key] for key in OF_THE_CHECKPOINT if key in self.config}}
         header = "".join(f"# {line}\n" for line in self.parser.dump_header or [])
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # four times as fast, where PyYAML has libyaml
-        text = header + yaml.dump(tree, Dumper=dumper, allow_unicode=True, sort_keys=False)
+        text = header + yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
         (run_folder(trainer) / self.config_filename).write_text(text, encoding="utf-8")
 
 
