@@ -231,6 +231,7 @@ class Head(nn.Module, ABC):
     notes: ClassVar[Mapping[str, str]] = {}
     """Features that are 1 in rows worth a note, and what it says after ``data.train: 3 of 100 rows``."""
     scored_share: float | None = None  # of positions scored over the vocabulary by the loss; None: all of a decoder's
+    passes: int = 1  # how often a step of training passes a batch through the network
     kept: ClassVar[str] = "start"  # which part of a text longer than the context is used, its ``start`` or its ``end``
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     """The metric that decides which checkpoint is the best, and its better side."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_heads import TEXTS, byte_tokenizer, items, network
+from torch.distributions import Categorical, kl_divergence
 from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
@@ -82,6 +83,39 @@ def test_class_weights_that_do_not_fit() -> None:
     head.set_info({"labels": ["a", "b"]})
     with pytest.raises(UserError, match="does not say how often each label occurs"):
         head.build(16, 262)
+
+
+def test_r_drop() -> None:
+    """Two passes with dropout of their own: the mean of their losses, and how far their answers are apart."""
+    weights = {"neg": 3.0, "meh": 0.25}
+    head = ready(Classification(dropout=0.5, class_weights=weights, label_smoothing=0.1, r_drop=0.7), label=LABELS)
+    net = network(head)
+    batch = head.collate(items(head, byte_tokenizer(), text=TEXTS, label=LABELS), byte_tokenizer())
+    once = ready(Classification(class_weights=weights, label_smoothing=0.1), label=LABELS)
+    once.load_state_dict(head.state_dict())
+    assert float(head.loss(net, batch).total) == float(once.loss(net, batch).total)  # while it does not train
+    head.train()
+    torch.manual_seed(2)
+    found = head.loss(net, batch)
+    torch.manual_seed(2)
+    answers = [head.get_submodule("dropout")(pooled_states(net, batch)) for _ in range(2)]
+    scores = [F.linear(x, *(head.get_parameter(f"classifier.{name}") for name in ("weight", "bias"))) for x in answers]
+    weight = torch.tensor([0.25, 3.0, 1.0], dtype=torch.float64)
+    losses = [F.cross_entropy(one, batch["label"], weight, reduction="sum", label_smoothing=0.1) for one in scores]
+    p, q = (Categorical(logits=one) for one in scores)
+    apart = (kl_divergence(p, q) + kl_divergence(q, p)).sum() / 2
+    assert float(apart) > 0.1
+    assert float(found.total) == pytest.approx(float(sum(losses) / 2 + 0.7 * apart), rel=1e-9)
+    assert float(found.count) == 4
+    with pytest.raises(UserError, match="r_drop must be 0 or more, got -1"):
+        Classification(r_drop=-1)
+
+
+def pooled_states(net: Any, batch: Any) -> torch.Tensor:
+    """Return the mean of each text's states, (B, D)."""
+    real_BT1 = (batch["segments"] > 0).double()[..., None]
+    states: torch.Tensor = net.encode(batch["ids"], Sequence.of(batch["ids"], batch["segments"])).x_BSD
+    return (states * real_BT1).sum(1) / real_BT1.sum(1)
 
 
 def test_a_decoder_passes_the_checks() -> None:

@@ -69,6 +69,19 @@ def test_flops_of_a_translation_are_those_that_torch_counts(source: int, target:
     assert meter.totals().flops == pytest.approx(counted(model, batch) - hidden_pairs, rel=0.01)
 
 
+def test_flops_of_two_passes_are_those_that_torch_counts() -> None:
+    model = llmkit.LanguageModel(llmkit.plugin("head", "classification", r_drop=1.0), dim=32, num_layers=2, context=64)
+    model.tokenizer = llmkit.plugin("tokenizer", "byte")()
+    model.head.set_info({"labels": ["a", "b"]})
+    model.configure_model()
+    batch = {"ids": torch.randint(6, 200, (4, 64)), "label": torch.tensor([0, 1, 0, 1])}
+    meter = Meter(model)
+    meter.add(batch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train().head.loss(model.network, batch).total.backward()
+    assert meter.totals().flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_flops_of_a_masked_language_model_are_those_that_torch_counts() -> None:
     """The output matrix multiplies the chosen positions; here the vocabulary outweighs the layers."""
     model = built("masked_lm", mask_rate=0.4)

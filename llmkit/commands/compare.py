@@ -91,7 +91,7 @@ def executor(plan: StudyPlan) -> Executor:
         case "ray":
             return Ray(*how, settings.get("address", "auto"), study.cells_per_gpu)
     on_cpu = plan.variants[study.baseline].tree.get("trainer", {}).get("accelerator") == "cpu"
-    imports = ["llmkit.commands.cell", *plan.modules()]
+    imports = ["llmkit.commands.preload", *plan.modules()]
     return Local(*how, imports, [] if on_cpu else devices(), study.cells_per_gpu)
 
 

@@ -92,7 +92,7 @@ def describe(model: LanguageModel, batch: Batch, batches_per_step: int) -> dict[
     return {
         "tree": tree(net) + tree(model.head),
         "parameters": {**counts, "head": own, "total": counts["total"] + own, "trained": trained},
-        "flops_per_token": {"forward": forward, "training": 3 * forward},
+        "flops_per_token": {"forward": forward, "training": 3 * model.head.passes * forward},
         "memory_bytes": {
             "weights": weights,
             "gradients": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),

@@ -91,7 +91,7 @@ class Meter:
 
     def __init__(self, model: LanguageModel) -> None:
         network = model.meta_network()  # the whole network, even where its weights are sharded
-        passes = [_Pass(3, network, model.head.scored_share)]
+        passes = [_Pass(3 * model.head.passes, network, model.head.scored_share)]
         if model.teacher is not None and model.teacher.settings.weight:
             teacher = model.teacher.model
             passes.append(_Pass(1, teacher.network, teacher.head.scored_share))

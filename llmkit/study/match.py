@@ -194,7 +194,7 @@ def _network(model: LanguageModel, multiple: float | None) -> Backbone:
 
 def _cost(model: LanguageModel, net: Backbone, match: Match) -> float:
     if match == "flops":
-        return 3 * net.flops_per_position(model.context, model.head.scored_share)
+        return 3 * model.head.passes * net.flops_per_position(model.context, model.head.scored_share)
     return float(net.num_parameters()["non_embedding"] + _num_parameters(model.head))
 
 
