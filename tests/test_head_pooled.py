@@ -93,7 +93,7 @@ def test_r_drop() -> None:
     batch = head.collate(items(head, byte_tokenizer(), text=TEXTS, label=LABELS), byte_tokenizer())
     once = ready(Classification(class_weights=weights, label_smoothing=0.1), label=LABELS)
     once.load_state_dict(head.state_dict())
-    assert float(head.loss(net, batch).total) == float(once.loss(net, batch).total)  # while it does not train
+    assert torch.equal(head.loss(net, batch).total, once.loss(net, batch).total)  # while it does not train
     head.train()
     torch.manual_seed(2)
     found = head.loss(net, batch)
@@ -115,7 +115,8 @@ def pooled_states(net: Any, batch: Any) -> torch.Tensor:
     """Return the mean of each text's states, (B, D)."""
     real_BT1 = (batch["segments"] > 0).double()[..., None]
     states: torch.Tensor = net.encode(batch["ids"], Sequence.of(batch["ids"], batch["segments"])).x_BSD
-    return (states * real_BT1).sum(1) / real_BT1.sum(1)
+    mean: torch.Tensor = (states * real_BT1).sum(1) / real_BT1.sum(1)
+    return mean
 
 
 def test_a_decoder_passes_the_checks() -> None:
