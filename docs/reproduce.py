@@ -53,6 +53,8 @@ VARIANTS = (
     *("standard", "lstm", "gru", "differential", "latent", "linear", "retention", "low_rank"),
     "min_gru",
 )
+ONE_PASS = ("--model.head.r_drop", "0")
+LR = ("--model.optimizer.lr",)
 WORDS = "{name: word, vocab_size: 20000, min_frequency: 2, lowercase: true}"
 ROWS: dict[str, Row] = {
     "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
@@ -96,10 +98,12 @@ ROWS: dict[str, Row] = {
         for name, changes in {
             "": (),
             "_seed_1": ("--seed_everything", "1"),
-            "_lora": ("--model.lora", "{rank: 8, targets: [attention, feedforward]}", "--model.optimizer.lr", "1e-3"),
+            "_one_pass": ONE_PASS,
+            "_one_pass_seed_1": (*ONE_PASS, "--seed_everything", "1"),
+            "_lora": (*ONE_PASS, "--model.lora", "{rank: 8, targets: [attention, feedforward]}", *LR, "1e-3"),
             "_frozen": (
-                *("--model.freeze", "[embedding, position, token_types, embedding_norm, encoder]"),
-                *("--model.optimizer.lr", "3e-3"),
+                *(*ONE_PASS, "--model.freeze", "[embedding, position, token_types, embedding_norm, encoder]"),
+                *(*LR, "3e-3"),
             ),
         }.items()
     },
