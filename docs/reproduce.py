@@ -54,7 +54,6 @@ VARIANTS = (
     "min_gru",
 )
 ONE_PASS = ("--model.head.r_drop", "0")
-LR = ("--model.optimizer.lr",)
 WORDS = "{name: word, vocab_size: 20000, min_frequency: 2, lowercase: true}"
 ROWS: dict[str, Row] = {
     "tinyshakespeare_multi_head": Row(LM, SHAKESPEARE),
@@ -100,10 +99,13 @@ ROWS: dict[str, Row] = {
             "_seed_1": ("--seed_everything", "1"),
             "_one_pass": ONE_PASS,
             "_one_pass_seed_1": (*ONE_PASS, "--seed_everything", "1"),
-            "_lora": (*ONE_PASS, "--model.lora", "{rank: 8, targets: [attention, feedforward]}", *LR, "1e-3"),
+            "_lora": (
+                *(*ONE_PASS, "--model.lora", "{rank: 8, targets: [attention, feedforward]}"),
+                *("--model.optimizer.lr", "1e-3"),
+            ),
             "_frozen": (
                 *(*ONE_PASS, "--model.freeze", "[embedding, position, token_types, embedding_norm, encoder]"),
-                *(*LR, "3e-3"),
+                *("--model.optimizer.lr", "3e-3"),
             ),
         }.items()
     },

@@ -60,7 +60,7 @@ CONTRACTS: dict[str, str] = {
 """The class that every plugin of a family, every optimizer and every scheduler derives from."""
 
 _signature = functools.cache(inspect.signature)
-"""What a class takes; to find out takes as long as to build a small layer."""
+"""The signature of a class: inspecting it takes as long as building a small layer."""
 
 T = TypeVar("T", bound=type)
 Spec = dict[str, Any]
@@ -396,5 +396,6 @@ def spec_of(factory: Factory) -> Spec:
 
 def spec_of_instance(instance: Any) -> Spec:
     """Return the plain spec that builds a like instance: its class and the attributes named as its arguments."""
-    names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
-    return {**spec_of(type(instance)), "init_args": {name: getattr(instance, name) for name in names}}
+    cls: type = type(instance)
+    names = [name for name in _signature(cls).parameters if hasattr(instance, name)]
+    return {**spec_of(cls), "init_args": {name: getattr(instance, name) for name in names}}

@@ -249,6 +249,20 @@ def test_recurrent_rows_equal_packed_documents(
         torch.testing.assert_close(rows, packed, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_recurrent_without_memory_has_the_same_shapes(name: str) -> None:
+    def shapes(device: str) -> list[tuple[torch.Size, torch.dtype]]:
+        with torch.device(device):
+            module, x = build(name), torch.zeros(2, 7, DIM)
+        state = module.init_state(2, 9, x)
+        assert state is not None
+        y = module(x, Sequence.dense(7, device), state=state)
+        return [(value.shape, value.dtype) for value in (y, *state.values())]
+
+    assert shapes("meta") == shapes("cpu")
+
+
 def test_recurrent_layers_share_the_documents() -> None:
     x, seq = torch.randn(2, 7, DIM), sequence("packed")
     first, second = LSTM(DIM, "causal"), GRU(DIM, "causal")

@@ -173,8 +173,7 @@ FILES = {"generation": "text.txt", "masked_lm": "text.txt", "translation": "pair
 
 
 ONE = {"num_layers": 1}
-CASES: list[tuple[str, dict[str, Any], int]] = [("generation", {}, 1), ("masked_lm", ONE, 1)]
-CASES += [("translation", ONE, 2), ("classification", ONE, 1)]
+CASES = [(head, {} if head == "generation" else ONE, 1 + (head == "translation")) for head in FILES]
 AGAIN = {"gradient_checkpointing": True, "num_layers": 3}
 LESS = {**AGAIN, "lora": {"rank": 2}}
 

@@ -20,7 +20,7 @@ from llmkit.errors import Problem, UserError, note
 
 CONTENTS = "contents.json"  # in each entry: sizes and checksums of its other files
 MAPPED = ".bin"  # suffix of arrays that are mapped and may be large: only their size is checked
-QUICK = 2**26  # bytes; a smaller file is hashed in less time than a thread for its progress is worth
+QUICK = 2**26  # bytes; hashing a smaller file takes too little time to show progress
 DAY = 24 * 3600  # seconds
 _own: list[tempfile.TemporaryDirectory[str]] = []  # entries without a key
 

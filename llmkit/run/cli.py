@@ -76,20 +76,6 @@ class Parser(LightningArgumentParser):
         """Do nothing."""
 
 
-def plain(value: Any) -> Any:
-    """Return settings as JSON has them; the parser, which looks at each type for that, takes as long as for parsing.
-
-    Raises TypeError for what JSON has not, a path, say.
-    """
-    if type(value) is dict and all(type(name) is str for name in value):
-        return {name: plain(item) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return [plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(value)
-
-
 class SavedConfig(SaveConfigCallback):
     """Writes ``config.yaml``; Lightning's own checks the whole config once more, which takes as long as a short fit."""
 
@@ -186,8 +172,8 @@ class CLI(LightningCLI):
             self.model.restore(self.stored)
         self.config.trainer.logger = self.logger
         try:
-            content = plain(self.config.as_dict())
-        except TypeError:
+            content = json.loads(json.dumps(self.config.as_dict()))
+        except TypeError:  # a path, say: the parser makes text of it, and takes as long as for parsing
             content = json.loads(self.parser.dump(self.config, "json", False, skip_validation=True))  # False: nulls too
         self.model.config = {key: value for key, value in content.items() if key not in ("config", *OF_THE_CHECKPOINT)}
 

@@ -83,7 +83,7 @@ class _Pass:
 class Meter:
     """Counts the tokens and FLOPs of a run.
 
-    A step costs three times the forward pass of the model, and one forward pass of a teacher.
+    A step costs three times the forward passes of the model, and one forward pass of a teacher.
 
     Args:
         model: the model that trains; its network is built.
