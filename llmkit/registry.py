@@ -59,8 +59,7 @@ CONTRACTS: dict[str, str] = {
 }
 """The class that every plugin of a family, every optimizer and every scheduler derives from."""
 
-_signature = functools.cache(inspect.signature)
-"""The signature of a class: inspecting it takes as long as building a small layer."""
+_signature = functools.cache(inspect.signature)  # of a class: inspecting it takes as long as building a small layer
 
 T = TypeVar("T", bound=type)
 Spec = dict[str, Any]
@@ -397,5 +396,5 @@ def spec_of(factory: Factory) -> Spec:
 def spec_of_instance(instance: Any) -> Spec:
     """Return the plain spec that builds a like instance: its class and the attributes named as its arguments."""
     cls: type = type(instance)
-    names = [name for name in _signature(cls).parameters if hasattr(instance, name)]
-    return {**spec_of(cls), "init_args": {name: getattr(instance, name) for name in names}}
+    given = {name: getattr(instance, name) for name in _signature(cls).parameters if hasattr(instance, name)}
+    return {**spec_of(cls), "init_args": given}
