@@ -53,7 +53,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure() -> None:
-    """Let pytest's last collections, ten in a row, pass over everything: they take a second each."""
+    """Spare pytest's last garbage collections, ten in a row, all that is alive: they take a second each."""
     gc.freeze()
 
 

@@ -51,7 +51,7 @@ def serve() -> None:
 
 
 def _do_once() -> None:
-    """Do in what is forked from here what commands in the tests' own process do: see ``command.once``."""
+    """Apply ``command.once`` to every process that is forked from here."""
     import command
 
     _for_good.enter_context(command.once())
@@ -144,9 +144,9 @@ def _run(request: int, *streams: int) -> None:
 
 
 def serve_cells() -> None:
-    """Make a copy of this process what ``multiprocessing`` forks from, the cells of a study for instance.
+    """Let ``multiprocessing`` fork the cells of studies from a copy of this process.
 
-    It starts an interpreter of its own otherwise, and whatever the first study did not import, each cell imports.
+    Otherwise it starts an interpreter for that, and each cell imports what the first study of the process did not need.
     """
 
     def fork(executable: object, words: Sequence[str], kept: Sequence[int]) -> int:
